@@ -1,0 +1,84 @@
+# acme-step: the README's part BUILDING says what can be set here.
+.POSIX:
+.SUFFIXES:
+
+PREFIX   = /usr/local
+BINDIR   = $(PREFIX)/bin
+DOCDIR   = $(PREFIX)/share/doc/acme-step
+
+# Debian's archive of BearSSL was made with glibc; --defsym gives its
+# checked functions the plain ones of the libc that is linked.
+CC       = musl-gcc
+CFLAGS   = -Os
+LDFLAGS  = -static -Wl,--defsym=__memcpy_chk=memcpy \
+           -Wl,--defsym=__memset_chk=memset \
+           -Wl,--defsym=__memmove_chk=memmove
+
+# A source tree of BearSSL, built with $(CC), in place of the system's.
+BEARSSL  =
+
+WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
+           -Wno-sign-conversion -Wstrict-prototypes -Wmissing-prototypes \
+           -Wwrite-strings -Wvla -Wformat=2 -Wundef
+HARDEN   = -fstack-protector-strong -fno-asynchronous-unwind-tables \
+           -ffunction-sections -fdata-sections \
+           -Wl,-z,relro,-z,now,-z,noexecstack,--gc-sections,--build-id=none
+STRIP    = -s
+SAN      = -g -fsanitize=address,undefined -fno-sanitize-recover=all
+
+# $$inc and $$lib: where BearSSL's headers and archive are.
+FIND     = set -e; if [ "$(BEARSSL)" ]; then \
+		inc='$(BEARSSL)/inc' lib='$(BEARSSL)/build/libbearssl.a'; \
+		[ -f "$$lib" ] || $(MAKE) -C '$(BEARSSL)' lib \
+		    CC='$(CC)' LD='$(CC)'; \
+	else \
+		inc=/usr/include/bearssl; \
+		for lib in /usr/lib/`uname -m`-linux-gnu*/libbearssl.a \
+		    /usr/lib/libbearssl.a; do \
+			[ ! -f "$$lib" ] || break; \
+		done; \
+	fi
+COMPILE  = -std=c99 $(WARN) -isystem "$$inc" $(CFLAGS)
+
+all: acme-step
+
+acme-step: acme.c Makefile
+	@$(FIND); set -x; \
+	$(CC) $(COMPILE) $(HARDEN) $(STRIP) $(LDFLAGS) -o $@ acme.c "$$lib"
+
+acme-step-san: acme.c Makefile
+	@$(FIND); set -x; \
+	cc $(COMPILE) -O1 $(SAN) -o $@ acme.c "$$lib"
+
+deps:
+	@sh ./test.sh deps
+
+demo: deps
+	@$(MAKE) acme-step
+	@sh ./test.sh demo
+
+check: deps
+	@$(MAKE) acme-step
+	@sh ./test.sh
+
+check-san: deps
+	@$(MAKE) acme-step-san
+	@sh ./test.sh check ./acme-step-san
+
+bench: deps
+	@$(MAKE) acme-step
+	@sh ./test.sh bench
+
+install: acme-step
+	mkdir -p '$(DESTDIR)$(BINDIR)' '$(DESTDIR)$(DOCDIR)'
+	cp acme-step '$(DESTDIR)$(BINDIR)/'
+	cp README LICENSE '$(DESTDIR)$(DOCDIR)/'
+
+uninstall:
+	rm -f '$(DESTDIR)$(BINDIR)/acme-step'
+	rm -rf '$(DESTDIR)$(DOCDIR)'
+
+clean:
+	rm -rf acme-step acme-step-san .cache
+
+.PHONY: all deps demo check check-san bench install uninstall clean

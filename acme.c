@@ -1,0 +1,4930 @@
+#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE		/* getentropy */
+#include <sys/types.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <netdb.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include <bearssl.h>
+
+#define VERSION "0.1"
+
+/* Every limit of the program; to exceed one is a message, never a cut. */
+enum {
+	HEAP     = 3 << 20,	/* all that a step makes; unused, it is free */
+	INPUT    = 256 << 10,	/* a file or standard input */
+	HEAD     = 16 << 10,	/* a reply's header */
+	BODY     = 256 << 10,	/* a reply's body; a chain is 10 KB */
+	DEPTH    = 64,		/* JSON in JSON; ACME needs 6 */
+	NAMES    = 250,		/* in an order; Let's Encrypt takes 100 */
+	LINES    = 2048,	/* of a record: 8 for each name */
+	WORD     = 2048,	/* a field of a record, a URL */
+	CONTACTS = 10,		/* of an account */
+	CERTS    = 10,		/* in a chain; Let's Encrypt sends 4 */
+	CERT     = 16 << 10,	/* a certificate; one with 250 names */
+	ANCHORS  = 16,		/* that one server's chain can name */
+	HOSTNAME = 255,		/* RFC 1035 2.3.4 */
+	TOKEN    = 200,		/* a challenge's token: it is a file name */
+	NONCE    = 250,		/* RFC 8555 6.5 sets none; Boulder's have 43 */
+	WINDOW   = 32,		/* requests under way at once */
+	TRIES    = 3,		/* of a request that met a fault */
+	CONNECT  = 10,		/* seconds for each address of a name */
+	MAX_WAIT = 86400 * 30	/* seconds in -T and -s */
+};
+
+/* When the program was released: no true clock shows an earlier time. */
+#define RELEASED 1795478400LL	/* 2026-11-24T00:00:00Z */
+
+enum {			/* exit statuses; most are those of sysexits.h */
+	DONE     = 0,
+	NO       = 1,	/* the answer is no */
+	USAGE    = 64,
+	BAD      = 65,	/* a record, key, request or certificate */
+	MISSING  = 66,	/* an input file */
+	CA_DOWN  = 69,	/* name, connection, TLS, HTTP 5xx */
+	FAULT    = 70,	/* a limit above, or a fault in the program */
+	NO_PLACE = 73,	/* the output cannot be created */
+	IO       = 74,	/* reading or writing failed half-way */
+	LATER    = 75,	/* rate limit, time limit */
+	BROKEN   = 76,	/* the reply breaks HTTP, JSON or ACME */
+	REFUSED  = 77,	/* a problem document, an invalid order */
+	SIGNAL   = 128	/* and the signal's number */
+};
+
+/* -------------------------------------------------------- 1. Failure -- */
+
+/* Bytes with a length: the one type of all data. They never change. */
+typedef struct {
+	const unsigned char *p;
+	size_t n;
+} Str;
+
+#define COUNT(a)  (sizeof(a) / sizeof (a)[0])
+#define S(lit)    ((Str){ (const unsigned char *)(lit), sizeof(lit) - 1 })
+#define NONE      ((Str){ 0, 0 })
+#define STRS(...) (const Str[]){ __VA_ARGS__ }, COUNT(((Str[]){ __VA_ARGS__ }))
+
+static Str step;		/* the command, for messages */
+static bool tells;		/* it prints a record: a pipe learns of failure */
+
+/* Files that must not outlive a failure: unfinished or published ones. */
+static struct {
+	int dir;
+	const char *name;
+} doomed[NAMES + 1];
+static volatile size_t ndoomed;
+
+/* Memory that must not outlive the process readable. */
+static struct {
+	volatile unsigned char *p;
+	size_t n;
+} secret[8];
+static size_t nsecret;
+
+static Str
+str(const char *s)
+{
+	return (Str){ (const unsigned char *)s, s ? strlen(s) : 0 };
+}
+
+/* What errno says. */
+static Str
+why(void)
+{
+	return str(strerror(errno));
+}
+
+/* Write all of it, or say false and why in errno. */
+static bool
+write_all(int fd, Str s)
+{
+	while (s.n > 0) {
+		ssize_t n = write(fd, s.p, s.n);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return false;
+		s = (Str){ s.p + n, s.n - (size_t)n };
+	}
+	return true;
+}
+
+/* The length of the well-formed character at s (RFC 3629 4), or 0. */
+static size_t
+utf8(Str s)
+{
+	unsigned c = s.p[0], d = s.n > 1 ? s.p[1] : 0;
+	size_t n = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 :
+	    c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
+
+	if (n > s.n || (c == 0xe0 && d < 0xa0) || (c == 0xed && d > 0x9f) ||
+	    (c == 0xf0 && d < 0x90) || (c == 0xf4 && d > 0x8f))
+		return 0;
+	for (size_t i = 1; i < n; i++)
+		if ((s.p[i] & 0xc0) != 0x80)
+			return 0;
+	return n;
+}
+
+/*
+ * The same, but 0 too for what could move a terminal's cursor or turn its
+ * text around: controls, line separators, marks of direction.
+ */
+static size_t
+harmless(Str s)
+{
+	size_t n = utf8(s);
+	unsigned c = s.p[0], d = n > 1 ? s.p[1] : 0, e = n > 2 ? s.p[2] : 0;
+
+	if (c < 0x20 || c == 0x7f || (c == 0xc2 && d < 0xa0) ||
+	    (c == 0xe2 && d == 0x80 && e >= 0xa8 && e <= 0xae) ||
+	    (c == 0xe2 && d == 0x81 && e >= 0xa6 && e <= 0xa9))
+		return 0;
+	return n;
+}
+
+/* A line of text on its way out, in a buffer that needs no heap. */
+static struct {
+	int fd;
+	size_t n;
+	unsigned char b[512];
+} line;
+
+static void
+line_flush(void)
+{
+	write_all(line.fd, (Str){ line.b, line.n });
+	line.n = 0;
+}
+
+static void
+line_add(const Str *v, size_t nv)
+{
+	for (size_t i = 0; i < nv; i++)
+		for (Str s = v[i]; s.n > 0; ) {
+			size_t good = harmless(s), n = good ? good : 1;
+
+			if (line.n + 5 > sizeof line.b)
+				line_flush();
+			memcpy(line.b + line.n, good ? s.p : S("?").p, n);
+			line.n += n;
+			s = (Str){ s.p + n, s.n - n };
+		}
+}
+
+static void
+line_begin(int fd, const Str *v, size_t nv)
+{
+	line.fd = fd;
+	line.n = 0;
+	line_add(v, nv);
+}
+
+static void
+line_end(void)
+{
+	line.b[line.n++] = '\n';
+	line_flush();
+}
+
+/* One line on standard error: whatever is in it stays on that line. */
+#define warn(...)  say(STRS(__VA_ARGS__))
+
+static void
+say(const Str *v, size_t nv)
+{
+	line_begin(2, STRS(S("acme-step: "), step, step.n ? S(": ") : NONE));
+	line_add(v, nv);
+	line_end();
+}
+
+/* A decimal number in the caller's 20 bytes. */
+static Str
+digits(unsigned long long n, unsigned char b[20])
+{
+	size_t i = 20;
+
+	do
+		b[--i] = (unsigned char)('0' + n % 10);
+	while (n /= 10);
+	return (Str){ b + i, 20 - i };
+}
+
+/* Tell the next step of the pipe, where there is one. */
+static void
+tell_pipe(int status, Str name, const Str *v, size_t nv)
+{
+	unsigned char b[20];
+	struct stat st;
+
+	if (!tells || fstat(1, &st) != 0 ||
+	    (!S_ISFIFO(st.st_mode) && !S_ISSOCK(st.st_mode)))
+		return;
+	line_begin(1, STRS(S("failed "), digits((unsigned)status, b), S(" "),
+	    name.n ? name : S("acme-step"), S(" ")));
+	line_add(v, nv);
+	line_end();
+}
+
+/* Remove the files added to the doomed since there were n. */
+static void
+undo(size_t n)
+{
+	while (ndoomed > n) {
+		size_t i = ndoomed - 1;
+
+		if (unlinkat(doomed[i].dir, doomed[i].name, 0) != 0 &&
+		    errno != ENOENT)
+			warn(S("cannot remove "), str(doomed[i].name), S(": "),
+			    why());
+		ndoomed = i;
+	}
+}
+
+static void
+hold_signals(void)
+{
+	sigset_t all;
+
+	sigfillset(&all);
+	sigprocmask(SIG_BLOCK, &all, NULL);
+}
+
+static void leave(int) __attribute__((noreturn));
+static void fail(int, const Str *, size_t) __attribute__((noreturn));
+
+/* The only way out: nothing half-made and nothing secret stays behind. */
+static void
+leave(int status)
+{
+	hold_signals();
+	undo(0);
+	for (size_t i = 0; i < nsecret; i++)
+		for (size_t k = 0; k < secret[i].n; k++)
+			secret[i].p[k] = 0;
+	_exit(status);
+}
+
+/* End the step with a message: what was being done, to what, and why not. */
+#define die(status, ...)  fail(status, STRS(__VA_ARGS__))
+
+static void
+fail(int status, const Str *v, size_t nv)
+{
+	hold_signals();
+	say(v, nv);
+	tell_pipe(status, step, v, nv);
+	leave(status);
+}
+
+/* What the step is at, and its status if time runs out there. */
+static struct {
+	const char *volatile what;
+	volatile int status;
+	const char *volatile whom;
+	unsigned limit;			/* -T */
+} busy = { "working", LATER, "", 300 };
+
+static void
+doing(int status, const char *what, const char *whom)
+{
+	busy.status = status;
+	busy.whom = "";
+	busy.what = what;
+	busy.whom = whom;
+}
+
+/*
+ * Signals end the step from wherever it is; SIGALRM is the step's time
+ * limit, the one bound on all that can block.  Only functions that may be
+ * called from a handler (POSIX.1-2008 XSH 2.4.3) lie below fail().
+ */
+static void
+on_signal(int sig)
+{
+	unsigned char b[20];
+
+	if (sig == SIGALRM)
+		die(busy.status, S("time limit of "), digits(busy.limit, b),
+		    S(" s reached while "), str(busy.what), str(busy.whom));
+	die(SIGNAL + sig, S("ended by signal "), digits((unsigned)sig, b));
+}
+
+static void
+catch_signals(void)
+{
+	static const int caught[] = { SIGHUP, SIGINT, SIGTERM, SIGALRM };
+	struct sigaction act = { .sa_handler = on_signal }, old;
+
+	sigfillset(&act.sa_mask);
+	for (size_t i = 0; i < COUNT(caught); i++)
+		if (sigaction(caught[i], NULL, &old) == 0 &&
+		    (old.sa_handler != SIG_IGN || caught[i] == SIGALRM))
+			sigaction(caught[i], &act, NULL);
+	act.sa_handler = SIG_IGN;
+	sigaction(SIGPIPE, &act, NULL);
+}
+
+/* --------------------------------------------------------- 2. Memory -- */
+
+static unsigned char heap[HEAP];
+static size_t used;
+
+/* Take n bytes.  A step lives for a second: they are never given back. */
+static unsigned char *
+take(size_t n)
+{
+	if (n > sizeof heap - used)
+		die(FAULT, S("more than the 3 MiB of memory that a step has"));
+	used += n;
+	return heap + used - n;
+}
+
+/* Forget all that was taken since mark was used, but s. */
+static Str
+keep(size_t mark, Str s)
+{
+	if (s.n)
+		memmove(heap + mark, s.p, s.n);
+	used = mark + s.n;
+	return (Str){ heap + mark, s.n };
+}
+
+/* Let the exit wipe what a pointer shows. */
+static void
+hide(void *p, size_t n)
+{
+	secret[nsecret].p = p;
+	secret[nsecret++].n = n;
+}
+
+/* -------------------------------------------------------- 3. Strings -- */
+
+/* Join any number of strings. */
+#define cat(...)  join(STRS(__VA_ARGS__))
+
+/*
+ * When the first string is the newest on the heap it grows in place, so
+ * that a string built piece by piece is not copied again and again.
+ */
+static Str
+join(const Str *v, size_t nv)
+{
+	bool grow = v->n && v->p + v->n == heap + used;
+	Str s = grow ? *v : (Str){ heap + used, 0 };
+
+	for (size_t i = grow; i < nv; s.n += v[i++].n)
+		if (v[i].n)
+			memcpy(take(v[i].n), v[i].p, v[i].n);
+	return s;
+}
+
+static bool
+same(Str a, Str b)
+{
+	return a.n == b.n && (a.n == 0 || memcmp(a.p, b.p, a.n) == 0);
+}
+
+static bool
+starts(Str s, Str with)
+{
+	return s.n >= with.n && same((Str){ s.p, with.n }, with);
+}
+
+/* All but the first n bytes. */
+static Str
+from(Str s, size_t n)
+{
+	return n < s.n ? (Str){ s.p + n, s.n - n } : (Str){ s.p + s.n, 0 };
+}
+
+/* Take what is before the first c off the front of s, and drop that c. */
+static Str
+cut(Str *s, int c)
+{
+	const unsigned char *at = s->n ? memchr(s->p, c, s->n) : NULL;
+	Str head = { s->p, at ? (size_t)(at - s->p) : s->n };
+
+	*s = from(*s, head.n + 1);
+	return head;
+}
+
+static unsigned char
+lower_case(unsigned char c)
+{
+	return (unsigned char)(c >= 'A' && c <= 'Z' ? c + 'a' - 'A' : c);
+}
+
+/* In lower case, of ASCII alone: names and header fields have no other. */
+static Str
+lower(Str s)
+{
+	unsigned char *p = take(s.n);
+
+	for (size_t i = 0; i < s.n; i++)
+		p[i] = lower_case(s.p[i]);
+	return (Str){ p, s.n };
+}
+
+static bool
+same_word(Str a, Str b)
+{
+	size_t i = 0;
+
+	if (a.n != b.n)
+		return false;
+	while (i < a.n && lower_case(a.p[i]) == lower_case(b.p[i]))
+		i++;
+	return i == a.n;
+}
+
+static Str
+trim(Str s)
+{
+	while (s.n && (s.p[0] == ' ' || s.p[0] == '\t'))
+		s = from(s, 1);
+	while (s.n && (s.p[s.n - 1] == ' ' || s.p[s.n - 1] == '\t'))
+		s.n--;
+	return s;
+}
+
+/* Does s, which must not be empty, hold only characters of a set? */
+static bool
+made_of(Str s, const char *set)
+{
+	for (size_t i = 0; i < s.n; i++)
+		if (!s.p[i] || !strchr(set, s.p[i]))
+			return false;
+	return s.n > 0;
+}
+
+#define DIGIT "0123456789"
+#define ALPHA "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+/* A decimal number up to max; false if it is none, or too big. */
+static bool
+number(Str s, unsigned long max, unsigned long *n)
+{
+	if (!made_of(s, DIGIT))
+		return false;
+	for (*n = 0; s.n; s = from(s, 1)) {
+		unsigned long d = s.p[0] - (unsigned long)'0';
+
+		if (*n > (max - d) / 10)
+			return false;
+		*n = *n * 10 + d;
+	}
+	return true;
+}
+
+static Str
+num(unsigned long long n)
+{
+	return digits(n, take(20));
+}
+
+/* For system calls; s holds no NUL where it was checked before. */
+static const char *
+c_str(Str s)
+{
+	return (const char *)cat(NONE, s, S("\0")).p;
+}
+
+/* ------------------------------------------------------ 4. Encodings -- */
+
+static const char BASE64URL[] =
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+
+/* Digits of `bits` bits each, most significant first (RFC 4648). */
+static Str
+digits_of(Str s, const char *digit, int bits)
+{
+	unsigned char *out = take((s.n * 8 + (size_t)bits - 1) / (size_t)bits);
+	unsigned acc = 0, mask = (1U << bits) - 1;
+	size_t n = 0;
+	int have = 0;
+
+	for (size_t i = 0; i < s.n; i++) {
+		acc = (acc << 8 | s.p[i]) & 0xffff;
+		for (have += 8; have >= bits; have -= bits)
+			out[n++] = (unsigned char)
+			    digit[acc >> (have - bits) & mask];
+	}
+	if (have)
+		out[n++] = (unsigned char)digit[acc << (bits - have) & mask];
+	return (Str){ out, n };
+}
+
+/* Without padding, as everywhere in ACME (RFC 8555 6.1, RFC 4648 5). */
+static Str
+b64(Str s)
+{
+	return digits_of(s, BASE64URL, 6);
+}
+
+static Str
+hex(Str s)
+{
+	return digits_of(s, "0123456789abcdef", 4);
+}
+
+/* RFC 8555 8: a token that is anything else is no token. */
+static bool
+is_b64(Str s)
+{
+	return made_of(s, BASE64URL);
+}
+
+/* Base64url to bytes; only for what is_b64(). */
+static Str
+unb64(Str s)
+{
+	unsigned char *out = take(s.n * 6 / 8);
+	unsigned acc = 0;
+	size_t n = 0;
+	int have = 0;
+
+	for (size_t i = 0; i < s.n; i++) {
+		acc = (acc << 6 | (unsigned)(strchr(BASE64URL, s.p[i]) -
+		    BASE64URL)) & 0xffff;
+		if ((have += 6) >= 8)
+			out[n++] = (unsigned char)(acc >> (have -= 8));
+	}
+	return (Str){ out, n };
+}
+
+/* ----------------------------------------------------------- 5. JSON -- */
+
+/* Any string as a JSON string (RFC 8259 7). */
+static Str
+quote(Str s)
+{
+	unsigned char *out = take(6 * s.n + 2), *o = out;
+	size_t mark = (size_t)(out - heap);
+
+	*o++ = '"';
+	for (size_t i = 0; i < s.n; i++) {
+		unsigned char c = s.p[i];
+
+		if (c < 0x20) {
+			memcpy(o, "\\u00", 4);
+			o[4] = (unsigned char)('0' + (c >> 4));
+			o[5] = (unsigned char)"0123456789abcdef"[c & 15];
+			o += 6;
+			continue;
+		}
+		if (c == '"' || c == '\\')
+			*o++ = '\\';
+		*o++ = c;
+	}
+	*o++ = '"';
+	return keep(mark, (Str){ out, (size_t)(o - out) });
+}
+
+/* An object of names and values in turn; the values are JSON already. */
+#define obj(...)  object(STRS(__VA_ARGS__))
+
+static Str
+object(const Str *v, size_t nv)
+{
+	size_t mark = used;
+	Str s = cat(S("{"));
+
+	for (size_t i = 0; i + 1 < nv; i += 2)
+		s = cat(s, i ? S(",") : NONE, quote(v[i]), S(":"), v[i + 1]);
+	return keep(mark, cat(s, S("}")));
+}
+
+/*
+ * A JSON value is the Str of its text.  json_read() makes sure once that
+ * a text is JSON; what follows walks such text and cannot fail.
+ */
+struct scan {
+	const unsigned char *p, *end;
+	int depth;
+};
+
+static bool json_value(struct scan *);
+
+static int
+peek(struct scan *j)
+{
+	while (j->p < j->end && *j->p && strchr(" \t\r\n", *j->p))
+		j->p++;
+	return j->p < j->end ? *j->p : -1;
+}
+
+static bool
+eat(struct scan *j, int c)
+{
+	if (peek(j) != c)
+		return false;
+	j->p++;
+	return true;
+}
+
+/* Step over one character of a set. */
+static bool
+one(struct scan *j, const char *set)
+{
+	if (j->p == j->end || *j->p == 0 || !strchr(set, *j->p))
+		return false;
+	j->p++;
+	return true;
+}
+
+static bool
+many(struct scan *j, const char *set)
+{
+	if (!one(j, set))
+		return false;
+	while (one(j, set))
+		continue;
+	return true;
+}
+
+static bool
+word(struct scan *j, Str w)
+{
+	if (!starts((Str){ j->p, (size_t)(j->end - j->p) }, w))
+		return false;
+	j->p += w.n;
+	return true;
+}
+
+static bool
+json_number(struct scan *j)
+{
+	one(j, "-");
+	if (!one(j, "0") && !many(j, DIGIT))
+		return false;
+	if (one(j, ".") && !many(j, DIGIT))
+		return false;
+	if (!one(j, "eE"))
+		return true;
+	one(j, "+-");
+	return many(j, DIGIT);
+}
+
+static bool
+json_string(struct scan *j)
+{
+	for (j->p++; j->p < j->end && *j->p >= 0x20; ) {
+		if (one(j, "\""))
+			return true;
+		if (!one(j, "\\")) {
+			size_t n = utf8((Str){ j->p, (size_t)(j->end - j->p) });
+
+			if (n == 0)
+				return false;
+			j->p += n;
+		} else if (one(j, "u")) {
+			for (int i = 0; i < 4; i++)
+				if (!one(j, DIGIT "abcdefABCDEF"))
+					return false;
+		} else if (!one(j, "\"\\/bfnrt"))
+			return false;
+	}
+	return false;
+}
+
+static bool
+json_list(struct scan *j, int close)
+{
+	j->p++;
+	if (eat(j, close))
+		return true;
+	do {
+		if (close == '}' &&
+		    (peek(j) != '"' || !json_value(j) || !eat(j, ':')))
+			return false;
+		if (!json_value(j))
+			return false;
+	} while (eat(j, ','));
+	return eat(j, close);
+}
+
+/* One value of any kind (RFC 8259 3), strictly. */
+static bool
+json_value(struct scan *j)
+{
+	bool ok;
+
+	if (++j->depth > DEPTH)
+		return false;
+	switch (peek(j)) {
+	case '"': ok = json_string(j);		break;
+	case '{': ok = json_list(j, '}');	break;
+	case '[': ok = json_list(j, ']');	break;
+	case 't': ok = word(j, S("true"));	break;
+	case 'f': ok = word(j, S("false"));	break;
+	case 'n': ok = word(j, S("null"));	break;
+	default:  ok = json_number(j);		break;
+	}
+	j->depth--;
+	return ok;
+}
+
+/* The one value in a text; false when the text is not JSON. */
+static bool
+json_read(Str text, Str *value)
+{
+	struct scan j = { text.p, text.p + text.n, 0 };
+
+	peek(&j);
+	value->p = j.p;
+	if (!json_value(&j))
+		return false;
+	value->n = (size_t)(j.p - value->p);
+	return peek(&j) < 0;
+}
+
+/* '{', '[', '"', or the first character of what else there can be. */
+static int
+json_kind(Str v)
+{
+	return v.n ? v.p[0] : 0;
+}
+
+/*
+ * The next member of an object or element of an array; `in` begins as
+ * the whole of it and becomes the rest.
+ */
+static bool
+json_each(Str *in, Str *name, Str *value)
+{
+	struct scan j = { in->p, in->p + in->n, 0 };
+
+	*name = NONE;
+	if (!eat(&j, '{') && !eat(&j, '[') && !eat(&j, ','))
+		return false;
+	if (peek(&j) == '}' || peek(&j) == ']')
+		return false;
+	value->p = j.p;
+	json_value(&j);
+	value->n = (size_t)(j.p - value->p);
+	if (eat(&j, ':')) {
+		*name = *value;
+		peek(&j);
+		value->p = j.p;
+		json_value(&j);
+		value->n = (size_t)(j.p - value->p);
+	}
+	*in = (Str){ j.p, (size_t)(j.end - j.p) };
+	return true;
+}
+
+/* The code unit in four hexadecimal digits. */
+static unsigned
+json_unit(const unsigned char *p)
+{
+	unsigned u = 0;
+
+	for (int i = 0; i < 4; i++)
+		u = u << 4 | (unsigned)(p[i] <= '9' ? p[i] - '0' :
+		    lower_case(p[i]) - 'a' + 10);
+	return u;
+}
+
+/* Write a character in UTF-8 (RFC 3629 3); returns its length. */
+static size_t
+utf8_put(unsigned char *o, unsigned u)
+{
+	static const unsigned char lead[] = { 0, 0, 0xc0, 0xe0, 0xf0 };
+	size_t n = u < 0x80 ? 1 : u < 0x800 ? 2 : u < 0x10000 ? 3 : 4;
+
+	for (size_t i = n; i-- > 1; u >>= 6)
+		o[i] = (unsigned char)(0x80 | (u & 0x3f));
+	o[0] = (unsigned char)(n == 1 ? u : lead[n] | u);
+	return n;
+}
+
+/* One escape, from after its backslash; half a pair becomes U+FFFD. */
+static unsigned
+json_escape(Str *s)
+{
+	static const char plain[] = "bfnrt", to[] = "\b\f\n\r\t";
+	unsigned c = s->p[0], u;
+	const char *at = strchr(plain, (int)c);
+
+	*s = from(*s, 1);
+	if (c != 'u')
+		return at ? (unsigned char)to[at - plain] : c;
+	u = json_unit(s->p);
+	*s = from(*s, 4);
+	if (u < 0xd800 || u > 0xdfff)
+		return u;
+	if (u < 0xdc00 && starts(*s, S("\\u"))) {
+		unsigned v = json_unit(s->p + 2);
+
+		if (v >= 0xdc00 && v <= 0xdfff) {
+			*s = from(*s, 6);
+			return 0x10000 + ((u - 0xd800) << 10) + (v - 0xdc00);
+		}
+	}
+	return 0xfffd;
+}
+
+/* What a string says, without its quotes and escapes. */
+static Str
+json_text(Str v)
+{
+	size_t mark = used, n = 0;
+	unsigned char *out;
+
+	v = (Str){ v.p + 1, v.n - 2 };
+	if (v.n == 0 || !memchr(v.p, '\\', v.n))
+		return v;
+	out = take(v.n + 3);
+	while (v.n > 0) {
+		unsigned char c = v.p[0];
+
+		v = from(v, 1);
+		if (c == '\\')
+			n += utf8_put(out + n, json_escape(&v));
+		else
+			out[n++] = c;
+	}
+	return keep(mark, (Str){ out, n });
+}
+
+/* A member's value; NONE where it is absent or null: ACME means the same. */
+static Str
+json_member(Str o, const char *name)
+{
+	Str key, value, want = str(name);
+
+	if (json_kind(o) != '{')
+		return NONE;
+	while (json_each(&o, &key, &value))
+		if (same(json_text(key), want))
+			return json_kind(value) == 'n' ? NONE : value;
+	return NONE;
+}
+
+/* ------------------------------------------------------------ 6. DER -- */
+
+enum {			/* identifier octets (X.690 8.1.2) */
+	BOOLEAN   = 0x01,
+	INTEGER   = 0x02,
+	BITS      = 0x03,
+	OCTETS    = 0x04,
+	OID       = 0x06,
+	UTF8      = 0x0c,
+	PRINTABLE = 0x13,
+	UTC_TIME  = 0x17,
+	TIME      = 0x18,
+	SEQUENCE  = 0x30,
+	SET       = 0x31,
+	DNS_NAME  = 0x82,	/* GeneralName [2], RFC 5280 4.2.1.6 */
+	IP_NAME   = 0x87,	/* GeneralName [7] */
+	VERSION_0 = 0xa0,	/* [0] of RFC 5280 4.1 */
+	ATTRS     = 0xa0,	/* [0] of RFC 2986 4.1 */
+	EXTS      = 0xa3	/* [3] of RFC 5280 4.1 */
+};
+
+/* An element whose contents are the strings given, one after another. */
+#define der(tag, ...)  element(tag, STRS(__VA_ARGS__))
+#define seq(...)       der(SEQUENCE, __VA_ARGS__)
+
+static Str
+element(int tag, const Str *v, size_t nv)
+{
+	size_t mark = used;
+	Str body = join(v, nv);
+	unsigned char head[2 + sizeof body.n];
+	size_t n = 0, k = 0;
+
+	head[n++] = (unsigned char)tag;
+	if (body.n < 128)
+		head[n++] = (unsigned char)body.n;
+	else {
+		while (k < sizeof body.n && body.n >> 8 * k)
+			k++;
+		head[n++] = (unsigned char)(0x80 | k);
+		while (k-- > 0)
+			head[n++] = (unsigned char)(body.n >> 8 * k);
+	}
+	return keep(mark, cat((Str){ head, n }, body));
+}
+
+static Str
+bits(Str s)
+{
+	return der(BITS, S("\0"), s);
+}
+
+/* A number that is not negative, from big-endian bytes (X.690 8.3). */
+static Str
+integer(Str s)
+{
+	while (s.n > 1 && s.p[0] == 0)
+		s = from(s, 1);
+	return der(INTEGER, s.n && s.p[0] & 0x80 ? S("\0") : NONE, s);
+}
+
+#define EC_PUBLIC_KEY  der(OID, S("\x2a\x86\x48\xce\x3d\x02\x01"))
+#define SECP256R1      der(OID, S("\x2a\x86\x48\xce\x3d\x03\x01\x07"))
+#define SECP384R1      der(OID, S("\x2b\x81\x04\x00\x22"))
+#define ECDSA_SHA256   der(OID, S("\x2a\x86\x48\xce\x3d\x04\x03\x02"))
+#define ECDSA_SHA384   der(OID, S("\x2a\x86\x48\xce\x3d\x04\x03\x03"))
+#define RSA_PUBLIC_KEY der(OID, S("\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01"))
+#define RSA_SHA256     der(OID, S("\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"))
+#define EXTENSIONS     der(OID, S("\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"))
+#define SUBJECT_ALT    der(OID, S("\x55\x1d\x11"))
+#define COUNTRY        der(OID, S("\x55\x04\x06"))
+#define ORGANIZATION   der(OID, S("\x55\x04\x0a"))
+#define COMMON_NAME    der(OID, S("\x55\x04\x03"))
+
+/*
+ * Take the element at the front of `in`: its contents, and all of it with
+ * its head.  False where it is not one of DER's (X.690 10.1), or ends late.
+ */
+static bool
+der_any(Str *in, int *tag, Str *body, Str *whole)
+{
+	size_t n, head = 2;
+
+	if (in->n < 2 || (in->p[0] & 0x1f) == 0x1f)
+		return false;
+	*tag = in->p[0];
+	n = in->p[1];
+	if (n & 0x80) {
+		size_t k = n & 0x7f;
+
+		if (k == 0 || k > 3 || in->n < 2 + k)
+			return false;
+		for (n = 0; head < 2 + k; head++)
+			n = n << 8 | in->p[head];
+		if (n < 128 || n >> 8 * (k - 1) == 0)
+			return false;
+	}
+	if (n > in->n - head)
+		return false;
+	*body = (Str){ in->p + head, n };
+	*whole = (Str){ in->p, head + n };
+	*in = from(*in, head + n);
+	return true;
+}
+
+/* The same for an element of one kind. */
+static bool
+der_next(Str *in, int tag, Str *body)
+{
+	Str whole, rest = *in;
+	int t;
+
+	if (!der_any(&rest, &t, body, &whole) || t != tag)
+		return false;
+	*in = rest;
+	return true;
+}
+
+/* ----------------------------------------------------------- 7. Time -- */
+
+/* Seconds since 1970 of a date in the Gregorian calendar, UTC. */
+static long long
+moment(int y, int mon, int d, int h, int min, int s)
+{
+	/* Years begin in March, so that a leap day is a year's last day. */
+	long long m = (mon + 9) % 12, n = y - (mon < 3);
+	long long day = 365 * n + n / 4 - n / 100 + n / 400 +
+	    (153 * m + 2) / 5 + d - 1 - 719468;
+
+	return ((day * 24 + h) * 60 + min) * 60 + s;
+}
+
+/* Take n digits off the front as a number, -1 if they are not digits. */
+static int
+digits_off(Str *s, size_t n)
+{
+	unsigned long v;
+
+	if (s->n < n || !number((Str){ s->p, n }, 9999, &v))
+		return -1;
+	*s = from(*s, n);
+	return (int)v;
+}
+
+/* hh:mm:ss with any separator, or none where sep is 0; -1 if it is not. */
+static long long
+time_of_day(Str *s, char sep)
+{
+	int part[3];
+
+	for (int i = 0; i < 3; i++) {
+		if (i && sep && (s->n == 0 || s->p[0] != sep))
+			return -1;
+		if (i && sep)
+			*s = from(*s, 1);
+		if ((part[i] = digits_off(s, 2)) < 0)
+			return -1;
+	}
+	if (part[0] > 23 || part[1] > 59 || part[2] > 60)
+		return -1;
+	return part[0] * 3600LL + part[1] * 60LL + part[2];
+}
+
+/* UTCTime or GeneralizedTime (RFC 5280 4.1.2.5), false if malformed. */
+static bool
+x509_time(int tag, Str s, long long *t)
+{
+	int y = digits_off(&s, tag == UTC_TIME ? 2 : 4);
+	int m = digits_off(&s, 2), d = digits_off(&s, 2);
+	long long clock = time_of_day(&s, 0);
+
+	if (tag != UTC_TIME && tag != TIME)
+		return false;
+	if (y < 0 || m < 1 || m > 12 || d < 1 || d > 31 || clock < 0 ||
+	    !same(s, S("Z")))
+		return false;
+	if (tag == UTC_TIME)
+		y += y < 50 ? 2000 : 1900;
+	*t = moment(y, m, d, 0, 0, 0) + clock;
+	return true;
+}
+
+/* Sun, 06 Nov 1994 08:49:37 GMT (RFC 9110 5.6.7), false if malformed. */
+static bool
+http_date(Str s, long long *t)
+{
+	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+	int d, y, m = 0;
+	long long clock;
+
+	cut(&s, ' ');
+	d = digits_off(&s, 2);
+	if (d < 1 || d > 31 || s.n < 5 || s.p[0] != ' ')
+		return false;
+	while (m < 12 && memcmp(month + 3 * m, s.p + 1, 3) != 0)
+		m++;
+	s = from(s, 5);
+	y = digits_off(&s, 4);
+	s = from(s, 1);
+	clock = time_of_day(&s, ':');
+	if (m == 12 || y < 0 || clock < 0 || !same(s, S(" GMT")))
+		return false;
+	*t = moment(y, m + 1, d, 0, 0, 0) + clock;
+	return true;
+}
+
+/* Milliseconds on a clock that nobody sets. */
+static long long
+now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
+}
+
+/* A moment as 2026-11-24T00:00:00Z, for messages. */
+static Str
+date(long long t)
+{
+	time_t when = (time_t)t;
+	struct tm tm;
+	unsigned char *p = take(24);
+	size_t n = 0;
+
+	if (gmtime_r(&when, &tm))
+		n = strftime((char *)p, 24, "%Y-%m-%dT%H:%M:%SZ", &tm);
+	return (Str){ p, n };
+}
+
+static long long deadline;	/* of the step, by now_ms() */
+
+static void
+start_clock(void)
+{
+	deadline = now_ms() + 1000LL * busy.limit;
+	alarm(busy.limit);
+}
+
+static long long
+time_left(void)
+{
+	return deadline - now_ms();
+}
+
+/* On a terminal, say what is waited for; an empty line takes it back. */
+static void
+show_wait(const char *what, long long ms)
+{
+	if (!isatty(2))
+		return;
+	write_all(2, S("\r\033[K"));
+	if (!what)
+		return;
+	line_begin(2, STRS(S("acme-step: "), step, S(": "), str(what),
+	    S(", "), num((unsigned long long)(ms + 999) / 1000), S(" s")));
+	line_flush();
+}
+
+/*
+ * Wait.  Returns false at once where the step's time would end first:
+ * the caller knows what to say then.  A little time is kept back for that.
+ */
+static bool
+pause_for(const char *what, long long ms)
+{
+	long long reserve = busy.limit * 100LL;
+	struct timespec t = { (time_t)(ms / 1000), ms % 1000 * 1000000 };
+
+	if (ms >= time_left() - (reserve < 3000 ? reserve : 3000))
+		return false;
+	doing(LATER, what, "");
+	show_wait(what, time_left());
+	while (nanosleep(&t, &t) != 0 && errno == EINTR)
+		continue;
+	show_wait(NULL, 0);
+	return true;
+}
+
+/* ---------------------------------------------------------- 8. Files -- */
+
+static bool
+is_std(const char *name)
+{
+	return !name || strcmp(name, "-") == 0;
+}
+
+/* For messages. */
+static Str
+file_name(const char *name)
+{
+	return is_std(name) ? S("standard input") : str(name);
+}
+
+static int
+open_input(const char *name)
+{
+	int fd = is_std(name) ? 0 : open(name, O_RDONLY | O_NOCTTY | O_CLOEXEC);
+
+	if (fd < 0)
+		die(MISSING, S("cannot open "), file_name(name), S(": "),
+		    why());
+	return fd;
+}
+
+/* At most n bytes, 0 at the end. */
+static size_t
+read_some(int fd, void *p, size_t n, const char *name)
+{
+	ssize_t got;
+
+	do
+		got = read(fd, p, n);
+	while (got < 0 && errno == EINTR);
+	if (got < 0)
+		die(errno == EISDIR ? MISSING : IO, S("cannot read "),
+		    file_name(name), S(": "), why());
+	return (size_t)got;
+}
+
+/* All of a file; "-" is standard input. */
+static Str
+read_file(const char *name)
+{
+	int fd = open_input(name);
+	Str s = { heap + used, 0 };
+	size_t n;
+
+	do {
+		unsigned char *p = take(4096);
+
+		n = read_some(fd, p, 4096, name);
+		used -= 4096 - n;
+		s.n += n;
+		if (s.n > INPUT)
+			die(BAD, file_name(name), S(" is larger than "),
+			    num(INPUT >> 10), S(" KiB"));
+	} while (n > 0);
+	if (fd > 2)
+		close(fd);
+	return s;
+}
+
+/*
+ * Where the result goes.  It is complete or absent: a file is written
+ * under another name beside its own, synced, and renamed at the end.
+ */
+static struct {
+	const char *file;		/* for messages; NULL: standard output */
+	const char *base, *temporary;	/* in dir; NULL: not renamed */
+	int dir, fd;
+	bool key;			/* 0600, and never replaces */
+} out = { NULL, NULL, NULL, -1, 1, false };
+
+static void
+no_place(const char *what, Str cause)
+{
+	die(NO_PLACE, S("cannot create "), str(out.file), S(": "), str(what),
+	    cause);
+}
+
+/* The directory part of a path, and the name in it. */
+static const char *
+split_path(const char *path, const char **base)
+{
+	const char *slash = strrchr(path, '/');
+
+	*base = slash ? slash + 1 : path;
+	if (!slash)
+		return ".";
+	return slash == path ? "/" :
+	    c_str((Str){ (const unsigned char *)path, (size_t)(slash - path) });
+}
+
+/* A successor keeps owner and mode, where this user may set the owner. */
+static void
+keep_mode(const struct stat *st)
+{
+	if (fchown(out.fd, st->st_uid, st->st_gid) == 0 &&
+	    fchmod(out.fd, st->st_mode & 0777) != 0)
+		no_place("", why());
+}
+
+static void
+random_bytes(void *p, size_t n)
+{
+	if (getentropy(p, n) != 0)
+		die(FAULT, S("no randomness from the system: "), why());
+}
+
+/*
+ * Create a file that the end of the step removes again, unless it is
+ * spared; -1 and errno.  No signal comes between the two.
+ */
+static int
+create(int dir, const char *name, mode_t mode)
+{
+	sigset_t all, old;
+	int fd;
+
+	sigfillset(&all);
+	sigprocmask(SIG_BLOCK, &all, &old);
+	fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW |
+	    O_CLOEXEC, mode);
+	if (fd >= 0) {
+		doomed[ndoomed].dir = dir;
+		doomed[ndoomed].name = name;
+		ndoomed++;
+	}
+	sigprocmask(SIG_SETMASK, &old, NULL);
+	return fd;
+}
+
+/* Make ready, before the first request, to write the result to a file. */
+static void
+out_open(const char *file, bool key)
+{
+	unsigned char r[8];
+	struct stat st;
+	bool old;
+
+	out.file = file;
+	out.key = key;
+	old = lstat(file, &st) == 0;
+	if (old && key)
+		no_place("it exists, and keys are never replaced", NONE);
+	if (old && S_ISLNK(st.st_mode)) {
+		if (!(file = realpath(file, (char *)take(PATH_MAX))))
+			no_place("", why());
+		old = stat(file, &st) == 0;
+	}
+	if (old && !S_ISREG(st.st_mode)) {
+		out.fd = open(file, O_WRONLY | O_NOCTTY | O_CLOEXEC);
+		if (out.fd < 0)
+			no_place("", why());
+		return;
+	}
+	out.dir = open(split_path(file, &out.base),
+	    O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (out.dir < 0)
+		no_place("", why());
+	if (!*out.base)
+		no_place("it has no name", NONE);
+	random_bytes(r, sizeof r);
+	out.temporary = c_str(cat(S(".acme-step."),
+	    hex((Str){ r, sizeof r })));
+	out.fd = create(out.dir, out.temporary, key ? 0600 : 0666);
+	if (out.fd < 0)
+		no_place("", why());
+	if (old)
+		keep_mode(&st);
+}
+
+static void
+not_written(const char *what)
+{
+	Str cause = why();
+
+	die(IO, S("cannot "), str(what), S(" "),
+	    out.file ? str(out.file) : S("standard output"), S(": "), cause);
+}
+
+/* Some file systems cannot sync some files; that is no failure of ours. */
+static void
+sync_file(int fd)
+{
+	if (fsync(fd) != 0 && errno != EINVAL && errno != ENOTSUP &&
+	    errno != EROFS)
+		not_written("sync");
+}
+
+/*
+ * Give the temporary file its name.  A key must not replace a file that
+ * appeared meanwhile: link() knows; a file system without links cannot.
+ */
+static void
+out_rename(void)
+{
+	if (!out.key || (linkat(out.dir, out.temporary, out.dir, out.base,
+	    0) != 0 && errno != EEXIST && faccessat(out.dir, out.base, F_OK,
+	    0) != 0)) {
+		if (renameat(out.dir, out.temporary, out.dir, out.base) != 0)
+			not_written("rename");
+		ndoomed--;
+		return;
+	}
+	if (errno == EEXIST)
+		no_place("it exists, and keys are never replaced", NONE);
+	undo(ndoomed - 1);
+}
+
+/* Write the result, all at once; nothing else ever writes it. */
+static void
+print(Str s)
+{
+	tells = false;
+	if (!write_all(out.fd, s))
+		not_written("write");
+	if (out.temporary)
+		sync_file(out.fd);
+	if (close(out.fd) != 0)
+		not_written("close");
+	if (!out.temporary)
+		return;
+	out_rename();
+	sync_file(out.dir);
+}
+
+/* ------------------------------------------------------------ 9. PEM -- */
+
+/* A reader of RFC 7468 blocks, fed piece by piece. */
+struct pem {
+	br_pem_decoder_context decoder;
+	size_t mark;
+	Str der;		/* of the block, on top of the heap */
+	bool bad;
+};
+
+static void
+pem_bytes(void *s, const void *p, size_t n)
+{
+	Str *to = s;
+
+	*to = cat(*to, (Str){ p, n });
+}
+
+static void
+pem_begin(struct pem *r)
+{
+	br_pem_decoder_init(&r->decoder);
+	r->mark = used;
+	r->bad = false;
+}
+
+/* Read on, to the end of the next block; false at the end of the input. */
+static bool
+pem_push(struct pem *r, Str *in)
+{
+	while (in->n > 0) {
+		size_t n = br_pem_decoder_push(&r->decoder, in->p, in->n);
+
+		*in = from(*in, n);
+		switch (br_pem_decoder_event(&r->decoder)) {
+		case BR_PEM_BEGIN_OBJ:
+			r->der = (Str){ heap + used, 0 };
+			br_pem_decoder_setdest(&r->decoder, pem_bytes,
+			    &r->der);
+			break;
+		case BR_PEM_END_OBJ:
+			return true;
+		case BR_PEM_ERROR:
+			r->bad = true;
+			return true;
+		}
+	}
+	return false;
+}
+
+/*
+ * The next block of a text that is all there.  `name` is the label, in
+ * capitals.  False at the end; then `bad` says whether it was a good one.
+ */
+static bool
+pem_next(Str *text, Str *name, Str *block, bool *bad)
+{
+	static struct pem r;
+	Str end = S("\n");	/* the text's last line may lack its own */
+	bool have;
+
+	pem_begin(&r);
+	have = pem_push(&r, text) || pem_push(&r, &end);
+	*bad = r.bad;
+	if (!have || r.bad)
+		return false;
+	*name = str(br_pem_decoder_name(&r.decoder));
+	*name = cat(NONE, *name);
+	*block = r.der;
+	return true;
+}
+
+static Str
+pem(Str block, const char *label)
+{
+	size_t n = br_pem_encode(NULL, block.p, block.n, label, BR_PEM_LINE64);
+	unsigned char *p = take(n + 1);
+
+	br_pem_encode(p, block.p, block.n, label, BR_PEM_LINE64);
+	return (Str){ p, n };
+}
+
+/* ---------------------------------------------------------- 10. Keys -- */
+
+/* What there is to know of a kind of key. */
+static const struct key_type {
+	const char *name;		/* as -t has it */
+	const char *alg;		/* RFC 7518 3.1 */
+	int curve;			/* BearSSL's and TLS's number; 0: RSA */
+	const char *crv;		/* RFC 7518 6.2.1.1 */
+	size_t size;			/* bytes of a coordinate or modulus */
+	const br_hash_class *hash;
+} key_types[] = {
+	{ "ec256", "ES256", BR_EC_secp256r1, "P-256", 32, &br_sha256_vtable },
+	{ "ec384", "ES384", BR_EC_secp384r1, "P-384", 48, &br_sha384_vtable },
+	{ "rsa2048", "RS256", 0, NULL, 256, &br_sha256_vtable },
+	{ "rsa3072", "RS256", 0, NULL, 384, &br_sha256_vtable },
+	{ "rsa4096", "RS256", 0, NULL, 512, &br_sha256_vtable },
+};
+
+struct key {
+	const struct key_type *type;
+	br_ec_private_key ec;
+	br_ec_public_key ec_public;
+	br_rsa_private_key rsa;
+	uint32_t exponent;		/* RSA's, public */
+	unsigned char secret[BR_RSA_KBUF_PRIV_SIZE(4096)];
+	unsigned char public[512 + 4];	/* RSA: the modulus */
+	size_t npublic;
+	br_skey_decoder_context decoder;
+};
+
+static struct key account_key, certificate_key;
+
+/* The whole program's elliptic curves: small, portable, constant-time. */
+static const br_ec_impl *const curves = &br_ec_all_m31;
+
+static Str
+hash(const br_hash_class *h, Str s)
+{
+	size_t n = h->desc >> BR_HASHDESC_OUT_OFF & BR_HASHDESC_OUT_MASK;
+	unsigned char *o = take(n);
+	br_hash_compat_context c;
+
+	h->init(&c.vtable);
+	h->update(&c.vtable, s.p, s.n);
+	h->out(&c.vtable, o);
+	return (Str){ o, n };
+}
+
+static Str
+sha256(Str s)
+{
+	return hash(&br_sha256_vtable, s);
+}
+
+/* Derive the public half; false if the private one cannot be right. */
+static bool
+key_complete(struct key *k)
+{
+	if (k->type->curve) {
+		k->npublic = br_ec_compute_pub(curves, &k->ec_public,
+		    k->public, &k->ec);
+		return k->npublic == 1 + 2 * k->type->size;
+	}
+	k->exponent = br_rsa_i31_compute_pubexp(&k->rsa);
+	k->npublic = br_rsa_i31_compute_modulus(k->public, &k->rsa);
+	return k->exponent > 1 && k->npublic == (k->rsa.n_bitlen + 7) / 8;
+}
+
+static void
+key_make(struct key *k, const struct key_type *type)
+{
+	br_hmac_drbg_context rng;
+	br_rsa_public_key public;
+	unsigned char seed[32];
+	bool ok;
+
+	random_bytes(seed, sizeof seed);
+	br_hmac_drbg_init(&rng, &br_sha256_vtable, seed, sizeof seed);
+	k->type = type;
+	if (type->curve)
+		ok = br_ec_keygen(&rng.vtable, curves, &k->ec, k->secret,
+		    type->curve) != 0;
+	else
+		ok = br_rsa_keygen_get_default()(&rng.vtable, &k->rsa,
+		    k->secret, &public, k->public, (unsigned)type->size * 8,
+		    65537);
+	if (!ok || !key_complete(k))
+		die(FAULT, S("cannot make a key"));
+}
+
+/* The sizes of an RSAPrivateKey's numbers (RFC 8017 A.1.2) are possible. */
+static bool
+rsa_fits(Str s)
+{
+	Str n;
+
+	for (int i = 0; i < 9; i++) {
+		size_t max = i == 1 || i == 3 ? 512 : i == 2 ? 4 : 256;
+
+		if (!der_next(&s, INTEGER, &n) || n.n > max + 1)
+			return false;
+	}
+	return s.n == 0;
+}
+
+/*
+ * BearSSL 0.6's key decoder trusts the sizes in a key.  So they are looked
+ * at first: PKCS #8 (RFC 5208 5), RSAPrivateKey or ECPrivateKey (RFC 5915).
+ */
+static bool
+key_fits(Str block, bool wrapped)
+{
+	Str all, s, n, whole, rest = block;
+	int tag;
+
+	if (!der_next(&rest, SEQUENCE, &all) || rest.n)
+		return false;
+	s = all;
+	if (!der_next(&s, INTEGER, &n) || n.n != 1 ||
+	    !der_any(&s, &tag, &n, &whole))
+		return false;
+	if (tag == INTEGER)
+		return rsa_fits(all);
+	if (tag == SEQUENCE && !wrapped)
+		return der_next(&s, OCTETS, &n) && key_fits(n, true);
+	return tag == OCTETS && n.n <= 48;
+}
+
+/* Take over what the decoder found; NULL if it suits, else why not. */
+static const char *
+key_accept(struct key *k)
+{
+	const br_ec_private_key *ec = br_skey_decoder_get_ec(&k->decoder);
+	const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&k->decoder);
+	size_t i = 0, n;
+
+	if (rsa) {
+		if (rsa->n_bitlen < 2048 || rsa->n_bitlen > 4096)
+			return "RSA keys have 2048 to 4096 bits";
+		k->rsa = *rsa;
+		k->type = &key_types[2];
+		return NULL;
+	}
+	if (!ec)
+		return "it cannot be decoded";
+	while (i < COUNT(key_types) && key_types[i].curve != ec->curve)
+		i++;
+	if (i == COUNT(key_types))
+		return "its curve is neither P-256 nor P-384";
+	k->type = &key_types[i];
+	n = k->type->size;
+	if (ec->xlen > n)
+		return "its number is too big for its curve";
+	memcpy(k->secret + n - ec->xlen, ec->x, ec->xlen);
+	k->ec = (br_ec_private_key){ ec->curve, k->secret, n };
+	return NULL;
+}
+
+/* Is an EC key's number one of the curve's (SEC 1 3.2.1): 0 < d < order? */
+static bool
+in_range(const struct key *k)
+{
+	size_t n;
+	const unsigned char *order = curves->order(k->type->curve, &n);
+	unsigned any = 0;
+
+	for (size_t i = 0; i < k->ec.xlen; i++)
+		any |= k->ec.x[i];
+	return any && n == k->ec.xlen && memcmp(k->ec.x, order, n) < 0;
+}
+
+static void
+warn_if_shared(const char *name)
+{
+	struct stat st;
+
+	if (!is_std(name) && stat(name, &st) == 0 && S_ISREG(st.st_mode) &&
+	    st.st_mode & 077)
+		warn(S("warning: the key "), str(name),
+		    S(" can be read by others (chmod 600)"));
+}
+
+/* The first private key in a PEM file, PKCS #8 or of its own kind. */
+static void
+key_read(struct key *k, const char *name)
+{
+	Str s = read_file(name), text = s, label, block;
+	const char *fault;
+	bool bad;
+
+	warn_if_shared(name);
+	while (pem_next(&s, &label, &block, &bad)) {
+		if (label.n < 11 || !same(from(label, label.n - 11),
+		    S("PRIVATE KEY")))
+			continue;
+		if (starts(label, S("ENCRYPTED")))
+			die(BAD, file_name(name), S(" is encrypted: decrypt it"
+			    " first"));
+		if (!key_fits(block, false))
+			die(BAD, file_name(name), S(" holds a malformed key, "
+			    "or one of a size or kind that is not supported"));
+		br_skey_decoder_init(&k->decoder);
+		br_skey_decoder_push(&k->decoder, block.p, block.n);
+		if ((fault = key_accept(k)))
+			die(BAD, S("the key in "), file_name(name),
+			    S(" is of no use: "), str(fault));
+		if ((k->type->curve && !in_range(k)) || !key_complete(k))
+			die(BAD, S("the numbers of the key in "),
+			    file_name(name), S(" make no key"));
+		return;
+	}
+	for (; bad && text.n; text = from(text, 1))
+		if (starts(text, S("ENCRYPTED")))
+			die(BAD, file_name(name), S(" is encrypted: decrypt it"
+			    " first"));
+	die(BAD, S("no private key in "), file_name(name),
+	    bad ? S(": malformed PEM") : NONE);
+}
+
+static Str
+key_pem(const struct key *k)
+{
+	br_rsa_public_key rsa = { (unsigned char *)k->public, k->npublic,
+	    (unsigned char *)S("\1\0\1").p, 3 };
+	unsigned char d[512], *p;
+	size_t n, nd = 0;
+
+	if (k->type->curve)
+		n = br_encode_ec_pkcs8_der(NULL, &k->ec, &k->ec_public);
+	else {
+		nd = br_rsa_i31_compute_privexp(d, &k->rsa, k->exponent);
+		n = br_encode_rsa_pkcs8_der(NULL, &k->rsa, &rsa, d, nd);
+	}
+	p = take(n);
+	if (k->type->curve)
+		br_encode_ec_pkcs8_der(p, &k->ec, &k->ec_public);
+	else
+		br_encode_rsa_pkcs8_der(p, &k->rsa, &rsa, d, nd);
+	return pem((Str){ p, n }, BR_ENCODE_PEM_PKCS8);
+}
+
+/* The RSA exponent, big-endian. */
+static Str
+exponent(const struct key *k)
+{
+	unsigned char *p = take(4);
+
+	for (int i = 0; i < 4; i++)
+		p[i] = (unsigned char)(k->exponent >> (24 - 8 * i));
+	for (size_t i = 0; ; i++)
+		if (p[i])
+			return (Str){ p + i, 4 - i };
+}
+
+/* As a JWK: exactly the members RFC 7638 3.2 hashes, in its order. */
+static Str
+jwk(const struct key *k)
+{
+	size_t n = k->type->size;
+	Str x = { k->public + 1, n }, y = { k->public + 1 + n, n };
+
+	if (!k->type->curve)
+		return obj(S("e"), quote(b64(exponent(k))), S("kty"),
+		    quote(S("RSA")), S("n"),
+		    quote(b64((Str){ k->public, k->npublic })));
+	return obj(S("crv"), quote(str(k->type->crv)), S("kty"),
+	    quote(S("EC")), S("x"), quote(b64(x)), S("y"), quote(b64(y)));
+}
+
+static Str
+thumbprint(const struct key *k)
+{
+	return b64(sha256(jwk(k)));
+}
+
+/* SubjectPublicKeyInfo (RFC 5280 4.1.2.7, RFC 5480 2, RFC 8017 A.1). */
+static Str
+public_key(const struct key *k)
+{
+	Str p = { k->public, k->npublic };
+
+	if (!k->type->curve)
+		return seq(seq(RSA_PUBLIC_KEY, S("\5\0")),
+		    bits(seq(integer(p), integer(exponent(k)))));
+	return seq(seq(EC_PUBLIC_KEY, k->type->size == 32 ? SECP256R1 :
+	    SECP384R1), bits(p));
+}
+
+/*
+ * Sign.  ECDSA's two numbers are one after another for JWS (RFC 7518 3.4),
+ * or a DER sequence for X.509 (RFC 3279 2.2.3).
+ */
+static Str
+sign(const struct key *k, Str s, bool asn1)
+{
+	Str h = hash(k->type->hash, s);
+	unsigned char *o = take(512);
+	br_ecdsa_sign ec = asn1 ? br_ecdsa_i31_sign_asn1 :
+	    br_ecdsa_i31_sign_raw;
+	size_t n = k->npublic;
+
+	if (k->type->curve)
+		n = ec(curves, k->type->hash, h.p, &k->ec, o);
+	else if (!br_rsa_i31_pkcs1_sign(BR_HASH_OID_SHA256, h.p, h.n,
+	    &k->rsa, o))
+		n = 0;
+	if (n == 0)
+		die(FAULT, S("cannot sign"));
+	used -= 512 - n;
+	return (Str){ o, n };
+}
+
+/* -------------------------------------------------- 11. Certificates -- */
+
+/* What we read of a certificate (RFC 5280 4.1); all point into der. */
+struct cert {
+	Str der, serial, issuer, subject, public_key;
+	Str alt_names;			/* GeneralNames, NONE if absent */
+	Str key_id;			/* authority key identifier, or NONE */
+	long long not_before, not_after;
+};
+
+/* What an identifier is to be called in RFC 8555 9.7.7 and RFC 8738. */
+static bool
+is_ip(Str type)
+{
+	return same(type, S("ip"));
+}
+
+/* The 4 or 16 bytes of an IP address in text, else NONE. */
+static Str
+ip_bytes(Str text)
+{
+	unsigned char *p = take(16);
+	const char *s;
+
+	if (text.n > 45 || memchr(text.p, 0, text.n))
+		return NONE;
+	s = c_str(text);
+	if (inet_pton(AF_INET, s, p) == 1)
+		return (Str){ p, 4 };
+	if (inet_pton(AF_INET6, s, p) == 1)
+		return (Str){ p, 16 };
+	return NONE;
+}
+
+/* The text of an address's bytes, as RFC 5952 has it. */
+static Str
+ip_text(Str b)
+{
+	char s[INET6_ADDRSTRLEN] = "";
+
+	inet_ntop(b.n == 4 ? AF_INET : AF_INET6, b.p, s, sizeof s);
+	return cat(NONE, str(s));
+}
+
+/* Times, notBefore and notAfter. */
+static bool
+cert_validity(Str s, struct cert *c)
+{
+	Str body, whole;
+	int tag;
+
+	return der_any(&s, &tag, &body, &whole) &&
+	    x509_time(tag, body, &c->not_before) &&
+	    der_any(&s, &tag, &body, &whole) &&
+	    x509_time(tag, body, &c->not_after) && s.n == 0;
+}
+
+/* The two extensions that we use, of the list (RFC 5280 4.2.1). */
+static bool
+cert_extensions(Str list, struct cert *c)
+{
+	Str ext, id, value, critical, inner;
+
+	while (list.n > 0) {
+		if (!der_next(&list, SEQUENCE, &ext) ||
+		    !der_next(&ext, OID, &id))
+			return false;
+		der_next(&ext, BOOLEAN, &critical);
+		if (!der_next(&ext, OCTETS, &value) || ext.n)
+			return false;
+		if (same(id, S("\x55\x1d\x11")) &&
+		    !der_next(&value, SEQUENCE, &c->alt_names))
+			return false;
+		if (same(id, S("\x55\x1d\x23")) &&
+		    der_next(&value, SEQUENCE, &inner))
+			der_next(&inner, 0x80, &c->key_id);
+	}
+	return true;
+}
+
+/* Read a certificate's DER; false if it is none. */
+static bool
+cert_read(Str der, struct cert *c)
+{
+	Str rest = der, outer, s, skip, list;
+	int tag;
+
+	*c = (struct cert){ .der = der };
+	if (!der_next(&rest, SEQUENCE, &outer) || rest.n ||
+	    !der_next(&outer, SEQUENCE, &s))
+		return false;
+	der_next(&s, VERSION_0, &skip);
+	if (!der_next(&s, INTEGER, &c->serial) ||
+	    !der_next(&s, SEQUENCE, &skip) ||
+	    !der_any(&s, &tag, &skip, &c->issuer) ||
+	    !der_next(&s, SEQUENCE, &skip) || !cert_validity(skip, c) ||
+	    !der_any(&s, &tag, &skip, &c->subject) ||
+	    !der_any(&s, &tag, &skip, &c->public_key))
+		return false;
+	while (s.n > 0) {
+		if (!der_any(&s, &tag, &skip, &list))
+			return false;
+		if (tag == EXTS && (!der_next(&skip, SEQUENCE, &list) ||
+		    !cert_extensions(list, c)))
+			return false;
+	}
+	return true;
+}
+
+/* Is an identifier among the subject's alternative names? */
+static bool
+cert_names(const struct cert *c, Str type, Str value)
+{
+	Str list = c->alt_names, name, whole;
+	Str ip = is_ip(type) ? ip_bytes(value) : NONE;
+	int tag;
+
+	while (list.n > 0 && der_any(&list, &tag, &name, &whole)) {
+		if (is_ip(type) ? tag == IP_NAME && same(name, ip) :
+		    tag == DNS_NAME && same_word(name, value))
+			return true;
+	}
+	return false;
+}
+
+/* ------------------------------------------------------ 12. Requests -- */
+
+/* One subject alternative name (RFC 5280 4.2.1.6). */
+static Str
+general_name(Str type, Str value)
+{
+	return is_ip(type) ? der(IP_NAME, ip_bytes(value)) :
+	    der(DNS_NAME, value);
+}
+
+/*
+ * PKCS #10 (RFC 2986 4.1):
+ *
+ *	SEQUENCE { version 0, subject, SubjectPublicKeyInfo,
+ *	           [0] { extensionRequest { subjectAltName } } }
+ *
+ * The subject is empty, but for a common name where one is given: a CA
+ * reads the names from subjectAltName (RFC 8555 7.4), which is critical
+ * where the subject is empty (RFC 5280 4.2.1.6).  `names` are
+ * GeneralNames.
+ */
+static Str
+request(const struct key *k, Str names, Str common_name)
+{
+	Str subject = common_name.n ? seq(der(SET, seq(COMMON_NAME,
+	    der(UTF8, common_name)))) : seq(NONE);
+	Str info = seq(
+	    der(INTEGER, S("\0")),
+	    subject,
+	    public_key(k),
+	    der(ATTRS,
+	        seq(EXTENSIONS,
+	            der(SET, seq(seq(SUBJECT_ALT,
+	                common_name.n ? NONE : der(BOOLEAN, S("\xff")),
+	                der(OCTETS, seq(names))))))));
+	Str algorithm = !k->type->curve ? seq(RSA_SHA256, S("\5\0")) :
+	    k->type->size == 32 ? seq(ECDSA_SHA256) : seq(ECDSA_SHA384);
+
+	return seq(info, algorithm, bits(sign(k, info, true)));
+}
+
+/* The public key in somebody's request; false if the DER is no request. */
+static bool
+request_key(Str der, Str *key)
+{
+	Str outer, info, skip, rest = der;
+	int tag;
+
+	return der_next(&rest, SEQUENCE, &outer) && rest.n == 0 &&
+	    der_next(&outer, SEQUENCE, &info) &&
+	    der_next(&info, INTEGER, &skip) &&
+	    der_next(&info, SEQUENCE, &skip) &&
+	    der_any(&info, &tag, &skip, key) && tag == SEQUENCE &&
+	    der_next(&outer, SEQUENCE, &skip) &&
+	    der_next(&outer, BITS, &skip) && outer.n == 0;
+}
+
+/* ------------------------------------------------- 13. Trust anchors -- */
+
+/* The file of trust anchors; NULL: the two that are built in. */
+static const char *anchor_file;
+static br_x509_trust_anchor anchor[ANCHORS];
+static size_t nanchor;
+
+/* Where systems keep their bundle. */
+static const char *const bundle[] = {
+	"/etc/ssl/certs/ca-certificates.crt",	/* Debian, Alpine, Arch */
+	"/etc/pki/tls/certs/ca-bundle.crt",	/* Fedora, RHEL */
+	"/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+	"/etc/ssl/ca-bundle.pem",		/* openSUSE */
+	"/etc/ssl/cert.pem",			/* BSD, musl systems */
+};
+
+/*
+ * The roots of Let's Encrypt: ISRG Root X1 (RSA, its modulus) and X2
+ * (P-384, its point), base64url.
+ */
+static const char isrg_x1[] =
+    "regkc_QUN_ObnitXKByHvty33ziQjG485legePd1wqL-9Wpu9gBPKNveaIZsRJO2"
+    "sWP9FBJrvx_S6jGbIX7RMzy6SPXded-zuP8S8SGaS8GKhnFpSmZmbI9-PHC_rSki"
+    "BvPkwOaAruJLj7eZfpQDn9NHl3yZSCNT6DiuTwpvgy7RSVeMgHS22i_QOI17A3Ah"
+    "G3XyMDz6j67d2mOr6xZPwo4RS37PC-j_tXcu9LJ7SuBMEiUMcI0DKaDhUyTsE9nu"
+    "Gb8Qs0qMP4mjYVHerIcHlPRjcewu4m9bmIHhiVw0eWx27zuQYnnm26SaLybF0BDh"
+    "Dt7ZEI4W-7f3qPfH5QIHmI82CJXn4jeWDTZ1nvsOcrEdm7wD-UkF2IHdBbQq1kHp"
+    "rAF2lQoP2N_VvRIfNS8oF2zSmMGoCWR3bkc3us6sWV5onX9y1onFBkEpPlk-3Sb1"
+    "JMkRp1qjTEAfRqGZtac6UW6GO559cqcSBXhZ7T5ReBULA4-N0C8Fsj57ShxLcwUS"
+    "_Mbq4FATfEOTdLPKdOeOHwEI0DDUW3E2tAe6wTAwXEi3gjuYpn1giqKjKYLMur2D"
+    "BBuigwNBodYF8RvCtvCofIY7RqhIKojcdpp2vx9qpT0Zj-s482TeyCsNCij_99vi"
+    "FULUItAnXeF5_hjncIitTubZizrG3SdRbv-8ZPUzQ08";
+static const char isrg_x2[] =
+    "BM2b1Z-AgwrsCUrzFko-XM93rN5nBQ0dB7bcFvtaixTb4nFgxLpFlRGJjuoG3_cq"
+    "FhykucXFMuAD4B6CGDiL10XYCmpu5gB3-wJRfSLYCm6aW3ff8PpB7DncdcpoBwwf"
+    "6g";
+
+static void
+add_anchor(Str dn, unsigned flags, const br_x509_pkey *key)
+{
+	if (nanchor == ANCHORS)
+		die(FAULT, S("more than "), num(ANCHORS),
+		    S(" trust anchors fit the server's chain"));
+	anchor[nanchor++] = (br_x509_trust_anchor){
+	    { (unsigned char *)dn.p, dn.n }, flags, *key };
+}
+
+/* The name of one of the built-in roots. */
+static Str
+isrg_name(Str common_name)
+{
+	return seq(
+	    der(SET, seq(COUNTRY, der(PRINTABLE, S("US")))),
+	    der(SET, seq(ORGANIZATION, der(PRINTABLE,
+	        S("Internet Security Research Group")))),
+	    der(SET, seq(COMMON_NAME, der(PRINTABLE, common_name))));
+}
+
+static void
+built_in_anchors(void)
+{
+	Str x1 = unb64(S(isrg_x1)), x2 = unb64(S(isrg_x2));
+	br_x509_pkey rsa = { BR_KEYTYPE_RSA, { .rsa = {
+	    (unsigned char *)x1.p, x1.n,
+	    (unsigned char *)S("\1\0\1").p, 3 } } };
+	br_x509_pkey ec = { BR_KEYTYPE_EC, { .ec = {
+	    BR_EC_secp384r1, (unsigned char *)x2.p, x2.n } } };
+
+	add_anchor(isrg_name(S("ISRG Root X1")), BR_X509_TA_CA, &rsa);
+	add_anchor(isrg_name(S("ISRG Root X2")), BR_X509_TA_CA, &ec);
+}
+
+/* A certificate of the bundle becomes an anchor, if its key is usable. */
+static bool
+decode_anchor(const struct cert *c)
+{
+	static br_x509_decoder_context decoder;
+	const br_x509_pkey *key;
+	br_x509_pkey copy;
+
+	br_x509_decoder_init(&decoder, NULL, NULL);
+	br_x509_decoder_push(&decoder, c->der.p, c->der.n);
+	key = br_x509_decoder_get_pkey(&decoder);
+	if (!key)
+		return false;
+	copy = *key;
+	if (key->key_type == BR_KEYTYPE_RSA) {
+		copy.key.rsa.n = (unsigned char *)cat(NONE,
+		    (Str){ key->key.rsa.n, key->key.rsa.nlen }).p;
+		copy.key.rsa.e = (unsigned char *)cat(NONE,
+		    (Str){ key->key.rsa.e, key->key.rsa.elen }).p;
+	} else
+		copy.key.ec.q = (unsigned char *)cat(NONE,
+		    (Str){ key->key.ec.q, key->key.ec.qlen }).p;
+	add_anchor(c->subject,
+	    br_x509_decoder_isCA(&decoder) ? BR_X509_TA_CA : 0, &copy);
+	return true;
+}
+
+/*
+ * Read the file of anchors.  A bundle has 150, a chain can need few: only
+ * those are decoded whose name is one of a chain's; the others are
+ * forgotten at once.  Without a chain, just see that there are some.
+ */
+static void
+read_anchors(const struct cert *chain, size_t n)
+{
+	static struct pem r;
+	unsigned char buf[4096];
+	int fd = open_input(anchor_file);
+	struct cert c;
+	bool any = false;
+	Str in;
+
+	pem_begin(&r);
+	while ((in.n = read_some(fd, buf, sizeof buf, anchor_file)) > 0) {
+		in.p = buf;
+		while (pem_push(&r, &in)) {
+			bool wanted = false;
+
+			if (r.bad || r.der.n > CERT)
+				pem_begin(&r);
+			else if (cert_read(r.der, &c)) {
+				any = true;
+				for (size_t i = 0; i < n; i++)
+					wanted |= same(c.subject,
+					    chain[i].issuer) ||
+					    same(c.subject, chain[i].subject);
+			}
+			if (!wanted || !decode_anchor(&c))
+				used = r.mark;
+			r.mark = used;
+		}
+		if (!n && any)
+			break;
+	}
+	close(fd);
+	if (!any)
+		die(BAD, S("no certificate in "), str(anchor_file));
+}
+
+/* Choose the anchors' file, and see that it is one, before any request. */
+static void
+find_anchors(const char *option)
+{
+	const char *env = getenv("SSL_CERT_FILE");
+
+	anchor_file = option ? option : env && *env ? env : NULL;
+	for (size_t i = 0; !anchor_file && i < COUNT(bundle); i++)
+		if (access(bundle[i], R_OK) == 0)
+			anchor_file = bundle[i];
+	if (anchor_file)
+		read_anchors(NULL, 0);
+}
+
+/* ---------------------------------------------------- 14. Validation -- */
+
+/*
+ * BearSSL's X.509 engine wants its anchors before it sees the chain, and
+ * knows DNS names alone.  So this one, around it, first collects the
+ * server's chain, then finds the anchors for it, lets BearSSL validate,
+ * and looks for the IP address itself.
+ */
+static struct {
+	const br_x509_class *vtable;
+	br_x509_minimal_context inner;
+	const char *name;		/* of the server, NULL for an address */
+	Str ip;				/* or its address's bytes */
+	Str der[CERTS];
+	struct cert cert[CERTS];
+	size_t n, lost;			/* lost: certificates too many or big */
+	bool ok;
+} chain;
+
+static void
+chain_start(const br_x509_class **self, const char *name)
+{
+	(void)self;
+	chain.name = name;
+	chain.n = chain.lost = 0;
+}
+
+static void
+chain_start_cert(const br_x509_class **self, uint32_t length)
+{
+	(void)self;
+	if (chain.n == CERTS || length > CERT)
+		chain.lost++;
+	else
+		chain.der[chain.n] = NONE;
+}
+
+static void
+chain_append(const br_x509_class **self, const unsigned char *p, size_t n)
+{
+	(void)self;
+	if (!chain.lost)
+		chain.der[chain.n] = cat(chain.der[chain.n], (Str){ p, n });
+}
+
+static void
+chain_end_cert(const br_x509_class **self)
+{
+	(void)self;
+	if (!chain.lost)
+		chain.n++;
+}
+
+static unsigned
+chain_validate(void)
+{
+	br_x509_minimal_context *x = &chain.inner;
+	const br_x509_class **v = &x->vtable;
+
+	br_x509_minimal_init(x, &br_sha256_vtable, anchor, nanchor);
+	br_x509_minimal_set_rsa(x, br_rsa_i31_pkcs1_vrfy);
+	br_x509_minimal_set_ecdsa(x, curves, br_ecdsa_i31_vrfy_asn1);
+	br_x509_minimal_set_hash(x, br_sha256_ID, &br_sha256_vtable);
+	br_x509_minimal_set_hash(x, br_sha384_ID, &br_sha384_vtable);
+	br_x509_minimal_set_hash(x, br_sha512_ID, &br_sha512_vtable);
+	br_x509_minimal_set_minrsa(x, 2048 / 8);
+	(*v)->start_chain(v, chain.name);
+	for (size_t i = 0; i < chain.n; i++) {
+		(*v)->start_cert(v, (uint32_t)chain.der[i].n);
+		(*v)->append(v, chain.der[i].p, chain.der[i].n);
+		(*v)->end_cert(v);
+	}
+	return (*v)->end_chain(v);
+}
+
+static unsigned
+chain_end(const br_x509_class **self)
+{
+	unsigned err;
+
+	(void)self;
+	if (chain.lost)
+		return BR_ERR_X509_LIMIT_EXCEEDED;
+	for (size_t i = 0; i < chain.n; i++)
+		if (!cert_read(chain.der[i], &chain.cert[i]))
+			return BR_ERR_X509_UNEXPECTED;
+	nanchor = 0;
+	if (anchor_file)
+		read_anchors(chain.cert, chain.n);
+	else
+		built_in_anchors();
+	err = chain_validate();
+	if (err == 0 && !chain.name && (chain.ip.n == 0 ||
+	    !cert_names(&chain.cert[0], S("ip"), ip_text(chain.ip))))
+		err = BR_ERR_X509_BAD_SERVER_NAME;
+	return err;
+}
+
+static const br_x509_pkey *
+chain_key(const br_x509_class *const *self, unsigned *usages)
+{
+	const br_x509_class *const *v = &chain.inner.vtable;
+
+	(void)self;
+	return (*v)->get_pkey(v, usages);
+}
+
+static const br_x509_class chain_vtable = {
+	sizeof chain, chain_start, chain_start_cert, chain_append,
+	chain_end_cert, chain_end, chain_key
+};
+
+/* Why a chain did not convince: an expired one may be a wrong clock. */
+static Str
+chain_fault(int err)
+{
+	long long now = (long long)time(NULL);
+	const struct cert *c = chain.cert, *end = c + chain.n;
+
+	switch (err) {
+	case BR_ERR_X509_EXPIRED:
+		while (c < end && now >= c->not_before && now <= c->not_after)
+			c++;
+		if (now < RELEASED)
+			return cat(S("the clock is wrong: it shows "),
+			    date(now), S(", set it"));
+		return c == end ? S("its certificate is out of date") :
+		    cat(S("its certificate is "), now < c->not_before ?
+		    S("not valid before ") : S("expired since "),
+		    date(now < c->not_before ? c->not_before : c->not_after),
+		    S(", and the clock here shows "), date(now));
+	case BR_ERR_X509_BAD_SERVER_NAME:
+		return S("its certificate is for another name");
+	case BR_ERR_X509_NOT_TRUSTED:
+		return cat(S("its certificate comes from no authority in "),
+		    anchor_file ? str(anchor_file) :
+		    S("the built-in roots"), S(" (see -C)"));
+	case BR_ERR_X509_WEAK_PUBLIC_KEY:
+		return S("its certificate's key is too short");
+	case BR_ERR_X509_LIMIT_EXCEEDED:
+		return S("its chain is too long");
+	}
+	return cat(S("its certificate is not acceptable (BearSSL error "),
+	    num((unsigned)err), S(")"));
+}
+
+/* --------------------------------------------------- 15. Connections -- */
+
+/* A URL taken apart (RFC 3986 3); only https, as RFC 8555 6.1 wants. */
+struct url {
+	Str host, port, path;		/* the path with its query */
+	Str origin;			/* https://host:port as written */
+};
+
+static bool
+url_read(Str s, struct url *u)
+{
+	Str rest, authority;
+	unsigned long port;
+	size_t n = 0;
+
+	for (size_t i = 0; i < s.n; i++)
+		if (s.p[i] <= ' ' || s.p[i] >= 0x7f || strchr("#\"<>\\^`{|}",
+		    s.p[i]))
+			return false;
+	if (s.n > WORD || s.n < 8 || !same_word((Str){ s.p, 8 },
+	    S("https://")))
+		return false;
+	rest = from(s, 8);
+	while (n < rest.n && rest.p[n] != '/' && rest.p[n] != '?')
+		n++;
+	authority = (Str){ rest.p, n };
+	u->path = from(rest, n);
+	u->origin = (Str){ s.p, 8 + n };
+	if (starts(authority, S("["))) {
+		authority = from(authority, 1);
+		u->host = cut(&authority, ']');
+		if (ip_bytes(u->host).n != 16 ||
+		    (authority.n && *authority.p != ':'))
+			return false;
+		authority = from(authority, 1);
+	} else {
+		u->host = cut(&authority, ':');
+		if (!made_of(u->host, ALPHA DIGIT "-._"))
+			return false;
+	}
+	u->port = authority.n ? authority : S("443");
+	return u->host.n > 0 && u->host.n <= HOSTNAME &&
+	    number(u->port, 65535, &port) && port > 0;
+}
+
+static bool
+is_url(Str s)
+{
+	struct url u;
+	size_t mark = used;
+	bool ok = url_read(s, &u);
+
+	used = mark;
+	return ok;
+}
+
+/* The connection; at most one is open. */
+static struct {
+	int fd;
+	char host[HOSTNAME + 1], port[6];
+	bool clean;			/* the server ended it as TLS wants */
+	size_t at, have;
+	unsigned char in[4096], tls_buffer[BR_SSL_BUFSIZE_BIDI];
+	br_sslio_context io;
+	br_ssl_client_context tls;
+} conn = { .fd = -1 };
+
+static int family = AF_UNSPEC;		/* -4, -6 */
+
+/* poll(), which a stopped and continued process sees interrupted. */
+static int
+wait_for(struct pollfd *p, int ms)
+{
+	int n;
+
+	do
+		n = poll(p, 1, ms);
+	while (n < 0 && errno == EINTR);
+	return n;
+}
+
+/* Connect to one address within ms; -1 and errno. */
+static int
+connect_to(const struct addrinfo *a, int ms)
+{
+	int fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
+	int flags, on = 1, err = 0;
+	socklen_t n = sizeof err;
+	struct pollfd p = { fd, POLLOUT, 0 };
+
+	if (fd < 0)
+		return -1;
+	flags = fcntl(fd, F_GETFL);
+	fcntl(fd, F_SETFD, FD_CLOEXEC);
+	fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+	if (connect(fd, a->ai_addr, a->ai_addrlen) != 0) {
+		if (errno != EINPROGRESS)
+			err = errno;
+		else if (wait_for(&p, ms) <= 0)
+			err = ETIMEDOUT;
+		else if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &n) != 0)
+			err = errno;
+	}
+	if (err) {
+		close(fd);
+		errno = err;
+		return -1;
+	}
+	fcntl(fd, F_SETFL, flags);
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+	return fd;
+}
+
+/*
+ * A stream of bytes to host:port, as a file descriptor: here over TCP, to
+ * the first address that answers.
+ */
+static int
+dial(const char *host, const char *port)
+{
+	struct addrinfo hint = { .ai_family = family,
+	    .ai_socktype = SOCK_STREAM }, *list, *a;
+	int fd = -1, err;
+
+	doing(CA_DOWN, "looking up the address of ", host);
+	if ((err = getaddrinfo(host, port, &hint, &list)) != 0)
+		die(CA_DOWN, S("cannot find the address of "), str(host),
+		    S(": "), str(gai_strerror(err)));
+	doing(CA_DOWN, "connecting to ", host);
+	for (a = list; a && fd < 0; a = a->ai_next)
+		fd = connect_to(a, CONNECT * 1000);
+	if (fd < 0)
+		die(CA_DOWN, S("cannot connect to "), str(host), S(" port "),
+		    str(port), S(": "), why());
+	freeaddrinfo(list);
+	return fd;
+}
+
+static int
+tls_read(void *c, unsigned char *p, size_t n)
+{
+	ssize_t got;
+
+	(void)c;
+	do
+		got = read(conn.fd, p, n);
+	while (got < 0 && errno == EINTR);
+	return got > 0 ? (int)got : -1;
+}
+
+static int
+tls_write(void *c, const unsigned char *p, size_t n)
+{
+	(void)c;
+	return write_all(conn.fd, (Str){ p, n }) ? (int)n : -1;
+}
+
+/* TLS 1.2 with the suites of RFC 9325 4.2; nothing that is not needed. */
+static void
+tls_setup(void)
+{
+	static const uint16_t suites[] = {
+		BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+		BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+		BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+		BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+		BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+		BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+	};
+	br_ssl_engine_context *e = &conn.tls.eng;
+
+	br_ssl_client_zero(&conn.tls);
+	br_ssl_engine_set_versions(e, BR_TLS12, BR_TLS12);
+	br_ssl_engine_add_flags(e, BR_OPT_NO_RENEGOTIATION);
+	br_ssl_engine_set_suites(e, suites, COUNT(suites));
+	br_ssl_engine_set_hash(e, br_sha256_ID, &br_sha256_vtable);
+	br_ssl_engine_set_hash(e, br_sha384_ID, &br_sha384_vtable);
+	br_ssl_engine_set_hash(e, br_sha512_ID, &br_sha512_vtable);
+	br_ssl_engine_set_prf_sha256(e, &br_tls12_sha256_prf);
+	br_ssl_engine_set_prf_sha384(e, &br_tls12_sha384_prf);
+	br_ssl_engine_set_ec(e, curves);
+	br_ssl_engine_set_ecdsa(e, br_ecdsa_i31_vrfy_asn1);
+	br_ssl_engine_set_rsavrfy(e, br_rsa_i31_pkcs1_vrfy);
+	br_ssl_engine_set_gcm(e, &br_sslrec_in_gcm_vtable,
+	    &br_sslrec_out_gcm_vtable);
+	br_ssl_engine_set_aes_ctr(e, &br_aes_ct_ctr_vtable);
+	br_ssl_engine_set_ghash(e, br_ghash_ctmul);
+	br_ssl_engine_set_chapol(e, &br_sslrec_in_chapol_vtable,
+	    &br_sslrec_out_chapol_vtable);
+	br_ssl_engine_set_chacha20(e, br_chacha20_ct_run);
+	br_ssl_engine_set_poly1305(e, br_poly1305_ctmul_run);
+	chain.vtable = &chain_vtable;
+	br_ssl_engine_set_x509(e, &chain.vtable);
+	br_ssl_engine_set_buffer(e, conn.tls_buffer, sizeof conn.tls_buffer,
+	    1);
+}
+
+/* Why there is no TLS with the server. */
+static Str
+tls_fault(int err)
+{
+	if (err >= BR_ERR_X509_INVALID_VALUE && err <= BR_ERR_X509_NOT_TRUSTED)
+		return chain_fault(err);
+	switch (err) {
+	case BR_ERR_IO:
+		return S("the connection ended during the TLS handshake");
+	case BR_ERR_BAD_VERSION:
+	case BR_ERR_UNKNOWN_TYPE:
+		return S("it does not speak TLS");
+	case BR_ERR_UNSUPPORTED_VERSION:
+	case BR_ERR_RECV_FATAL_ALERT + 70:	/* protocol_version */
+		return S("it does not speak TLS 1.2");
+	case BR_ERR_RECV_FATAL_ALERT + 40:	/* handshake_failure */
+		return S("it shares no TLS 1.2 cipher suite with us");
+	case BR_ERR_RECV_FATAL_ALERT + 112:	/* unrecognized_name */
+		return S("it does not know that name");
+	}
+	return cat(S("TLS failed (BearSSL error "), num((unsigned)err),
+	    S(")"));
+}
+
+static void
+tls_failed(int err)
+{
+	die(CA_DOWN, S("cannot talk to "), str(conn.host), S(": "),
+	    tls_fault(err));
+}
+
+static void
+conn_close(void)
+{
+	unsigned char *p;
+	size_t n;
+
+	if (conn.fd < 0)
+		return;
+	br_ssl_engine_close(&conn.tls.eng);
+	while ((p = br_ssl_engine_sendrec_buf(&conn.tls.eng, &n)) &&
+	    tls_write(NULL, p, n) > 0)
+		br_ssl_engine_sendrec_ack(&conn.tls.eng, n);
+	close(conn.fd);
+	conn.fd = -1;
+}
+
+/* Be connected to the host of a URL; what is open already may do. */
+static void
+conn_open(const struct url *u)
+{
+	Str host = lower(u->host);
+	unsigned char seed[32];
+	const char *name;
+
+	if (conn.fd >= 0 && same(host, str(conn.host)) &&
+	    same(u->port, str(conn.port)))
+		return;
+	conn_close();
+	memcpy(conn.host, c_str(host), host.n + 1);
+	memcpy(conn.port, c_str(u->port), u->port.n + 1);
+	conn.at = conn.have = 0;
+	conn.clean = false;
+	chain.ip = ip_bytes(host);
+	name = chain.ip.n ? NULL : conn.host;
+	conn.fd = dial(conn.host, conn.port);
+	doing(CA_DOWN, "shaking hands with ", conn.host);
+	tls_setup();
+	random_bytes(seed, sizeof seed);
+	br_ssl_engine_inject_entropy(&conn.tls.eng, seed, sizeof seed);
+	br_ssl_client_reset(&conn.tls, name, 0);
+	br_sslio_init(&conn.io, &conn.tls.eng, tls_read, NULL, tls_write,
+	    NULL);
+	if (br_sslio_flush(&conn.io) != 0)
+		tls_failed(br_ssl_engine_last_error(&conn.tls.eng));
+}
+
+/* The next byte, or -1 at the end of the connection. */
+static int
+conn_byte(void)
+{
+	if (conn.at == conn.have) {
+		int n = br_sslio_read(&conn.io, conn.in, sizeof conn.in);
+		int err = br_ssl_engine_last_error(&conn.tls.eng);
+
+		if (n <= 0) {
+			if (err != BR_ERR_OK && err != BR_ERR_IO)
+				tls_failed(err);
+			conn.clean = err == BR_ERR_OK;
+			return -1;
+		}
+		conn.have = (size_t)n;
+		conn.at = 0;
+	}
+	return conn.in[conn.at++];
+}
+
+/* ---------------------------------------------------------- 16. HTTP -- */
+
+struct message {
+	const char *method;
+	Str url, body;
+	bool once;		/* not to be sent again, come what may */
+};
+
+struct reply {
+	int status;
+	Str url, location, nonce, links, body;
+	long retry_after;	/* seconds from now, -1 if absent */
+	bool last;		/* the connection ends with it */
+};
+
+#define broken(r, ...) \
+    die(BROKEN, S("the reply from "), (r)->url, S(" "), __VA_ARGS__)
+
+static bool verbose;		/* -v */
+
+/*
+ * One line up to its LF, without CR LF, on top of the heap; at most `room`
+ * bytes.  False where the connection ends before the line does.
+ */
+static bool
+http_line(struct reply *r, size_t *room, Str *s)
+{
+	int c;
+
+	*s = (Str){ heap + used, 0 };
+	while ((c = conn_byte()) != '\n') {
+		if (c < 0)
+			return false;
+		if ((*room)-- == 0)
+			die(FAULT, S("the header of the reply from "), r->url,
+			    S(" is larger than "), num(HEAD >> 10), S(" KiB"));
+		*take(1) = (unsigned char)c;
+		s->n++;
+	}
+	if (s->n && s->p[s->n - 1] == '\r')
+		s->n--;
+	for (size_t i = 0; i < s->n; i++)
+		if ((s->p[i] < ' ' && s->p[i] != '\t') || s->p[i] == 0x7f)
+			broken(r, S("has a control character in its header"));
+	return true;
+}
+
+static void
+cut_off(const struct reply *r)
+{
+	die(CA_DOWN, S("the connection ended early, in the reply from "),
+	    r->url);
+}
+
+/* HTTP/1.x NNN (RFC 9112 4). */
+static int
+http_status(struct reply *r, Str s)
+{
+	unsigned long n;
+	Str version = cut(&s, ' '), code = cut(&s, ' ');
+
+	if (!starts(version, S("HTTP/1.")) || version.n != 8 || code.n != 3 ||
+	    !number(code, 999, &n) || n < 100)
+		broken(r, S("is not HTTP/1"));
+	r->last = version.p[7] == '0';
+	return (int)n;
+}
+
+/* Seconds or a date (RFC 9110 10.2.3); nonsense is as if absent. */
+static long
+retry_after(Str s)
+{
+	unsigned long n;
+	long long t;
+
+	if (starts(s, S("-")))
+		return 0;
+	if (number(s, MAX_WAIT, &n))
+		return (long)n;
+	if (made_of(s, DIGIT))
+		return MAX_WAIT;
+	if (!http_date(s, &t))
+		return -1;
+	t -= (long long)time(NULL);
+	return t < 0 ? 0 : t > MAX_WAIT ? MAX_WAIT : (long)t;
+}
+
+/* How long the body is: a length, chunks, or to the end. */
+struct framing {
+	bool has_length, chunked;
+	unsigned long length;
+};
+
+/* One header field that we use (RFC 9112 5). */
+static void
+http_field(struct reply *r, struct framing *f, Str name, Str value)
+{
+	unsigned long n;
+
+	if (same_word(name, S("Location")))
+		r->location = value;
+	else if (same_word(name, S("Replay-Nonce"))) {
+		/* RFC 8555 6.5.1: what is not base64url is to be ignored. */
+		if (is_b64(value) && value.n <= NONCE)
+			r->nonce = value;
+	} else if (same_word(name, S("Retry-After")))
+		r->retry_after = retry_after(value);
+	else if (same_word(name, S("Link")))
+		r->links = cat(NONE, r->links, r->links.n ? S(",") : NONE,
+		    value);
+	else if (same_word(name, S("Content-Length"))) {
+		if (!number(value, 1UL << 31, &n) ||
+		    (f->has_length && n != f->length))
+			broken(r, S("has no clear length: "), value);
+		f->has_length = true;
+		f->length = n;
+	} else if (same_word(name, S("Transfer-Encoding"))) {
+		if (!same_word(value, S("chunked")) || f->chunked)
+			broken(r, S("has a transfer coding that nobody asked"
+			    " for: "), value);
+		f->chunked = true;
+	} else if (same_word(name, S("Connection")))
+		while (value.n)
+			if (same_word(trim(cut(&value, ',')), S("close")))
+				r->last = true;
+}
+
+/* The header; false where nothing came at all. */
+static bool
+http_head(struct reply *r, struct framing *f)
+{
+	size_t room = HEAD;
+	Str s, name;
+
+	do {
+		if (!http_line(r, &room, &s)) {
+			if (s.n == 0 && room == HEAD)
+				return false;
+			cut_off(r);
+		}
+		r->status = http_status(r, s);
+		for (;;) {
+			if (!http_line(r, &room, &s))
+				cut_off(r);
+			if (s.n == 0)
+				break;
+			name = cut(&s, ':');
+			if (name.p + name.n == s.p ||
+			    !made_of(name, ALPHA DIGIT "!#$%&'*+-.^_`|~"))
+				broken(r, S("has a malformed header"));
+			if (r->status >= 200)
+				http_field(r, f, name, trim(s));
+		}
+	} while (r->status < 200);
+	if (f->chunked && f->has_length)
+		broken(r, S("has two lengths"));
+	return true;
+}
+
+/* Read n bytes more of the body, on top of the heap. */
+static void
+http_bytes(struct reply *r, unsigned long n)
+{
+	if (n > BODY || r->body.n + n > BODY)
+		die(FAULT, S("the reply from "), r->url, S(" is larger than "),
+		    num(BODY >> 10), S(" KiB"));
+	while (n-- > 0) {
+		int c = conn_byte();
+
+		if (c < 0)
+			cut_off(r);
+		*take(1) = (unsigned char)c;
+		r->body.n++;
+	}
+}
+
+/* A chunk's size in hexadecimal, before its extensions (RFC 9112 7.1). */
+static unsigned long
+chunk_size(struct reply *r, Str s)
+{
+	Str size = trim(cut(&s, ';'));
+	unsigned long n = 0;
+
+	if (!made_of(size, DIGIT "abcdefABCDEF"))
+		broken(r, S("has a chunk without a size"));
+	for (size_t i = 0; i < size.n; i++) {
+		int c = lower_case(size.p[i]);
+
+		n = n << 4 | (unsigned)(c <= '9' ? c - '0' : c - 'a' + 10);
+		if (n > BODY)
+			http_bytes(r, n);
+	}
+	return n;
+}
+
+static void
+http_chunks(struct reply *r)
+{
+	size_t room = HEAD, mark;
+	unsigned long n;
+	Str s;
+
+	do {
+		mark = used;
+		if (!http_line(r, &room, &s))
+			cut_off(r);
+		n = chunk_size(r, s);
+		used = mark;
+		http_bytes(r, n);
+		mark = used;
+		if (!http_line(r, &room, &s))
+			cut_off(r);
+		if (n && s.n)
+			broken(r, S("has a chunk of the wrong size"));
+		while (!n && s.n)	/* trailers */
+			if (!http_line(r, &room, &s))
+				cut_off(r);
+		used = mark;
+		room = HEAD;
+	} while (n);
+}
+
+/* Receive the reply to a message; false where the connection is gone. */
+static bool
+http_receive(const struct message *q, struct reply *r)
+{
+	struct framing f = { false, false, 0 };
+	int c;
+
+	*r = (struct reply){ .url = q->url, .retry_after = -1 };
+	doing(CA_DOWN, "waiting for a reply from ", conn.host);
+	if (!http_head(r, &f))
+		return false;
+	r->body = (Str){ heap + used, 0 };
+	if (strcmp(q->method, "HEAD") == 0 || r->status == 204 ||
+	    r->status == 304)
+		;
+	else if (f.chunked)
+		http_chunks(r);
+	else if (f.has_length)
+		http_bytes(r, f.length);
+	else {
+		r->last = true;
+		while ((c = conn_byte()) >= 0) {
+			conn.at--;
+			http_bytes(r, 1);
+		}
+		if (!conn.clean)
+			cut_off(r);
+	}
+	if (verbose)
+		warn(str(q->method), S(" "), q->url, S(": "),
+		    num((unsigned)r->status));
+	return true;
+}
+
+/* A message as it goes out (RFC 9112 3, RFC 8555 6.1 and 6.2). */
+static Str
+http_text(const struct message *q, const struct url *u)
+{
+	Str host = from(u->origin, 8);
+
+	return cat(str(q->method), S(" "),
+	    u->path.n && u->path.p[0] == '/' ? NONE : S("/"), u->path,
+	    S(" HTTP/1.1\r\nHost: "), host,
+	    S("\r\nUser-Agent: acme-step/" VERSION "\r\n"),
+	    q->body.n ? cat(S("Content-Type: application/jose+json\r\n"
+	        "Content-Length: "), num(q->body.n), S("\r\n")) : NONE,
+	    S("\r\n"), q->body);
+}
+
+/*
+ * Send messages, all in one write, and receive their replies in order;
+ * returns how many came.  Only messages to one origin go together.
+ */
+static size_t
+pipeline(const struct message *q, struct reply *r, size_t n)
+{
+	struct url u, v;
+	size_t mark = used, m = 0, got = 0;
+	Str text = NONE;
+
+	url_read(q[0].url, &u);
+	conn_open(&u);
+	mark = used;
+	do {
+		url_read(q[m].url, &v);
+		if (!same(u.origin, v.origin))
+			break;
+		text = cat(text, http_text(&q[m], &v));
+	} while (++m < n);
+	doing(CA_DOWN, "sending to ", conn.host);
+	if (br_sslio_write_all(&conn.io, text.p, text.n) != 0 ||
+	    br_sslio_flush(&conn.io) != 0)
+		m = 0;
+	used = mark;
+	while (got < m && http_receive(&q[got], &r[got]))
+		if (r[got++].last)
+			break;
+	if (got == 0 || got < m || r[got - 1].last)
+		conn_close();
+	return got;
+}
+
+/*
+ * Every message gets its reply, or the step ends.  A connection that was
+ * closed before a reply is opened again: at once if it had been idle or
+ * had answered others, else after a pause; the server will see by its
+ * nonce whether it has the message already.
+ */
+static void
+exchange(const struct message *q, struct reply *r, size_t n)
+{
+	size_t done = 0, window = WINDOW;
+
+	for (int tries = 0; done < n; ) {
+		bool idle = conn.fd >= 0;
+		size_t want = n - done < window ? n - done : window;
+		size_t got = pipeline(q + done, r + done, want);
+
+		if (got < want && got > 0)
+			window = 1;
+		done += got;
+		if (got > 0 || (idle && !q[done].once))
+			continue;
+		if (q[done].once || ++tries == TRIES || !pause_for(
+		    "waiting to connect again", 1000 << (tries - 1)))
+			die(CA_DOWN, S("the connection to "), str(conn.host),
+			    S(" ended before a reply"));
+	}
+}
+
+/* -------------------------------------------------------- 17. Record -- */
+
+/*
+ * What one step knows and the next one needs: lines of a keyword and a
+ * value.  It is all the state there is.
+ */
+static struct record_line {
+	Str word, value;
+} record[LINES];
+static size_t nrecord;
+
+static const char *const statuses[] = {
+	"pending", "ready", "processing", "valid", "invalid"
+};
+
+/* Printable ASCII without spaces: what can be a field of a line. */
+static bool
+is_word(Str s)
+{
+	for (size_t i = 0; i < s.n; i++)
+		if (s.p[i] <= ' ' || s.p[i] >= 0x7f)
+			return false;
+	return s.n > 0 && s.n <= WORD;
+}
+
+static bool
+is_nonce(Str s)
+{
+	return is_b64(s) && s.n <= NONCE;
+}
+
+static bool
+is_status(Str s)
+{
+	for (size_t i = 0; i < COUNT(statuses); i++)
+		if (same(s, str(statuses[i])))
+			return true;
+	return false;
+}
+
+/* A DNS name, perhaps with a wildcard, or the text of an address. */
+static bool
+is_name(Str type, Str s)
+{
+	if (is_ip(type))
+		return made_of(s, DIGIT "abcdefABCDEF:.") &&
+		    ip_bytes(s).n > 0;
+	if (!same(type, S("dns")) || s.n > HOSTNAME)
+		return false;
+	if (starts(s, S("*.")))
+		s = from(s, 2);
+	if (!made_of(s, ALPHA DIGIT "-_."))
+		return false;
+	while (s.n) {
+		Str label = cut(&s, '.');
+
+		if (label.n == 0 || label.n > 63 || label.p[0] == '-')
+			return false;
+	}
+	return true;
+}
+
+static bool
+is_identifier(Str s)
+{
+	Str type = cut(&s, ' ');
+
+	return is_name(type, s);
+}
+
+/* TYPE IDTYPE IDENTIFIER URL NAME CONTENT; the last may hold spaces. */
+struct challenge {
+	Str type, id_type, id, url, name, content;
+};
+
+static struct challenge
+challenge_read(Str s)
+{
+	struct challenge c;
+
+	c.type = cut(&s, ' ');
+	c.id_type = cut(&s, ' ');
+	c.id = cut(&s, ' ');
+	c.url = cut(&s, ' ');
+	c.name = cut(&s, ' ');
+	c.content = s;
+	return c;
+}
+
+/* What becomes a file's name must be a token (RFC 8555 8.3), no path. */
+static bool
+is_challenge(Str s)
+{
+	struct challenge c = challenge_read(s);
+
+	return is_word(c.type) && is_name(c.id_type, c.id) &&
+	    is_url(c.url) && is_word(c.name) && c.name.n <= HOSTNAME &&
+	    c.content.n > 0 && c.content.n <= WORD &&
+	    (!same(c.type, S("http-01")) ||
+	    (is_b64(c.name) && c.name.n <= TOKEN));
+}
+
+/* The lines that a record can have, in their order. */
+static const struct keyword {
+	const char *word;
+	bool (*ok)(Str);
+	bool many;
+} keywords[] = {
+	{ "directory",        is_url,        false },
+	{ "new-nonce",        is_url,        false },
+	{ "nonce",            is_nonce,      false },
+	{ "account",          is_url,        false },
+	{ "account-status",   is_word,       false },
+	{ "contact",          is_word,       true },
+	{ "order",            is_url,        false },
+	{ "status",           is_status,     false },
+	{ "expires",          is_word,       false },
+	{ "identifier",       is_identifier, true },
+	{ "authorization",    is_url,        true },
+	{ "finalize",         is_url,        false },
+	{ "certificate",      is_url,        false },
+	{ "profile",          is_word,       false },
+	{ "replaces",         is_word,       false },
+	{ "challenge",        is_challenge,  true },
+};
+
+static const struct keyword *
+keyword(Str word)
+{
+	for (size_t i = 0; i < COUNT(keywords); i++)
+		if (same(word, str(keywords[i].word)))
+			return &keywords[i];
+	return NULL;
+}
+
+/* The next line with a keyword after l, the first after NULL. */
+static struct record_line *
+next_line(struct record_line *l, const char *word)
+{
+	for (l = l ? l + 1 : record; l < record + nrecord; l++)
+		if (same(l->word, str(word)))
+			return l;
+	return NULL;
+}
+
+#define each_line(l, word) \
+    (struct record_line *l = NULL; (l = next_line(l, word)); )
+
+static size_t
+count_lines(const char *word)
+{
+	size_t n = 0;
+
+	for each_line(l, word)
+		n++;
+	return n;
+}
+
+/* The value of a line, NONE if there is no such line. */
+static Str
+field(const char *word)
+{
+	struct record_line *l = next_line(NULL, word);
+
+	return l ? l->value : NONE;
+}
+
+static void
+add_line(Str word, Str value)
+{
+	if (nrecord == LINES)
+		die(FAULT, S("a record has at most "), num(LINES),
+		    S(" lines"));
+	record[nrecord++] = (struct record_line){ word, value };
+}
+
+static void
+drop(const char *word)
+{
+	size_t n = 0;
+
+	for (size_t i = 0; i < nrecord; i++)
+		if (!same(record[i].word, str(word)))
+			record[n++] = record[i];
+	nrecord = n;
+}
+
+/*
+ * Add a line, or set the one that there can be, to what a server said at
+ * url: what would break the record is a fault of the server.
+ */
+static void
+put(const char *word, Str value, Str url)
+{
+	const struct keyword *k = keyword(str(word));
+	struct record_line *l = next_line(NULL, word);
+
+	if (!k->ok(value))
+		die(BROKEN, S("the reply from "), url, S(" has an impossible "),
+		    str(word), S(": "), value);
+	if (l && !k->many)
+		l->value = value;
+	else
+		add_line(str(word), value);
+}
+
+/* A step that failed before this one: its status is ours, its words too. */
+static void
+pass_failure(Str value)
+{
+	Str code = cut(&value, ' '), name = cut(&value, ' ');
+	unsigned long status;
+
+	if (!number(code, 255, &status) || status == 0)
+		die(BAD, S("malformed failed line"));
+	tell_pipe((int)status, name, &value, 1);
+	leave((int)status);
+}
+
+static void
+bad_record(const char *file, size_t n, const char *what)
+{
+	die(BAD, file_name(file), S(", line "), num(n), S(": "), str(what));
+}
+
+/*
+ * Read a record.  Of an account's (-a) only the lines in `only` count;
+ * what the record has already is not changed.
+ */
+static void
+record_read(const char *file, bool account_only)
+{
+	Str text = read_file(file), value, word;
+	const struct keyword *k;
+
+	if (text.n == 0)
+		die(BAD, file_name(file), S(" is empty"));
+	for (size_t n = 1; text.n; n++) {
+		value = cut(&text, '\n');
+		for (Str s = value; s.n; s = from(s, harmless(s)))
+			if (!harmless(s))
+				bad_record(file, n, "a control character");
+		word = cut(&value, ' ');
+		if (same(word, S("failed")))
+			pass_failure(value);
+		if (!made_of(word, ALPHA DIGIT "-_"))
+			bad_record(file, n, "no keyword");
+		if (account_only && !same(word, S("account")) &&
+		    !same(word, S("directory")) && !same(word, S("new-nonce")))
+			continue;
+		if ((k = keyword(word)) && !k->ok(value))
+			bad_record(file, n, "malformed");
+		if (k && !k->many && field(k->word).n) {
+			if (account_only && same(field(k->word), value))
+				continue;
+			bad_record(file, n, account_only ? "not the same as "
+			    "in the record" : "the second of its kind");
+		}
+		add_line(word, value);
+	}
+}
+
+static Str
+record_text(void)
+{
+	Str s = NONE;
+
+	for (size_t k = 0; k <= COUNT(keywords); k++)
+		for (size_t i = 0; i < nrecord; i++)
+			if (keyword(record[i].word) == (k < COUNT(keywords) ?
+			    &keywords[k] : NULL))
+				s = cat(s, record[i].word, S(" "),
+				    record[i].value, S("\n"));
+	return s;
+}
+
+/* A value that this step cannot do without. */
+static Str
+need(const char *word)
+{
+	Str s = field(word);
+
+	if (!s.n)
+		die(BAD, S("the record has no "), str(word), S(" line"));
+	return s;
+}
+
+/* ---------------------------------------------------------- 18. ACME -- */
+
+/* A request to the CA, to be signed; the record has the account by then. */
+struct post {
+	Str url;
+	Str payload;		/* NONE: POST-as-GET (RFC 8555 6.3) */
+	const struct key *key;	/* NULL: the account's */
+	bool jwk;		/* it is not the account that signs: 6.2 */
+	bool once;
+};
+
+static const char *account_file;	/* the account's key, -k */
+static bool have_account_key;
+
+static const struct key *
+signer(void)
+{
+	if (!have_account_key)
+		key_read(&account_key, account_file);
+	have_account_key = true;
+	return &account_key;
+}
+
+/* What must be an object, or the reply breaks ACME. */
+static Str
+json_body(const struct reply *r)
+{
+	Str v;
+
+	if (!json_read(r->body, &v))
+		broken(r, S("is not JSON"));
+	if (json_kind(v) != '{')
+		broken(r, S("is not a JSON object"));
+	return v;
+}
+
+/* A member of the kind; NONE where it is absent. */
+static Str
+want(const struct reply *r, Str o, const char *name, int kind)
+{
+	Str v = json_member(o, name);
+
+	if (v.n && json_kind(v) != kind)
+		broken(r, S("has a member of the wrong type: "), str(name));
+	return v.n && kind == '"' ? json_text(v) : v;
+}
+
+static Str
+must(const struct reply *r, Str o, const char *name, int kind)
+{
+	Str v = want(r, o, name, kind);
+
+	if (!v.n)
+		broken(r, S("lacks the member "), str(name));
+	return v;
+}
+
+#define ERROR "urn:ietf:params:acme:error:"
+
+/* What to do about a problem, where that is known. */
+static const struct {
+	const char *type, *hint;
+} hints[] = {
+	{ ERROR "accountDoesNotExist", "; run new-account first" },
+	{ ERROR "externalAccountRequired", "; this CA wants external account "
+	    "binding: new-account -e FILE" },
+	{ ERROR "userActionRequired", "; its terms of service want consent: "
+	    "new-account -y" },
+	{ ERROR "badSignatureAlgorithm", "; another key type may do: key -t" },
+};
+
+/* A string of an object, in a message; nothing where it has none. */
+static Str
+text_of(Str o, const char *name)
+{
+	Str v = json_member(o, name);
+
+	return json_kind(v) == '"' ? json_text(v) : NONE;
+}
+
+/* A problem document in a line (RFC 7807 3.1, RFC 8555 6.7 and 6.7.1). */
+static Str
+problem_text(Str o)
+{
+	Str type = text_of(o, "type"), detail = text_of(o, "detail");
+	Str subs = json_member(o, "subproblems"), none, sub;
+	Str list = json_member(o, "algorithms"), value, id, s;
+
+	s = cat(NONE, type.n ? type : S("a problem without a type"),
+	    detail.n ? S(": ") : NONE, detail);
+	while (json_kind(subs) == '[' && json_each(&subs, &none, &sub)) {
+		id = json_member(sub, "identifier");
+		s = cat(NONE, s, S("; "), text_of(id, "value"), S(": "),
+		    text_of(sub, "type"), S(": "), text_of(sub, "detail"));
+	}
+	while (json_kind(list) == '[' && json_each(&list, &none, &value))
+		if (json_kind(value) == '"')
+			s = cat(NONE, s, S("; it takes "), json_text(value));
+	for (size_t i = 0; i < COUNT(hints); i++)
+		if (same(type, str(hints[i].type)))
+			s = cat(NONE, s, str(hints[i].hint));
+	return s;
+}
+
+/* The problem in a reply, or the HTTP status where it holds none. */
+static Str
+problem(const struct reply *r)
+{
+	Str v;
+
+	if (json_read(r->body, &v) && json_kind(v) == '{' &&
+	    (json_member(v, "type").n || json_member(v, "detail").n))
+		return problem_text(v);
+	return cat(S("HTTP status "), num((unsigned)r->status));
+}
+
+static bool
+has_type(const struct reply *r, const char *type)
+{
+	Str v;
+
+	return r->status >= 400 && json_read(r->body, &v) &&
+	    same(text_of(v, "type"), cat(S(ERROR), str(type)));
+}
+
+static void
+come_back(const struct reply *r, long seconds)
+{
+	die(LATER, r->url, S(": "), problem(r), seconds < 0 ? NONE :
+	    cat(S("; try again after "), num((unsigned long)seconds),
+	    S(" s")));
+}
+
+/* A reply that is not a success ends the step. */
+static void
+accept_reply(const struct reply *r)
+{
+	if (r->status >= 200 && r->status < 300)
+		return;
+	if (r->status == 429 || has_type(r, "rateLimited"))
+		come_back(r, r->retry_after);
+	if (r->status < 400)
+		broken(r, S("is a redirect, which ACME does not have here"));
+	die(r->status < 500 ? REFUSED : CA_DOWN, r->url, S(": "), problem(r));
+}
+
+/*
+ * Does the server want to be asked once more?  Then the pause that it
+ * asks for is over when this returns.  A longer one than the step has
+ * ends the step.
+ */
+static bool
+again(const struct reply *r, int *tries)
+{
+	long wait = r->retry_after;
+
+	if (r->status < 500 && r->status != 429)
+		return false;
+	if (wait < 0 && r->status == 429)
+		return false;
+	if (wait < 0 && ++*tries == TRIES)
+		return false;
+	if (wait < 0)
+		return pause_for("waiting for the server to recover",
+		    1000 << (*tries - 1));
+	if (!pause_for("waiting as the CA asks", wait * 1000LL))
+		come_back(r, wait);
+	return true;
+}
+
+/* A reference in a reply, made absolute (RFC 3986 5.2, what ACME needs). */
+static Str
+absolute(Str base, Str ref)
+{
+	struct url u;
+
+	if (!starts(ref, S("/")) || !url_read(base, &u))
+		return ref;
+	return starts(ref, S("//")) ? cat(S("https:"), ref) :
+	    cat(NONE, u.origin, ref);
+}
+
+/* An unsigned request that a server may be asked twice. */
+static struct reply
+fetch(const char *method, Str url)
+{
+	struct message q = { method, url, NONE, false };
+	struct reply r;
+	int tries = 0;
+
+	do
+		exchange(&q, &r, 1);
+	while (again(&r, &tries));
+	return r;
+}
+
+static Str directory_body;	/* JSON, once it has been fetched */
+static struct reply directory_reply;
+
+/*
+ * GET the directory (RFC 8555 7.1.1).  It alone may be reached through a
+ * redirect, one.
+ */
+static Str
+directory(void)
+{
+	struct reply *r = &directory_reply;
+	Str url = need("directory");
+
+	if (directory_body.n)
+		return directory_body;
+	*r = fetch("GET", url);
+	if (r->status > 300 && r->status < 309 && r->location.n) {
+		url = absolute(url, r->location);
+		if (!is_url(url))
+			broken(r, S("redirects to no https URL: "), url);
+		*r = fetch("GET", url);
+	}
+	accept_reply(r);
+	directory_body = json_body(r);
+	return directory_body;
+}
+
+/* One of the directory's URLs; NONE where the CA does not offer it. */
+static Str
+endpoint(const char *name)
+{
+	Str o = directory(), url = want(&directory_reply, o, name, '"');
+
+	url = absolute(directory_reply.url, url);
+	if (url.n && !is_url(url))
+		broken(&directory_reply, S("has no https URL for "),
+		    str(name), S(": "), url);
+	return url;
+}
+
+static Str
+need_endpoint(const char *name)
+{
+	Str url = endpoint(name);
+
+	if (!url.n)
+		die(REFUSED, S("the CA does not offer "), str(name));
+	return url;
+}
+
+/* Nonces that no request has spent (RFC 8555 6.5). */
+static struct {
+	unsigned char b[NONCE];
+	size_t n;
+} nonce[WINDOW];
+static size_t nnonce;
+
+static void
+nonce_put(Str s)
+{
+	if (!s.n || nnonce == WINDOW)
+		return;
+	memcpy(nonce[nnonce].b, s.p, s.n);
+	nonce[nnonce++].n = s.n;
+}
+
+static Str
+nonce_take(void)
+{
+	nnonce--;
+	return cat(NONE, (Str){ nonce[nnonce].b, nonce[nnonce].n });
+}
+
+/* Have n nonces (RFC 8555 7.2); some servers give them to GET alone. */
+static void
+nonce_fetch(size_t n)
+{
+	struct message q[WINDOW] = { { .method = NULL } };
+	struct reply r[WINDOW], one;
+	size_t lack = n > nnonce ? n - nnonce : 0;
+
+	for (size_t i = 0; i < lack; i++)
+		q[i] = (struct message){ "HEAD", field("new-nonce"), NONE,
+		    false };
+	exchange(q, r, lack);
+	for (size_t i = 0; i < lack; i++)
+		nonce_put(r[i].nonce);
+	while (nnonce < n) {
+		one = fetch("GET", field("new-nonce"));
+		accept_reply(&one);
+		if (!one.nonce.n)
+			broken(&one, S("has no nonce"));
+		nonce_put(one.nonce);
+	}
+}
+
+/* A request in flattened JSON Web Signature (RFC 7515 7.2.2, 8555 6.2). */
+static Str
+signed_text(const struct post *p)
+{
+	size_t mark = used;
+	const struct key *k = p->key ? p->key : signer();
+	Str protected = b64(obj(
+	    S("alg"), quote(str(k->type->alg)),
+	    p->jwk ? S("jwk") : S("kid"),
+	    p->jwk ? jwk(k) : quote(field("account")),
+	    S("nonce"), quote(nonce_take()),
+	    S("url"), quote(p->url)));
+	Str payload = b64(p->payload);
+	Str input = cat(NONE, protected, S("."), payload);
+
+	return keep(mark, obj(
+	    S("protected"), quote(protected),
+	    S("payload"), quote(payload),
+	    S("signature"), quote(b64(sign(k, input, false)))));
+}
+
+/* Send the ones in todo[], and forget those that are answered. */
+static size_t
+acme_round(const struct post *p, struct reply *r, size_t *todo, size_t n)
+{
+	struct message q[WINDOW] = { { .method = NULL } };
+	struct reply got[WINDOW];
+	size_t left = 0;
+	static int tries;
+
+	nonce_fetch(n);
+	for (size_t i = 0; i < n; i++)
+		q[i] = (struct message){ "POST", p[todo[i]].url,
+		    signed_text(&p[todo[i]]), p[todo[i]].once };
+	exchange(q, got, n);
+	for (size_t i = 0; i < n; i++)
+		nonce_put(got[i].nonce);
+	for (size_t i = 0; i < n; i++) {
+		r[todo[i]] = got[i];
+		if (has_type(&got[i], "badNonce") ||
+		    (!p[todo[i]].once && again(&got[i], &tries)))
+			todo[left++] = todo[i];
+	}
+	return left;
+}
+
+/*
+ * The one way to the CA: a batch of requests is signed and sent, a batch
+ * of replies comes back, in the same order, whatever their status.  A
+ * nonce that was refused brings a fresh one, and the request goes out
+ * again, until the step's time is up (RFC 8555 6.5).
+ */
+static void
+acme_batch(const struct post *p, struct reply *r, size_t n)
+{
+	size_t todo[WINDOW];
+
+	for (size_t first = 0; first < n; first += WINDOW) {
+		size_t m = n - first < WINDOW ? n - first : WINDOW;
+
+		for (size_t i = 0; i < m; i++)
+			todo[i] = first + i;
+		for (int round = 0; m > 0; round++) {
+			size_t mark = used, left = acme_round(p, r, todo, m);
+
+			if (left == m)
+				used = mark;
+			m = left;
+			if (round >= 20 && m && !pause_for("waiting for a "
+			    "nonce that the CA takes", 1000))
+				accept_reply(&r[todo[0]]);
+		}
+	}
+}
+
+/* A single request, whose success is all that the caller can use. */
+static struct reply
+acme_post(Str url, Str payload)
+{
+	struct post p = { .url = url, .payload = payload };
+	struct reply r;
+
+	acme_batch(&p, &r, 1);
+	accept_reply(&r);
+	return r;
+}
+
+/* newAccount, by the key itself (RFC 8555 7.3 and 7.3.1). */
+static struct reply
+new_account(Str payload)
+{
+	struct post p = { .url = need_endpoint("newAccount"),
+	    .payload = payload, .jwk = true };
+	struct reply r;
+	Str url;
+
+	acme_batch(&p, &r, 1);
+	accept_reply(&r);
+	url = absolute(p.url, r.location);
+	if (!url.n)
+		broken(&r, S("has no Location"));
+	drop("account");
+	put("account", url, r.url);
+	return r;
+}
+
+/* The account's URL: the record's, or what its key finds (7.3.1). */
+static Str
+account_url(void)
+{
+	if (!field("account").n)
+		new_account(obj(S("onlyReturnExisting"), S("true")));
+	return field("account");
+}
+
+/* Before the first request: know where nonces come from. */
+static void
+acme_start(void)
+{
+	nonce_put(field("nonce"));
+	drop("nonce");
+	if (!field("new-nonce").n) {
+		Str url = need_endpoint("newNonce");
+
+		put("new-nonce", url, url);
+	}
+}
+
+/* What this step leaves to the next: the record with a fresh nonce. */
+static void
+print_record(void)
+{
+	if (nnonce)
+		add_line(S("nonce"), nonce_take());
+	print(record_text());
+}
+
+/* -------------------------------------------------------- 19. Orders -- */
+
+enum { PENDING = 1, READY = 2, PROCESSING = 4, VALID = 8, INVALID = 16 };
+
+/* A status (RFC 8555 7.1.6) as a bit; 0 for none. */
+static unsigned
+status_bit(Str s)
+{
+	for (unsigned i = 0; i < COUNT(statuses); i++)
+		if (same(s, str(statuses[i])))
+			return 1U << i;
+	return 0;
+}
+
+static unsigned
+order_status(void)
+{
+	return status_bit(field("status"));
+}
+
+/* Identifiers are the same in any case and spelling. */
+static Str
+canonical(Str type, Str value)
+{
+	Str ip = is_ip(type) ? ip_bytes(value) : NONE;
+
+	return ip.n ? ip_text(ip) : lower(value);
+}
+
+/* Does the record have this identifier? */
+static bool
+has_identifier(Str value)
+{
+	for each_line(l, "identifier")
+		if (same(l->value, value))
+			return true;
+	return false;
+}
+
+/*
+ * An order's identifiers must be those that the record has, in any order
+ * and number; a record without them takes them over.
+ */
+static void
+store_identifiers(const struct reply *r, Str list)
+{
+	bool fill = count_lines("identifier") == 0;
+	Str none, o, type, value;
+	size_t n = 0;
+
+	while (json_each(&list, &none, &o)) {
+		type = must(r, o, "type", '"');
+		value = must(r, o, "value", '"');
+		value = cat(NONE, type, S(" "), canonical(type, value));
+		if (fill && !has_identifier(value))
+			put("identifier", value, r->url);
+		if (!has_identifier(value))
+			broken(r, S("is an order for another name: "), value);
+		n++;
+	}
+	if (n < count_lines("identifier"))
+		broken(r, S("is an order for fewer names"));
+}
+
+static void
+store_url(const struct reply *r, const char *word, Str value)
+{
+	put(word, absolute(r->url, value), r->url);
+}
+
+/* Take an order object into the record (RFC 8555 7.1.3). */
+static void
+order_store(const struct reply *r)
+{
+	static const char *const words[] = { "expires", "profile",
+	    "replaces" }, *const urls[] = { "finalize", "certificate" };
+	Str o = json_body(r), list, none, v;
+
+	put("status", must(r, o, "status", '"'), r->url);
+	for (size_t i = 0; i < COUNT(words); i++)
+		if ((v = want(r, o, words[i], '"')).n)
+			put(words[i], v, r->url);
+	for (size_t i = 0; i < COUNT(urls); i++)
+		if ((v = want(r, o, urls[i], '"')).n)
+			store_url(r, urls[i], v);
+	if ((list = want(r, o, "identifiers", '[')).n)
+		store_identifiers(r, list);
+	if (!(list = want(r, o, "authorizations", '[')).n)
+		return;
+	drop("authorization");
+	while (json_each(&list, &none, &v)) {
+		if (json_kind(v) != '"')
+			broken(r, S("has an authorization that is no URL"));
+		store_url(r, "authorization", json_text(v));
+	}
+	if (count_lines("authorization") > NAMES)
+		die(FAULT, S("an order has more than "), num(NAMES),
+		    S(" authorizations"));
+}
+
+static void
+order_refresh(void)
+{
+	struct reply r = acme_post(need("order"), NONE);
+
+	order_store(&r);
+}
+
+/* The authorizations of the order, as their last fetch found them. */
+static struct reply authorization[NAMES];
+
+static size_t
+fetch_authorizations(void)
+{
+	static struct post p[NAMES];
+	size_t n = 0;
+
+	for each_line(l, "authorization") {
+		if (n == NAMES)
+			die(FAULT, S("an order has more than "), num(NAMES),
+			    S(" authorizations"));
+		p[n++] = (struct post){ .url = l->value };
+	}
+	acme_batch(p, authorization, n);
+	for (size_t i = 0; i < n; i++)
+		accept_reply(&authorization[i]);
+	return n;
+}
+
+/* Whom an authorization is for, as the order has it. */
+static Str
+authorized(const struct reply *r, Str o, Str *type)
+{
+	Str id = must(r, o, "identifier", '{');
+	Str value = must(r, id, "value", '"');
+	bool wild = json_kind(json_member(o, "wildcard")) == 't';
+
+	*type = must(r, id, "type", '"');
+	value = cat(wild && !starts(value, S("*.")) ? S("*.") : NONE,
+	    canonical(*type, value));
+	if (!is_name(*type, value))
+		broken(r, S("is for an impossible name: "), value);
+	return value;
+}
+
+/* An authorization without a status is pending, to be of any use. */
+static bool
+is_pending(const struct reply *r, Str o)
+{
+	Str s = want(r, o, "status", '"');
+
+	return !s.n || same(s, S("pending"));
+}
+
+/*
+ * What the CA saw fail, name by name; NONE if nothing did.  A challenge
+ * that is pending and has an error was tried (some CAs leave it so); one
+ * that is processing is being tried again (RFC 8555 8.2).
+ */
+static Str
+failures(size_t n)
+{
+	Str all = NONE, none, c, error, status, type;
+
+	for (size_t i = 0; i < n; i++) {
+		const struct reply *r = &authorization[i];
+		Str o = json_body(r), list = want(r, o, "challenges", '[');
+		Str name = authorized(r, o, &type);
+		bool known = is_pending(r, o) ||
+		    same(want(r, o, "status", '"'), S("valid"));
+
+		while (json_each(&list, &none, &c)) {
+			error = json_member(c, "error");
+			status = want(r, c, "status", '"');
+			if (json_kind(error) != '{' ||
+			    same(status, S("processing")) ||
+			    same(status, S("valid")))
+				continue;
+			all = cat(NONE, all, all.n ? S("; ") : NONE, name,
+			    S(": "), problem_text(error));
+			known = true;
+		}
+		if (!known)
+			all = cat(NONE, all, all.n ? S("; ") : NONE, name,
+			    S(": its authorization is "),
+			    want(r, o, "status", '"'));
+	}
+	return all;
+}
+
+/* End the step of an order that became invalid, with all reasons. */
+static void
+order_failed(void)
+{
+	struct reply r = acme_post(need("order"), NONE);
+	Str error = want(&r, json_body(&r), "error", '{');
+	Str seen = failures(fetch_authorizations());
+
+	die(REFUSED, S("the order is invalid"), seen.n ? S(": ") : NONE, seen,
+	    error.n ? S(": ") : NONE, error.n ? problem_text(error) : NONE,
+	    seen.n || error.n ? NONE : S(", and the CA does not say why"));
+}
+
+/* End a step whose order is still pending: say which names lack what. */
+static void
+order_lacks(void)
+{
+	size_t n = fetch_authorizations();
+	Str all = NONE, none, c, type;
+
+	for (size_t i = 0; i < n; i++) {
+		const struct reply *r = &authorization[i];
+		Str o = json_body(r), list = want(r, o, "challenges", '[');
+		Str name = authorized(r, o, &type);
+
+		if (!is_pending(r, o))
+			continue;
+		all = cat(NONE, all, S("; "), name, S(" lacks one of"));
+		while (json_each(&list, &none, &c))
+			all = cat(NONE, all, S(" "), text_of(c, "type"));
+	}
+	die(LATER, S("the order is still pending"), all);
+}
+
+/* A look at what the order itself may never say (see failures). */
+static void
+look_for_failures(void)
+{
+	size_t mark = used;
+	Str seen = failures(fetch_authorizations());
+
+	if (seen.n)
+		die(REFUSED, S("the CA could not validate "), seen);
+	used = mark;
+}
+
+/*
+ * Ask for the order again and again, until its status is none of a set.
+ * The pauses are the server's, or short ones that grow.  A step whose
+ * time would run out first ends here.
+ */
+static void
+order_await(unsigned set, const char *what, long after)
+{
+	long long pause = 250;
+	struct reply r;
+
+	for (int polls = 1; order_status() & set; polls++) {
+		long long ms = after > 0 ? after * 1000LL : pause;
+		size_t mark = used;
+
+		if (!pause_for(what, ms)) {
+			if (order_status() == PENDING)
+				order_lacks();
+			die(LATER, S("the order is still "), field("status"),
+			    S("; try again after "),
+			    num((unsigned long long)(ms + 999) / 1000),
+			    S(" s"));
+		}
+		pause = pause < 4000 ? pause * 2 : 5000;
+		r = acme_post(need("order"), NONE);
+		after = r.retry_after;
+		if (status_bit(want(&r, json_body(&r), "status", '"')) &
+		    order_status()) {
+			if (order_status() == PENDING && polls % 4 == 0)
+				look_for_failures();
+			used = mark;
+			continue;
+		}
+		order_store(&r);
+	}
+}
+
+/* ---------------------------------------------------- 20. Challenges -- */
+
+/* RFC 8555 8.1. */
+static Str
+key_authorization(Str token)
+{
+	return cat(NONE, token, S("."), thumbprint(signer()));
+}
+
+static Str
+txt_value(Str token)
+{
+	return b64(sha256(key_authorization(token)));
+}
+
+/* A challenge's name and content, from what it and its name are. */
+static void
+http_01(Str name, Str token, Str object, struct challenge *c)
+{
+	(void)name;
+	(void)object;
+	c->name = token;
+	c->content = key_authorization(token);
+}
+
+static void
+dns_01(Str name, Str token, Str object, struct challenge *c)
+{
+	(void)object;
+	c->name = cat(S("_acme-challenge."), name);
+	c->content = txt_value(token);
+}
+
+static const struct challenge_type {
+	const char *type;
+	void (*make)(Str, Str, Str, struct challenge *);
+	bool token;		/* it has one (RFC 8555 8) */
+} challenge_types[] = {
+	{ "http-01", http_01, true },		/* RFC 8555 8.3 */
+	{ "dns-01", dns_01, true },		/* RFC 8555 8.4 */
+};
+
+/* Add the line of one challenge; a type that is not known is skipped. */
+static void
+add_challenge(const struct reply *r, Str o, Str id_type, Str id)
+{
+	struct challenge c = { .id_type = id_type, .id = id };
+	Str base = from(id, starts(id, S("*.")) ? 2 : 0), token = NONE;
+	const struct challenge_type *t = challenge_types;
+
+	c.type = must(r, o, "type", '"');
+	while (t < challenge_types + COUNT(challenge_types) &&
+	    !same(c.type, str(t->type)))
+		t++;
+	if (t == challenge_types + COUNT(challenge_types))
+		return;
+	c.url = absolute(r->url, must(r, o, "url", '"'));
+	if (t->token) {
+		token = must(r, o, "token", '"');
+		if (!is_b64(token) || token.n > TOKEN)
+			broken(r, S("has a token that is none: "), token);
+	}
+	t->make(base, token, o, &c);
+	put("challenge", cat(NONE, c.type, S(" "), c.id_type, S(" "), c.id,
+	    S(" "), c.url, S(" "), c.name, S(" "), c.content), r->url);
+}
+
+/* Add the challenges of all authorizations that are still pending. */
+static void
+fetch_challenges(void)
+{
+	size_t n = fetch_authorizations();
+	Str seen = failures(n), none, c, type;
+
+	if (seen.n)
+		die(REFUSED, S("the CA could not validate "), seen);
+	for (size_t i = 0; i < n; i++) {
+		const struct reply *r = &authorization[i];
+		Str o = json_body(r), list;
+		Str name = authorized(r, o, &type);
+
+		if (!is_pending(r, o))
+			continue;
+		list = must(r, o, "challenges", '[');
+		while (json_each(&list, &none, &c))
+			add_challenge(r, c, type, name);
+	}
+}
+
+/*
+ * Keep one challenge for each name: the one of the type, or the only one
+ * where none is asked for.
+ */
+static void
+choose_challenges(const char *type)
+{
+	struct record_line *last = record + nrecord;
+
+	for each_line(l, "challenge") {
+		struct challenge c = challenge_read(l->value), d;
+		Str others = NONE;
+		size_t same_id = 0, fit = 0;
+
+		for (struct record_line *k = record; k < last; k++) {
+			if (!same(k->word, S("challenge")))
+				continue;
+			d = challenge_read(k->value);
+			if (!same(c.id, d.id))
+				continue;
+			same_id++;
+			fit += type && same(d.type, str(type));
+			others = cat(NONE, others, S(" "), d.type);
+		}
+		if (!type && same_id > 1)
+			die(USAGE, S("choose with -t one of"), others,
+			    S(" for "), c.id);
+		if (type && fit == 0)
+			die(REFUSED, S("the CA offers no "), str(type),
+			    S(" for "), c.id, S(", but"), others);
+	}
+	for each_line(l, "challenge")
+		if (type && !same(challenge_read(l->value).type, str(type)))
+			l->word = NONE;
+	drop("");
+	if (count_lines("challenge") > NAMES)
+		die(FAULT, S("more than "), num(NAMES), S(" challenges"));
+}
+
+/* A file of ours that a crash has left: it says what it is to say. */
+static bool
+already_published(int dir, const char *name, Str content)
+{
+	unsigned char b[TOKEN + 64];
+	int fd = openat(dir, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK |
+	    O_CLOEXEC);
+	ssize_t n = fd < 0 ? -1 : read(fd, b, sizeof b);
+
+	if (fd >= 0)
+		close(fd);
+	if (n < 0 || !same(content, (Str){ b, (size_t)n }))
+		return false;
+	doomed[ndoomed].dir = dir;
+	doomed[ndoomed].name = name;
+	ndoomed++;
+	return true;
+}
+
+/* http-01: a file for each token in DIR, for the web server to show. */
+static void
+publish_files(const char *dir_name)
+{
+	int fd, dir = open(dir_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+	if (dir < 0)
+		die(NO_PLACE, S("cannot open the directory "), str(dir_name),
+		    S(": "), why());
+	for each_line(l, "challenge") {
+		struct challenge c = challenge_read(l->value);
+		const char *name = c_str(c.name);
+
+		fd = create(dir, name, 0644);
+		if (fd < 0 && errno == EEXIST &&
+		    already_published(dir, name, c.content))
+			continue;
+		if (fd < 0)
+			die(NO_PLACE, S("cannot create "), c.name, S(" in "),
+			    str(dir_name), S(": "), why());
+		/* The web server is another user, whatever our umask. */
+		if (fchmod(fd, 0644) != 0 || !write_all(fd, c.content) ||
+		    close(fd) != 0)
+			die(IO, S("cannot write "), c.name, S(" in "),
+			    str(dir_name), S(": "), why());
+	}
+}
+
+/*
+ * Tell the CA that all is published (RFC 8555 7.5.1).  One that has been
+ * told before may refuse to hear it again: then the challenge's state
+ * decides.
+ */
+static void
+tell_ca(void)
+{
+	static struct post p[NAMES];
+	static struct reply r[NAMES];
+	struct post look;
+	struct reply now;
+	size_t n = 0;
+
+	for each_line(l, "challenge")
+		p[n++] = (struct post){ .url = challenge_read(l->value).url,
+		    .payload = S("{}") };
+	acme_batch(p, r, n);
+	for (size_t i = 0; i < n; i++) {
+		if (r[i].status < 400 || r[i].status >= 500 ||
+		    r[i].status == 429) {
+			accept_reply(&r[i]);
+			continue;
+		}
+		look = (struct post){ .url = p[i].url };
+		acme_batch(&look, &now, 1);
+		if (now.status != 200 ||
+		    same(text_of(json_body(&now), "status"), S("pending")))
+			accept_reply(&r[i]);
+	}
+}
+
+/* -------------------------------------------------- 21. Certificates -- */
+
+/* Our own request for the record's names, in DER, and its public key. */
+static Str
+make_request(const char *key_file, Str *key)
+{
+	Str names = NONE;
+
+	key_read(&certificate_key, key_file);
+	*key = public_key(&certificate_key);
+	if (same(*key, public_key(signer())))
+		die(BAD, str(key_file), S(" is the account's key: a "
+		    "certificate needs another (RFC 8555 11.1)"));
+	for each_line(l, "identifier") {
+		Str value = l->value, type = cut(&value, ' ');
+
+		names = cat(NONE, names, general_name(type, value));
+	}
+	return request(&certificate_key, names, NONE);
+}
+
+/* Somebody's request, PEM or DER. */
+static Str
+read_request(const char *file, Str *key)
+{
+	Str s = read_file(file), text = s, label, block = s;
+	bool bad;
+
+	while (pem_next(&text, &label, &block, &bad))
+		if (same(label, S("CERTIFICATE REQUEST")) ||
+		    same(label, S("NEW CERTIFICATE REQUEST")))
+			break;
+		else
+			block = s;
+	if (!request_key(block, key))
+		die(BAD, file_name(file),
+		    S(" is no certificate request, PEM or DER"));
+	return block;
+}
+
+static struct cert issued[CERTS];
+
+/* The certificates of a reply, and nothing else (RFC 8555 7.4.2, 11.4). */
+static size_t
+read_chain(const struct reply *r)
+{
+	Str text = r->body, label, block;
+	size_t n = 0;
+	bool bad;
+
+	for (; pem_next(&text, &label, &block, &bad); n++) {
+		if (!same(label, S("CERTIFICATE")))
+			broken(r, S("has in its chain a PEM block "), label);
+		if (n == CERTS)
+			die(FAULT, S("a chain of more than "), num(CERTS),
+			    S(" certificates"));
+		if (!cert_read(block, &issued[n]))
+			broken(r, S("has in its chain what is no certificate"));
+		if (n && !same(issued[n - 1].issuer, issued[n].subject))
+			broken(r, S("has a chain that does not link"));
+	}
+	if (bad || n == 0)
+		broken(r, S("is no chain of certificates"));
+	return n;
+}
+
+/* The certificate must be for all names of the order; CAs add some. */
+static void
+check_names(const struct reply *r)
+{
+	for each_line(l, "identifier") {
+		Str value = l->value, type = cut(&value, ' ');
+
+		if (!cert_names(&issued[0], type, value))
+			broken(r, S("is a certificate that is not for "),
+			    value);
+	}
+}
+
+/* Download, check and print; `key`, if any, is whose it must be. */
+static void
+print_certificate(Str key, int status)
+{
+	struct reply r = acme_post(need("certificate"), NONE);
+	size_t n = read_chain(&r);
+	Str text = NONE;
+
+	if (key.n && !same(issued[0].public_key, key))
+		die(status, S("the certificate "), r.url,
+		    S(" is for another key"));
+	check_names(&r);
+	for (size_t i = 0; i < n; i++)
+		text = cat(NONE, text, pem(issued[i].der, "CERTIFICATE"));
+	print(text);
+}
+
+/*
+ * Send the request (RFC 8555 7.4).  The CA may say that the order is not
+ * ready, since it is finished or not quite settled: the order decides.
+ */
+static void
+send_request(Str csr)
+{
+	struct post p = { .url = need("finalize"),
+	    .payload = obj(S("csr"), quote(b64(csr))) };
+	struct reply r;
+
+	acme_batch(&p, &r, 1);
+	if (!has_type(&r, "orderNotReady")) {
+		accept_reply(&r);
+		order_store(&r);
+		if (order_status() == PROCESSING)
+			order_await(PROCESSING, "waiting for the certificate",
+			    r.retry_after);
+		return;
+	}
+	order_refresh();
+	if (order_status() == READY &&
+	    !pause_for("waiting for the order to settle", 1000))
+		accept_reply(&r);
+}
+
+/* ------------------------------------------------------ 22. Commands -- */
+
+static const char *opt[128];		/* by letter; "" where it has no value */
+static const char *contact[CONTACTS];	/* -m */
+static size_t ncontact;
+
+static void
+usage(const char *what, Str subject)
+{
+	die(USAGE, str(what), subject, S(" (see acme-step help"),
+	    step.n ? S(" ") : NONE, step, S(")"));
+}
+
+static const struct key_type *
+key_type(const char *name)
+{
+	for (size_t i = 0; i < COUNT(key_types); i++)
+		if (!name || strcmp(name, key_types[i].name) == 0)
+			return &key_types[i];
+	usage("no such key type: ", str(name));
+	return NULL;
+}
+
+/* key [-t TYPE] -o FILE */
+static void
+do_key(char **arg)
+{
+	(void)arg;
+	doing(LATER, "making a key", "");
+	key_make(&certificate_key, key_type(opt['t']));
+	print(key_pem(&certificate_key));
+}
+
+/* Names from the command line become identifier lines, each once. */
+static void
+take_names(char **arg)
+{
+	for (; *arg; arg++) {
+		Str name = str(*arg), ip = ip_bytes(name);
+		Str type = ip.n ? S("ip") : S("dns");
+
+		/* The root's dot belongs to DNS, not to a certificate. */
+		if (!ip.n && name.n > 1 && name.p[name.n - 1] == '.')
+			name.n--;
+		if (!is_name(type, name))
+			usage("no DNS name and no IP address: ", name);
+		name = cat(NONE, type, S(" "), canonical(type, name));
+		if (has_identifier(name))
+			continue;
+		if (count_lines("identifier") == NAMES)
+			die(FAULT, S("more than "), num(NAMES), S(" names"));
+		add_line(S("identifier"), name);
+	}
+}
+
+/* csr -K KEY [-N NAME] NAME... (RFC 2986) */
+static void
+do_csr(char **arg)
+{
+	Str names = NONE;
+
+	take_names(arg);
+	key_read(&certificate_key, opt['K']);
+	for each_line(l, "identifier") {
+		Str value = l->value, type = cut(&value, ' ');
+
+		names = cat(NONE, names, general_name(type, value));
+	}
+	print(pem(request(&certificate_key, names, str(opt['N'])),
+	    "CERTIFICATE REQUEST"));
+}
+
+/* thumbprint (RFC 7638) */
+static void
+do_thumbprint(char **arg)
+{
+	(void)arg;
+	print(cat(NONE, thumbprint(signer()), S("\n")));
+}
+
+/* A string in words, all else as it stands. */
+static Str
+plain(Str v)
+{
+	return json_kind(v) == '"' ? json_text(v) : v;
+}
+
+/* One step of a path: a member's name, or an element's number. */
+static Str
+json_step(Str v, Str name)
+{
+	unsigned long n = 0, i = 0;
+	Str key, value;
+
+	if (json_kind(v) != '{' &&
+	    (json_kind(v) != '[' || !number(name, LONG_MAX, &n)))
+		return NONE;
+	while (json_each(&v, &key, &value))
+		if (key.n ? same(json_text(key), name) : i++ == n)
+			return value;
+	return NONE;
+}
+
+/* json PATH [FILE] */
+static void
+do_json(char **arg)
+{
+	Str text = read_file(arg[1]), v, path = str(arg[0]), none, s = NONE;
+
+	if (!json_read(text, &v))
+		die(BAD, file_name(arg[1]), S(" is not JSON"));
+	if (!same(path, S(".")))
+		do
+			v = json_step(v, cut(&path, '.'));
+		while (path.n && v.n);
+	if (!v.n)
+		die(NO, S("no "), str(arg[0]), S(" in "), file_name(arg[1]));
+	if (json_kind(v) == '[')
+		while (json_each(&v, &none, &text))
+			s = cat(NONE, s, plain(text), S("\n"));
+	else
+		s = cat(NONE, plain(v), S("\n"));
+	print(s);
+}
+
+/* directory (RFC 8555 7.1.1) */
+static void
+do_directory(char **arg)
+{
+	static const struct {
+		const char *member, *word;
+	} urls[] = {
+		{ "newAccount", "new-account" }, { "newOrder", "new-order" },
+		{ "newAuthz", "new-authz" }, { "revokeCert", "revoke-cert" },
+		{ "keyChange", "key-change" },
+		{ "renewalInfo", "renewal-info" },
+	};
+	const struct reply *r = &directory_reply;
+	Str meta, list, key, v;
+
+	(void)arg;
+	for (size_t i = 0; i < COUNT(urls); i++)
+		if ((v = endpoint(urls[i].member)).n)
+			add_line(str(urls[i].word), v);
+	meta = want(r, directory(), "meta", '{');
+	if (is_word(v = want(r, meta, "termsOfService", '"')))
+		add_line(S("terms-of-service"), v);
+	if (is_word(v = want(r, meta, "website", '"')))
+		add_line(S("website"), v);
+	list = want(r, meta, "caaIdentities", '[');
+	while (json_each(&list, &key, &v))
+		if (is_word(plain(v)))
+			add_line(S("caa-identity"), plain(v));
+	v = json_member(meta, "externalAccountRequired");
+	add_line(S("external-account-required"),
+	    json_kind(v) == 't' ? S("yes") : S("no"));
+	list = want(r, meta, "profiles", '{');
+	while (json_each(&list, &key, &v))
+		if (is_word(json_text(key)))
+			add_line(S("profile"), json_text(key));
+	print_record();
+}
+
+/* The JSON array of -m's values, NONE without any. */
+static Str
+contacts(void)
+{
+	Str s = NONE;
+
+	for (size_t i = 0; i < ncontact; i++)
+		s = cat(NONE, s, i ? S(",") : S("["), quote(str(contact[i])));
+	return s.n ? cat(NONE, s, S("]")) : NONE;
+}
+
+/* An account object (RFC 8555 7.1.2) in the record. */
+static void
+account_store(const struct reply *r)
+{
+	Str o = json_body(r), list, none, v;
+
+	if ((v = want(r, o, "status", '"')).n)
+		put("account-status", v, r->url);
+	list = want(r, o, "contact", '[');
+	while (json_each(&list, &none, &v))
+		if (json_kind(v) == '"')
+			put("contact", json_text(v), r->url);
+}
+
+/* new-account [-y] [-m CONTACT]... (RFC 8555 7.3) */
+static void
+do_new_account(char **arg)
+{
+	Str list = contacts(), o = NONE;
+	struct reply r;
+
+	(void)arg;
+	if (opt['y'])
+		o = cat(NONE, o, S(",\"termsOfServiceAgreed\":true"));
+	if (list.n)
+		o = cat(NONE, o, S(",\"contact\":"), list);
+	r = new_account(cat(S("{"), from(o, 1), S("}")));
+	account_store(&r);
+	print_record();
+}
+
+/* account (RFC 8555 7.3.1) */
+static void
+do_account(char **arg)
+{
+	struct reply r;
+
+	(void)arg;
+	r = new_account(obj(S("onlyReturnExisting"), S("true")));
+	account_store(&r);
+	print_record();
+}
+
+/* The payload's identifiers (RFC 8555 7.4). */
+static Str
+identifiers(void)
+{
+	Str s = NONE;
+
+	for each_line(l, "identifier") {
+		Str value = l->value, type = cut(&value, ' ');
+
+		s = cat(NONE, s, s.n ? S(",") : S("["), obj(S("type"),
+		    quote(type), S("value"), quote(value)));
+	}
+	return cat(NONE, s, S("]"));
+}
+
+/* new-order NAME... (RFC 8555 7.4) */
+static void
+do_new_order(char **arg)
+{
+	struct reply r;
+	Str url;
+
+	take_names(arg);
+	r = acme_post(need_endpoint("newOrder"),
+	    obj(S("identifiers"), identifiers()));
+	url = absolute(r.url, r.location);
+	if (!url.n)
+		broken(&r, S("has no Location"));
+	put("order", url, r.url);
+	order_store(&r);
+	if (order_status() == INVALID)
+		order_failed();
+	print_record();
+}
+
+/* order [-W] */
+static void
+do_order(char **arg)
+{
+	(void)arg;
+	order_refresh();
+	if (opt['W']) {
+		order_await(PENDING | PROCESSING, "waiting for the order", 0);
+		if (order_status() == INVALID)
+			order_failed();
+	}
+	print_record();
+}
+
+/* challenges [-t TYPE] (RFC 8555 7.5) */
+static void
+do_challenges(char **arg)
+{
+	(void)arg;
+	if (order_status() & (READY | VALID)) {
+		print_record();
+		return;
+	}
+	drop("challenge");
+	fetch_challenges();
+	if (opt['t'])
+		choose_challenges(opt['t']);
+	print_record();
+}
+
+/* respond [-t TYPE] [-w DIR] [-s SECONDS] [-n] (RFC 8555 7.5.1) */
+static void
+do_respond(char **arg)
+{
+	unsigned long settle = 0;
+	size_t before = ndoomed;
+	const char *type = opt['t'] ? opt['t'] : opt['w'] ? "http-01" : NULL;
+
+	(void)arg;
+	if (opt['w'] && strcmp(type, "http-01") != 0)
+		usage("-w is for http-01, not for ", str(type));
+	if (opt['w'] && opt['n'])
+		usage("-n would take down at once what -w publishes", NONE);
+	if (opt['s'] && !number(str(opt['s']), MAX_WAIT, &settle))
+		usage("-s takes a number of seconds, not ", str(opt['s']));
+	if (order_status() & (READY | VALID)) {
+		print_record();
+		return;
+	}
+	if (!count_lines("challenge"))
+		fetch_challenges();
+	choose_challenges(type);
+	if (opt['w'])
+		publish_files(opt['w']);
+	if (settle && !pause_for("settling", (long long)settle * 1000))
+		usage("-s leaves no time before -T", NONE);
+	tell_ca();
+	if (!opt['n'])
+		order_await(PENDING, "waiting for the CA to validate", 0);
+	undo(before);
+	if (order_status() == INVALID)
+		order_failed();
+	drop("challenge");
+	print_record();
+}
+
+/* finalize (-K KEY | -r CSR) (RFC 8555 7.4) */
+static void
+do_finalize(char **arg)
+{
+	Str key, csr;
+	bool sent = false;
+
+	(void)arg;
+	if (!opt['K'] == !opt['r'])
+		usage("either -K KEY or -r CSR", NONE);
+	need("order");
+	csr = opt['K'] ? make_request(opt['K'], &key) :
+	    read_request(opt['r'], &key);
+	if (!order_status())
+		order_refresh();
+	for (;;)
+		switch (order_status()) {
+		case PENDING:
+			order_refresh();
+			order_await(PENDING, "waiting for the order to be "
+			    "ready", 0);
+			break;
+		case READY:
+			send_request(csr);
+			sent = true;
+			break;
+		case PROCESSING:
+			order_refresh();
+			order_await(PROCESSING, "waiting for the certificate",
+			    0);
+			break;
+		case INVALID:
+			order_failed();
+			break;
+		default:
+			if (!field("certificate").n)
+				order_refresh();
+			print_certificate(key, sent ? BROKEN : BAD);
+			return;
+		}
+}
+
+/* certificate (RFC 8555 7.4.2) */
+static void
+do_certificate(char **arg)
+{
+	(void)arg;
+	if (!field("certificate").n)
+		order_refresh();
+	if (!field("certificate").n)
+		die(LATER, S("the order is "), field("status"),
+		    S(": it has no certificate yet"));
+	print_certificate(NONE, BROKEN);
+}
+
+/* RFC 5280 5.3.1 */
+static const char *const reasons[] = {
+	"unspecified", "keyCompromise", "cACompromise", "affiliationChanged",
+	"superseded", "cessationOfOperation", "certificateHold", "-",
+	"removeFromCRL", "privilegeWithdrawn", "aACompromise"
+};
+
+static Str
+reason_code(const char *s)
+{
+	unsigned long n = 0;
+
+	while (n < COUNT(reasons) && strcmp(s, reasons[n]) != 0)
+		n++;
+	if ((n == COUNT(reasons) && !number(str(s), COUNT(reasons) - 1, &n)) ||
+	    n == 7)
+		usage("no such reason: ", str(s));
+	return num(n);
+}
+
+/* The first certificate of a file, PEM or DER. */
+static void
+read_certificate(const char *file, struct cert *c)
+{
+	Str s = read_file(file), text = s, label, block;
+	bool bad;
+
+	while (pem_next(&text, &label, &block, &bad))
+		if (same(label, S("CERTIFICATE"))) {
+			s = block;
+			break;
+		}
+	if (!cert_read(s, c))
+		die(BAD, S("no certificate in "), file_name(file));
+}
+
+/* revoke-cert [-c REASON] CERT (RFC 8555 7.6) */
+static void
+do_revoke_cert(char **arg)
+{
+	Str reason = opt['c'] ? reason_code(opt['c']) : NONE, payload;
+	struct cert c;
+
+	read_certificate(arg[0], &c);
+	payload = quote(b64(c.der));
+	payload = reason.n ?
+	    obj(S("certificate"), payload, S("reason"), reason) :
+	    obj(S("certificate"), payload);
+	acme_post(need_endpoint("revokeCert"), payload);
+}
+
+/* Send a request of the user's, and print the reply's body as it came. */
+static void
+post_and_print(const char *url, Str payload, bool once)
+{
+	struct post p = { .url = str(url), .payload = payload, .once = once };
+	struct reply r;
+
+	if (!is_url(p.url))
+		usage("no https URL: ", p.url);
+	acme_batch(&p, &r, 1);
+	accept_reply(&r);
+	print(r.body);
+}
+
+/* get URL: POST-as-GET (RFC 8555 6.3) */
+static void
+do_get(char **arg)
+{
+	post_and_print(arg[0], NONE, false);
+}
+
+/* post URL: the JSON on standard input (RFC 8555 6.2) */
+static void
+do_post(char **arg)
+{
+	Str text = read_file(NULL), v;
+
+	if (!json_read(text, &v))
+		die(BAD, S("standard input is not JSON"));
+	post_and_print(arg[0], v, true);
+}
+
+static void do_help(char **);
+
+static void
+do_version(char **arg)
+{
+	(void)arg;
+	print(S("acme-step " VERSION "\n"));
+}
+
+/* --------------------------------------------------------- 23. Table -- */
+
+enum {			/* what a command needs before it is called */
+	RECORD  = 1,	/* a record on standard input */
+	TELLS   = 2,	/* a pipe for its own record */
+	NET     = 4,	/* the CA */
+	KEY     = 8,	/* the account's key */
+	ACCOUNT = 16	/* the account, found by its key if need be */
+};
+
+#define ORDER (RECORD | NET | KEY | ACCOUNT)
+
+static const struct command {
+	const char *name;
+	void (*run)(char **arg);
+	const char *options;	/* its own, as getopt() wants them */
+	const char *required;	/* letters of those that it must have */
+	int min, max;		/* arguments */
+	int needs;
+	const char *args, *gist;
+} commands[] = {
+{ "key", do_key, "t:", "o", 0, 0, 0,
+    "[-t TYPE] -o FILE", "make a private key" },
+{ "csr", do_csr, "K:N:", "K", 1, NAMES, 0,
+    "-K KEY [-N NAME] NAME...", "make a certificate request" },
+{ "thumbprint", do_thumbprint, "", "", 0, 0, KEY,
+    "", "print the account key's thumbprint" },
+{ "json", do_json, "", "", 1, 2, 0,
+    "PATH [FILE]", "print a value out of JSON" },
+{ "directory", do_directory, "", "", 0, 0, TELLS | NET,
+    "", "print what the CA offers" },
+{ "new-account", do_new_account, "ym:", "", 0, 0, TELLS | NET | KEY,
+    "[-y] [-m CONTACT]...", "create an account, or find it" },
+{ "account", do_account, "", "", 0, 0, TELLS | NET | KEY,
+    "", "show the account" },
+{ "new-order", do_new_order, "", "", 1, NAMES, TELLS | NET | KEY | ACCOUNT,
+    "NAME...", "order a certificate" },
+{ "order", do_order, "W", "", 0, 0, TELLS | ORDER,
+    "[-W]", "ask for the order, and perhaps wait for it" },
+{ "challenges", do_challenges, "t:", "", 0, 0, TELLS | ORDER,
+    "[-t TYPE]", "add the challenges that are to be answered" },
+{ "respond", do_respond, "t:w:s:n", "", 0, 0, TELLS | ORDER,
+    "[-t TYPE] [-w DIR] [-s SECONDS] [-n]", "answer the challenges" },
+{ "finalize", do_finalize, "K:r:", "", 0, 0, ORDER,
+    "(-K KEY | -r CSR)", "get the certificate" },
+{ "certificate", do_certificate, "", "", 0, 0, ORDER,
+    "", "get the certificate again" },
+{ "revoke-cert", do_revoke_cert, "c:", "", 1, 1, NET | KEY | ACCOUNT,
+    "[-c REASON] CERT", "revoke a certificate" },
+{ "get", do_get, "", "", 1, 1, NET | KEY | ACCOUNT,
+    "URL", "read a resource of the CA" },
+{ "post", do_post, "", "", 1, 1, NET | KEY | ACCOUNT,
+    "URL", "send JSON to a resource of the CA" },
+{ "help", do_help, "", "", 0, 1, 0,
+    "[COMMAND]", "say how to use it" },
+{ "version", do_version, "", "", 0, 0, 0,
+    "", "print the version" },
+};
+
+static const struct {
+	char letter;
+	const char *arg, *variable, *gist;
+} shared[] = {
+	{ 'd', "URL", "ACME_DIRECTORY", "the CA's directory" },
+	{ 'k', "FILE", "ACME_KEY", "the account's key (account.pem)" },
+	{ 'a', "FILE", "ACME_ACCOUNT", "the account's record" },
+	{ 'C', "FILE", "ACME_CA_FILE", "trust anchors (the system's)" },
+	{ 'o', "FILE", NULL, "output (standard output)" },
+	{ 'T', "SECONDS", "ACME_TIMEOUT", "the step's time limit (300)" },
+	{ '4', NULL, NULL, "connect over IPv4 only" },
+	{ '6', NULL, NULL, "connect over IPv6 only" },
+	{ 'v', NULL, NULL, "one line for each request" },
+};
+
+#define LETS_ENCRYPT "https://acme-v02.api.letsencrypt.org/directory"
+
+static const struct command *
+find_command(const char *name)
+{
+	for (size_t i = 0; i < COUNT(commands); i++)
+		if (strcmp(name, commands[i].name) == 0)
+			return &commands[i];
+	usage("no such command: ", str(name));
+	return NULL;
+}
+
+static Str
+synopsis(const struct command *c)
+{
+	return cat(S("acme-step "), str(c->name), *c->args ? S(" ") : NONE,
+	    str(c->args), S("\n"));
+}
+
+/* help [COMMAND] */
+static void
+do_help(char **arg)
+{
+	Str s = NONE;
+
+	if (arg[0]) {
+		const struct command *c = find_command(arg[0]);
+
+		s = cat(NONE, synopsis(c), S("\t"), str(c->gist), S("\n\n"));
+	} else
+		for (size_t i = 0; i < COUNT(commands); i++)
+			s = cat(NONE, s, synopsis(&commands[i]));
+	s = cat(NONE, s, arg[0] ? NONE : S("\n"), S("for all commands:\n"));
+	for (size_t i = 0; i < COUNT(shared); i++) {
+		Str name = cat(S("  -"), (Str){ (const unsigned char *)
+		    &shared[i].letter, 1 }, S(" "), str(shared[i].arg));
+
+		s = cat(NONE, s, name, from(S("            "), name.n),
+		    str(shared[i].gist), shared[i].variable ? S(", or ") :
+		    NONE, str(shared[i].variable), S("\n"));
+	}
+	print(s);
+}
+
+/* ---------------------------------------------------------- 24. main -- */
+
+/* Descriptors 0 to 2 are ours alone, even where we were started without. */
+static void
+hold_descriptors(void)
+{
+	int fd;
+
+	do
+		fd = open("/", O_RDONLY);
+	while (fd >= 0 && fd < 3);
+	if (fd >= 0)
+		close(fd);
+}
+
+/* An option, or its variable where that is set and not empty. */
+static const char *
+option(int letter)
+{
+	const char *value = opt[letter];
+
+	for (size_t i = 0; !value && i < COUNT(shared); i++)
+		if (shared[i].letter == letter && shared[i].variable)
+			value = getenv(shared[i].variable);
+	return value && *value ? value : NULL;
+}
+
+static void
+read_options(const struct command *c, int argc, char **argv)
+{
+	Str letters = cat(S("+:"), str(c->options));
+	int letter;
+
+	for (size_t i = 0; i < COUNT(shared); i++)
+		letters = cat(letters, (Str){ (const unsigned char *)
+		    &shared[i].letter, 1 }, shared[i].arg ? S(":") : NONE);
+	opterr = 0;
+	while ((letter = getopt(argc, argv, c_str(letters))) != -1) {
+		unsigned char bad = (unsigned char)optopt;
+
+		if (letter == '?')
+			usage("no such option: -", (Str){ &bad, 1 });
+		if (letter == ':')
+			usage("an option without its value: -",
+			    (Str){ &bad, 1 });
+		opt[letter] = optarg ? optarg : "";
+		if (letter != 'm')
+			continue;
+		if (ncontact == CONTACTS)
+			die(FAULT, S("more than "), num(CONTACTS),
+			    S(" contacts"));
+		if (!strchr(optarg, ':'))
+			usage("a contact is a URL, as mailto:you@example.com,"
+			    " not ", str(optarg));
+		contact[ncontact++] = optarg;
+	}
+	for (const char *s = c->required; *s; s++)
+		if (!opt[(int)*s])
+			usage("it needs the option -",
+			    (Str){ (const unsigned char *)s, 1 });
+	if (argc - optind < c->min)
+		usage("too few arguments", NONE);
+	if (argc - optind > c->max)
+		usage("too many arguments", NONE);
+}
+
+/* The CA: what -d says, the record's, or Let's Encrypt. */
+static void
+choose_directory(void)
+{
+	const char *url = option('d');
+
+	if (url && !is_url(str(url)))
+		usage("no https URL: ", str(url));
+	if (url && field("directory").n && !same(field("directory"), str(url)))
+		die(BAD, S("the record is of another CA, "),
+		    field("directory"), S(", than "), str(url));
+	if (!field("directory").n)
+		add_line(S("directory"), url ? str(url) : S(LETS_ENCRYPT));
+}
+
+/* All that comes before the first request, so that it fails before. */
+static void
+prepare(const struct command *c)
+{
+	const char *limit = option('T'), *account = option('a');
+	unsigned long n = busy.limit;
+
+	if (limit && (!number(str(limit), MAX_WAIT, &n) || n == 0))
+		usage("-T takes a number of seconds, not ", str(limit));
+	busy.limit = (unsigned)n;
+	verbose = opt['v'];
+	family = opt['4'] ? AF_INET : opt['6'] ? AF_INET6 : AF_UNSPEC;
+	if (opt['4'] && opt['6'])
+		usage("-4 and -6 exclude each other", NONE);
+	account_file = option('k') ? option('k') : "account.pem";
+	if (c->needs & RECORD)
+		record_read(NULL, false);
+	if (c->needs & NET && account)
+		record_read(account, true);
+	start_clock();
+	if (!is_std(opt['o']))
+		out_open(opt['o'], c->run == do_key);
+	else if (c->run == do_key)
+		usage("a key goes to a file: -o FILE", NONE);
+	if (c->needs & KEY)
+		signer();
+	if (!(c->needs & NET))
+		return;
+	choose_directory();
+	find_anchors(option('C'));
+	acme_start();
+	if (c->needs & ACCOUNT)
+		account_url();
+}
+
+int
+main(int argc, char **argv)
+{
+	const struct command *c;
+
+	hold_descriptors();
+	hide(heap, sizeof heap);
+	hide(&account_key, sizeof account_key);
+	hide(&certificate_key, sizeof certificate_key);
+	hide(&conn, sizeof conn);
+	catch_signals();
+	tells = true;
+	if (argc < 2)
+		usage("which command?", NONE);
+	c = find_command(argv[1]);
+	step = str(c->name);
+	tells = c->needs & TELLS;
+	read_options(c, argc - 1, argv + 1);
+	prepare(c);
+	c->run(argv + 1 + optind);
+	conn_close();
+	leave(DONE);
+}
