@@ -6,13 +6,17 @@ PREFIX   = /usr/local
 BINDIR   = $(PREFIX)/bin
 DOCDIR   = $(PREFIX)/share/doc/acme-step
 
-# Debian's archive of BearSSL was made with glibc; --defsym gives its
-# checked functions the plain ones of the libc that is linked.
+# What only the static binary wants.  Debian's archive of BearSSL was made
+# with glibc: --defsym gives its checked functions the plain ones of musl.
+# And nothing unwinds the stack: SCRIPT, which the linker reads from its
+# standard input, drops 12 KB of tables for that.
 CC       = musl-gcc
 CFLAGS   = -Os
-LDFLAGS  = -static -Wl,--defsym=__memcpy_chk=memcpy \
+LDFLAGS  = -static -fno-pie -no-pie -Wl,-T,/dev/stdin \
+           -Wl,--defsym=__memcpy_chk=memcpy \
            -Wl,--defsym=__memset_chk=memset \
            -Wl,--defsym=__memmove_chk=memmove
+SCRIPT   = SECTIONS { /DISCARD/ : { *(.eh_frame) } } INSERT AFTER .rodata;
 
 # A source tree of BearSSL, built with $(CC), in place of the system's.
 BEARSSL  =
@@ -20,10 +24,8 @@ BEARSSL  =
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
            -Wno-sign-conversion -Wstrict-prototypes -Wmissing-prototypes \
            -Wwrite-strings -Wvla -Wformat=2 -Wundef
-HARDEN   = -fstack-protector-strong -fno-asynchronous-unwind-tables \
-           -ffunction-sections -fdata-sections \
+HARDEN   = -s -fstack-protector-strong -ffunction-sections -fdata-sections \
            -Wl,-z,relro,-z,now,-z,noexecstack,--gc-sections,--build-id=none
-STRIP    = -s
 SAN      = -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
 # $$inc and $$lib: where BearSSL's headers and archive are.
@@ -44,7 +46,8 @@ all: acme-step
 
 acme-step: acme.c Makefile
 	@$(FIND); set -x; \
-	$(CC) $(COMPILE) $(HARDEN) $(STRIP) $(LDFLAGS) -o $@ acme.c "$$lib"
+	echo '$(SCRIPT)' | $(CC) $(COMPILE) $(HARDEN) $(LDFLAGS) \
+	    -o $@ acme.c "$$lib"
 
 acme-step-san: acme.c Makefile
 	@$(FIND); set -x; \

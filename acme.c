@@ -46,6 +46,8 @@ enum {
 	MAX_WAIT = 86400 * 30	/* seconds in -T and -s */
 };
 
+enum { EXPONENT = 65537 };	/* of the RSA keys that we make */
+
 /* When the program was released: no true clock shows an earlier time. */
 #define RELEASED 1795478400LL	/* 2026-11-24T00:00:00Z */
 
@@ -79,7 +81,7 @@ typedef struct {
 #define STRS(...) (const Str[]){ __VA_ARGS__ }, COUNT(((Str[]){ __VA_ARGS__ }))
 
 static Str step;		/* the command, for messages */
-static bool tells;		/* it prints a record: a pipe learns of failure */
+static bool tells;		/* a pipe on our output learns of failure */
 
 /* Files that must not outlive a failure: unfinished or published ones. */
 static struct {
@@ -88,7 +90,10 @@ static struct {
 } doomed[NAMES + 1];
 static volatile size_t ndoomed;
 
-/* Memory that must not outlive the process readable. */
+static unsigned char heap[HEAP];	/* see 2; a secret can be anywhere */
+static size_t used, peak;		/* bytes of it; the most there were */
+
+/* Other memory that must not outlive the process readable. */
 static struct {
 	volatile unsigned char *p;
 	size_t n;
@@ -277,6 +282,8 @@ leave(int status)
 	for (size_t i = 0; i < nsecret; i++)
 		for (size_t k = 0; k < secret[i].n; k++)
 			secret[i].p[k] = 0;
+	for (size_t i = 0; i < peak; i++)
+		((volatile unsigned char *)heap)[i] = 0;
 	_exit(status);
 }
 
@@ -342,9 +349,6 @@ catch_signals(void)
 
 /* --------------------------------------------------------- 2. Memory -- */
 
-static unsigned char heap[HEAP];
-static size_t used;
-
 /* Take n bytes.  A step lives for a second: they are never given back. */
 static unsigned char *
 take(size_t n)
@@ -352,6 +356,8 @@ take(size_t n)
 	if (n > sizeof heap - used)
 		die(FAULT, S("more than the 3 MiB of memory that a step has"));
 	used += n;
+	if (used > peak)
+		peak = used;
 	return heap + used - n;
 }
 
@@ -1093,18 +1099,31 @@ now_ms(void)
 	return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
 }
 
-/* A moment as 2026-11-24T00:00:00Z, for messages. */
+/* A number from 0 to 99 in two digits. */
+static Str
+two(int n)
+{
+	Str s = num(100U + (unsigned)n);
+
+	return from(s, 1);
+}
+
+/* A moment since 1970 as 2026-11-24T00:00:00Z (RFC 3339 5.6). */
 static Str
 date(long long t)
 {
-	time_t when = (time_t)t;
-	struct tm tm;
-	unsigned char *p = take(24);
-	size_t n = 0;
+	int s = (int)(((t % 86400) + 86400) % 86400);
+	long long days = (t - s) / 86400;
+	int y = 1970 + (int)(days / 366), m = 1;
 
-	if (gmtime_r(&when, &tm))
-		n = strftime((char *)p, 24, "%Y-%m-%dT%H:%M:%SZ", &tm);
-	return (Str){ p, n };
+	while (moment(y + 1, 1, 1, 0, 0, 0) <= t)
+		y++;
+	while (m < 12 && moment(y, m + 1, 1, 0, 0, 0) <= t)
+		m++;
+	days -= moment(y, m, 1, 0, 0, 0) / 86400;
+	return cat(NONE, num((unsigned)y), S("-"), two(m), S("-"),
+	    two((int)days + 1), S("T"), two(s / 3600), S(":"),
+	    two(s / 60 % 60), S(":"), two(s % 60), S("Z"));
 }
 
 static long long deadline;	/* of the step, by now_ms() */
@@ -1225,7 +1244,7 @@ read_file(const char *name)
  * under another name beside its own, synced, and renamed at the end.
  */
 static struct {
-	const char *file;		/* for messages; NULL: standard output */
+	const char *file;		/* NULL: standard output */
 	const char *base, *temporary;	/* in dir; NULL: not renamed */
 	int dir, fd;
 	bool key;			/* 0600, and never replaces */
@@ -1324,7 +1343,7 @@ out_open(const char *file, bool key)
 	out.temporary = c_str(cat(S(".acme-step."),
 	    hex((Str){ r, sizeof r })));
 	out.fd = create(out.dir, out.temporary, key ? 0600 : 0666);
-	if (out.fd < 0)
+	if (out.fd < 0 || (key && fchmod(out.fd, 0600) != 0))
 		no_place("", why());
 	if (old)
 		keep_mode(&st);
@@ -1499,8 +1518,63 @@ struct key {
 
 static struct key account_key, certificate_key;
 
-/* The whole program's elliptic curves: small, portable, constant-time. */
-static const br_ec_impl *const curves = &br_ec_all_m31;
+/*
+ * The whole program's elliptic curves, portable and constant-time: X25519,
+ * which only TLS uses, and the prime curves.  BearSSL's own choice of
+ * all has faster code for P-256, at 9 KB more; a step uses it five times.
+ */
+static const br_ec_impl *
+curve_code(int curve)
+{
+	return curve == BR_EC_curve25519 ? &br_ec_c25519_m31 :
+	    &br_ec_prime_i31;
+}
+
+static const unsigned char *
+curve_generator(int curve, size_t *n)
+{
+	return curve_code(curve)->generator(curve, n);
+}
+
+static const unsigned char *
+curve_order(int curve, size_t *n)
+{
+	return curve_code(curve)->order(curve, n);
+}
+
+static size_t
+curve_xoff(int curve, size_t *n)
+{
+	return curve_code(curve)->xoff(curve, n);
+}
+
+static uint32_t
+curve_mul(unsigned char *g, size_t ng, const unsigned char *x, size_t nx,
+    int curve)
+{
+	return curve_code(curve)->mul(g, ng, x, nx, curve);
+}
+
+static size_t
+curve_mulgen(unsigned char *r, const unsigned char *x, size_t nx, int curve)
+{
+	return curve_code(curve)->mulgen(r, x, nx, curve);
+}
+
+static uint32_t
+curve_muladd(unsigned char *a, const unsigned char *b, size_t n,
+    const unsigned char *x, size_t nx, const unsigned char *y, size_t ny,
+    int curve)
+{
+	return curve_code(curve)->muladd(a, b, n, x, nx, y, ny, curve);
+}
+
+static const br_ec_impl curves = {
+	1U << BR_EC_curve25519 | 1U << BR_EC_secp256r1 |
+	    1U << BR_EC_secp384r1 | 1U << BR_EC_secp521r1,
+	curve_generator, curve_order, curve_xoff, curve_mul, curve_mulgen,
+	curve_muladd
+};
 
 static Str
 hash(const br_hash_class *h, Str s)
@@ -1521,18 +1595,57 @@ sha256(Str s)
 	return hash(&br_sha256_vtable, s);
 }
 
-/* Derive the public half; false if the private one cannot be right. */
+/* The public point, from the private number. */
 static bool
-key_complete(struct key *k)
+ec_complete(struct key *k)
 {
-	if (k->type->curve) {
-		k->npublic = br_ec_compute_pub(curves, &k->ec_public,
-		    k->public, &k->ec);
-		return k->npublic == 1 + 2 * k->type->size;
-	}
-	k->exponent = br_rsa_i31_compute_pubexp(&k->rsa);
-	k->npublic = br_rsa_i31_compute_modulus(k->public, &k->rsa);
-	return k->exponent > 1 && k->npublic == (k->rsa.n_bitlen + 7) / 8;
+	k->npublic = br_ec_compute_pub(&curves, &k->ec_public, k->public,
+	    &k->ec);
+	return k->npublic == 1 + 2 * k->type->size;
+}
+
+/*
+ * Take the public half of an RSA key over.  Nobody derives it from the
+ * private one: what BearSSL has for that fails for 4096 bits and for
+ * primes that it would not have chosen itself.
+ */
+static void
+rsa_public(struct key *k, Str n, Str e)
+{
+	k->npublic = n.n;
+	memcpy(k->public, n.p, n.n);
+	for (k->exponent = 0; e.n; e = from(e, 1))
+		k->exponent = k->exponent << 8 | e.p[0];
+}
+
+/* The exponent, big-endian. */
+static Str
+exponent(const struct key *k)
+{
+	unsigned char *p = take(4);
+	size_t i = 0;
+
+	for (int n = 0; n < 4; n++)
+		p[n] = (unsigned char)(k->exponent >> (24 - 8 * n));
+	while (i < 3 && !p[i])
+		i++;
+	return (Str){ p + i, 4 - i };
+}
+
+/* Do the halves of an RSA key belong together?  It signs, and we see. */
+static bool
+rsa_works(const struct key *k)
+{
+	Str e = exponent(k), h = sha256(S("a trial"));
+	br_rsa_public_key public = { (unsigned char *)k->public, k->npublic,
+	    (unsigned char *)e.p, e.n };
+	unsigned char signature[512], got[32];
+
+	return br_rsa_i31_pkcs1_sign(BR_HASH_OID_SHA256, h.p, h.n, &k->rsa,
+	        signature) &&
+	    br_rsa_i31_pkcs1_vrfy(signature, k->npublic, BR_HASH_OID_SHA256,
+	        sizeof got, &public, got) &&
+	    same(h, (Str){ got, sizeof got });
 }
 
 static void
@@ -1547,28 +1660,39 @@ key_make(struct key *k, const struct key_type *type)
 	br_hmac_drbg_init(&rng, &br_sha256_vtable, seed, sizeof seed);
 	k->type = type;
 	if (type->curve)
-		ok = br_ec_keygen(&rng.vtable, curves, &k->ec, k->secret,
+		ok = br_ec_keygen(&rng.vtable, &curves, &k->ec, k->secret,
 		    type->curve) != 0;
-	else
+	else {
 		ok = br_rsa_keygen_get_default()(&rng.vtable, &k->rsa,
 		    k->secret, &public, k->public, (unsigned)type->size * 8,
-		    65537);
-	if (!ok || !key_complete(k))
+		    EXPONENT);
+		k->npublic = type->size;
+		k->exponent = EXPONENT;
+	}
+	if (!ok || (type->curve && !ec_complete(k)))
 		die(FAULT, S("cannot make a key"));
 }
 
-/* The sizes of an RSAPrivateKey's numbers (RFC 8017 A.1.2) are possible. */
+/*
+ * An RSAPrivateKey's numbers (RFC 8017 A.1.2) have possible sizes; its
+ * public half is taken over.
+ */
 static bool
-rsa_fits(Str s)
+rsa_fits(Str s, struct key *k)
 {
-	Str n;
+	Str n[9];
 
 	for (int i = 0; i < 9; i++) {
 		size_t max = i == 1 || i == 3 ? 512 : i == 2 ? 4 : 256;
 
-		if (!der_next(&s, INTEGER, &n) || n.n > max + 1)
+		if (!der_next(&s, INTEGER, &n[i]))
+			return false;
+		while (n[i].n && n[i].p[0] == 0)
+			n[i] = from(n[i], 1);
+		if (n[i].n > max)
 			return false;
 	}
+	rsa_public(k, n[1], n[2]);
 	return s.n == 0;
 }
 
@@ -1577,7 +1701,7 @@ rsa_fits(Str s)
  * at first: PKCS #8 (RFC 5208 5), RSAPrivateKey or ECPrivateKey (RFC 5915).
  */
 static bool
-key_fits(Str block, bool wrapped)
+key_fits(struct key *k, Str block, bool wrapped)
 {
 	Str all, s, n, whole, rest = block;
 	int tag;
@@ -1589,9 +1713,9 @@ key_fits(Str block, bool wrapped)
 	    !der_any(&s, &tag, &n, &whole))
 		return false;
 	if (tag == INTEGER)
-		return rsa_fits(all);
+		return rsa_fits(all, k);
 	if (tag == SEQUENCE && !wrapped)
-		return der_next(&s, OCTETS, &n) && key_fits(n, true);
+		return der_next(&s, OCTETS, &n) && key_fits(k, n, true);
 	return tag == OCTETS && n.n <= 48;
 }
 
@@ -1630,7 +1754,7 @@ static bool
 in_range(const struct key *k)
 {
 	size_t n;
-	const unsigned char *order = curves->order(k->type->curve, &n);
+	const unsigned char *order = curves.order(k->type->curve, &n);
 	unsigned any = 0;
 
 	for (size_t i = 0; i < k->ec.xlen; i++)
@@ -1665,7 +1789,7 @@ key_read(struct key *k, const char *name)
 		if (starts(label, S("ENCRYPTED")))
 			die(BAD, file_name(name), S(" is encrypted: decrypt it"
 			    " first"));
-		if (!key_fits(block, false))
+		if (!key_fits(k, block, false))
 			die(BAD, file_name(name), S(" holds a malformed key, "
 			    "or one of a size or kind that is not supported"));
 		br_skey_decoder_init(&k->decoder);
@@ -1673,7 +1797,8 @@ key_read(struct key *k, const char *name)
 		if ((fault = key_accept(k)))
 			die(BAD, S("the key in "), file_name(name),
 			    S(" is of no use: "), str(fault));
-		if ((k->type->curve && !in_range(k)) || !key_complete(k))
+		if (k->type->curve ? !in_range(k) || !ec_complete(k) :
+		    !rsa_works(k))
 			die(BAD, S("the numbers of the key in "),
 			    file_name(name), S(" make no key"));
 		return;
@@ -1706,19 +1831,6 @@ key_pem(const struct key *k)
 	else
 		br_encode_rsa_pkcs8_der(p, &k->rsa, &rsa, d, nd);
 	return pem((Str){ p, n }, BR_ENCODE_PEM_PKCS8);
-}
-
-/* The RSA exponent, big-endian. */
-static Str
-exponent(const struct key *k)
-{
-	unsigned char *p = take(4);
-
-	for (int i = 0; i < 4; i++)
-		p[i] = (unsigned char)(k->exponent >> (24 - 8 * i));
-	for (size_t i = 0; ; i++)
-		if (p[i])
-			return (Str){ p + i, 4 - i };
 }
 
 /* As a JWK: exactly the members RFC 7638 3.2 hashes, in its order. */
@@ -1769,7 +1881,7 @@ sign(const struct key *k, Str s, bool asn1)
 	size_t n = k->npublic;
 
 	if (k->type->curve)
-		n = ec(curves, k->type->hash, h.p, &k->ec, o);
+		n = ec(&curves, k->type->hash, h.p, &k->ec, o);
 	else if (!br_rsa_i31_pkcs1_sign(BR_HASH_OID_SHA256, h.p, h.n,
 	    &k->rsa, o))
 		n = 0;
@@ -1813,14 +1925,47 @@ ip_bytes(Str text)
 	return NONE;
 }
 
-/* The text of an address's bytes, as RFC 5952 has it. */
+/* A number in hexadecimal, without leading zeros. */
+static Str
+hex_number(unsigned n)
+{
+	unsigned char b[2] = { (unsigned char)(n >> 8), (unsigned char)n };
+	Str s = hex((Str){ b, 2 });
+
+	while (s.n > 1 && s.p[0] == '0')
+		s = from(s, 1);
+	return s;
+}
+
+/* The text of an address's bytes, as RFC 5952 4 has it. */
 static Str
 ip_text(Str b)
 {
-	char s[INET6_ADDRSTRLEN] = "";
+	unsigned part[8];
+	size_t i, at = 8, most = 1, run;
+	Str s = NONE;
 
-	inet_ntop(b.n == 4 ? AF_INET : AF_INET6, b.p, s, sizeof s);
-	return cat(NONE, str(s));
+	if (b.n == 4)
+		return cat(NONE, num(b.p[0]), S("."), num(b.p[1]), S("."),
+		    num(b.p[2]), S("."), num(b.p[3]));
+	for (i = 0; i < 8; i++)
+		part[i] = b.p[2 * i] * 256U + b.p[2 * i + 1];
+	for (i = 0; i < 8; i++) {	/* "::" is the longest run of zeros */
+		for (run = 0; i + run < 8 && part[i + run] == 0; run++)
+			continue;
+		if (run > most) {
+			most = run;
+			at = i;
+		}
+	}
+	for (i = 0; i < 8; i++)
+		if (i == at) {
+			s = cat(NONE, s, S("::"));
+			i += most - 1;
+		} else
+			s = cat(NONE, s, i && (i != at + most) ? S(":") :
+			    NONE, hex_number(part[i]));
+	return s;
 }
 
 /* Times, notBefore and notAfter. */
@@ -2177,7 +2322,7 @@ chain_validate(void)
 
 	br_x509_minimal_init(x, &br_sha256_vtable, anchor, nanchor);
 	br_x509_minimal_set_rsa(x, br_rsa_i31_pkcs1_vrfy);
-	br_x509_minimal_set_ecdsa(x, curves, br_ecdsa_i31_vrfy_asn1);
+	br_x509_minimal_set_ecdsa(x, &curves, br_ecdsa_i31_vrfy_asn1);
 	br_x509_minimal_set_hash(x, br_sha256_ID, &br_sha256_vtable);
 	br_x509_minimal_set_hash(x, br_sha384_ID, &br_sha384_vtable);
 	br_x509_minimal_set_hash(x, br_sha512_ID, &br_sha512_vtable);
@@ -2327,7 +2472,7 @@ static struct {
 	unsigned char in[4096], tls_buffer[BR_SSL_BUFSIZE_BIDI];
 	br_sslio_context io;
 	br_ssl_client_context tls;
-} conn = { .fd = -1 };
+} conn;
 
 static int family = AF_UNSPEC;		/* -4, -6 */
 
@@ -2442,7 +2587,7 @@ tls_setup(void)
 	br_ssl_engine_set_hash(e, br_sha512_ID, &br_sha512_vtable);
 	br_ssl_engine_set_prf_sha256(e, &br_tls12_sha256_prf);
 	br_ssl_engine_set_prf_sha384(e, &br_tls12_sha384_prf);
-	br_ssl_engine_set_ec(e, curves);
+	br_ssl_engine_set_ec(e, &curves);
 	br_ssl_engine_set_ecdsa(e, br_ecdsa_i31_vrfy_asn1);
 	br_ssl_engine_set_rsavrfy(e, br_rsa_i31_pkcs1_vrfy);
 	br_ssl_engine_set_gcm(e, &br_sslrec_in_gcm_vtable,
@@ -4183,8 +4328,9 @@ print_certificate(Str key, int status)
 /*
  * Send the request (RFC 8555 7.4).  The CA may say that the order is not
  * ready, since it is finished or not quite settled: the order decides.
+ * Returns whether it was this request that the CA took.
  */
-static void
+static bool
 send_request(Str csr)
 {
 	struct post p = { .url = need("finalize"),
@@ -4198,17 +4344,18 @@ send_request(Str csr)
 		if (order_status() == PROCESSING)
 			order_await(PROCESSING, "waiting for the certificate",
 			    r.retry_after);
-		return;
+		return true;
 	}
 	order_refresh();
 	if (order_status() == READY &&
 	    !pause_for("waiting for the order to settle", 1000))
 		accept_reply(&r);
+	return false;
 }
 
 /* ------------------------------------------------------ 22. Commands -- */
 
-static const char *opt[128];		/* by letter; "" where it has no value */
+static const char *opt[128];	/* by letter; "" where it has no value */
 static const char *contact[CONTACTS];	/* -m */
 static size_t ncontact;
 
@@ -4301,7 +4448,8 @@ json_step(Str v, Str name)
 	Str key, value;
 
 	if (json_kind(v) != '{' &&
-	    (json_kind(v) != '[' || !number(name, LONG_MAX, &n)))
+	    (json_kind(v) != '[' || !number(name, LONG_MAX, &n) ||
+	    (name.n > 1 && name.p[0] == '0')))
 		return NONE;
 	while (json_each(&v, &key, &value))
 		if (key.n ? same(json_text(key), name) : i++ == n)
@@ -4547,8 +4695,7 @@ do_finalize(char **arg)
 			    "ready", 0);
 			break;
 		case READY:
-			send_request(csr);
-			sent = true;
+			sent = send_request(csr);
 			break;
 		case PROCESSING:
 			order_refresh();
@@ -4573,6 +4720,8 @@ do_certificate(char **arg)
 	(void)arg;
 	if (!field("certificate").n)
 		order_refresh();
+	if (order_status() == INVALID)
+		order_failed();
 	if (!field("certificate").n)
 		die(LATER, S("the order is "), field("status"),
 		    S(": it has no certificate yet"));
@@ -4813,7 +4962,7 @@ option(int letter)
 	for (size_t i = 0; !value && i < COUNT(shared); i++)
 		if (shared[i].letter == letter && shared[i].variable)
 			value = getenv(shared[i].variable);
-	return value && *value ? value : NULL;
+	return opt[letter] || (value && *value) ? value : NULL;
 }
 
 static void
@@ -4887,7 +5036,7 @@ prepare(const struct command *c)
 	account_file = option('k') ? option('k') : "account.pem";
 	if (c->needs & RECORD)
 		record_read(NULL, false);
-	if (c->needs & NET && account)
+	if (c->needs & ACCOUNT && account)
 		record_read(account, true);
 	start_clock();
 	if (!is_std(opt['o']))
@@ -4911,7 +5060,7 @@ main(int argc, char **argv)
 	const struct command *c;
 
 	hold_descriptors();
-	hide(heap, sizeof heap);
+	conn.fd = -1;
 	hide(&account_key, sizeof account_key);
 	hide(&certificate_key, sizeof certificate_key);
 	hide(&conn, sizeof conn);
