@@ -436,6 +436,13 @@ lower_case(unsigned char c)
 	return (unsigned char)(c >= 'A' && c <= 'Z' ? c + 'a' - 'A' : c);
 }
 
+/* What of a server's nonsense is shown. */
+static Str
+brief(Str s)
+{
+	return s.n > 200 ? cat(NONE, (Str){ s.p, 200 }, S("...")) : s;
+}
+
 /* In lower case, of ASCII alone: names and header fields have no other. */
 static Str
 lower(Str s)
@@ -1210,6 +1217,8 @@ read_some(int fd, void *p, size_t n, const char *name)
 	do
 		got = read(fd, p, n);
 	while (got < 0 && errno == EINTR);
+	if (got < 0 && errno == EISDIR && is_std(name))
+		die(MISSING, S("there is no standard input"));
 	if (got < 0)
 		die(errno == EISDIR ? MISSING : IO, S("cannot read "),
 		    file_name(name), S(": "), why());
@@ -1411,7 +1420,7 @@ struct pem {
 	br_pem_decoder_context decoder;
 	size_t mark;
 	Str der;		/* of the block, on top of the heap */
-	bool bad;
+	bool open, bad;		/* in a block; it is malformed */
 };
 
 static void
@@ -1427,7 +1436,7 @@ pem_begin(struct pem *r)
 {
 	br_pem_decoder_init(&r->decoder);
 	r->mark = used;
-	r->bad = false;
+	r->open = r->bad = false;
 }
 
 /* Read on, to the end of the next block; false at the end of the input. */
@@ -1440,11 +1449,13 @@ pem_push(struct pem *r, Str *in)
 		*in = from(*in, n);
 		switch (br_pem_decoder_event(&r->decoder)) {
 		case BR_PEM_BEGIN_OBJ:
+			r->open = true;
 			r->der = (Str){ heap + used, 0 };
 			br_pem_decoder_setdest(&r->decoder, pem_bytes,
 			    &r->der);
 			break;
 		case BR_PEM_END_OBJ:
+			r->open = false;
 			return true;
 		case BR_PEM_ERROR:
 			r->bad = true;
@@ -1467,11 +1478,13 @@ pem_next(Str *text, Str *name, Str *block, bool *bad)
 
 	pem_begin(&r);
 	have = pem_push(&r, text) || pem_push(&r, &end);
-	*bad = r.bad;
+	*bad = r.bad || (!have && r.open);
 	if (!have || r.bad)
 		return false;
-	*name = str(br_pem_decoder_name(&r.decoder));
-	*name = cat(NONE, *name);
+	*name = cat(NONE, str(br_pem_decoder_name(&r.decoder)));
+	/* BearSSL 0.6 leaves the dashes on where the line ends in CR LF. */
+	while (name->n && name->p[name->n - 1] == '-')
+		name->n--;
 	*block = r.der;
 	return true;
 }
@@ -2033,19 +2046,35 @@ cert_read(Str der, struct cert *c)
 	return true;
 }
 
+/*
+ * Take the next name off a certificate's alternative names, as TYPE VALUE;
+ * names that are neither DNS names nor addresses have no TYPE.
+ */
+static bool
+cert_name(Str *list, Str *name)
+{
+	Str body, whole;
+	int tag;
+
+	if (!der_any(list, &tag, &body, &whole))
+		return false;
+	if (tag == IP_NAME && (body.n == 4 || body.n == 16))
+		*name = cat(S("ip "), ip_text(body));
+	else
+		*name = cat(tag == DNS_NAME ? S("dns ") : NONE, lower(body));
+	return true;
+}
+
 /* Is an identifier among the subject's alternative names? */
 static bool
 cert_names(const struct cert *c, Str type, Str value)
 {
-	Str list = c->alt_names, name, whole;
-	Str ip = is_ip(type) ? ip_bytes(value) : NONE;
-	int tag;
+	Str list = c->alt_names, name;
+	Str want = cat(NONE, type, S(" "), lower(value));
 
-	while (list.n > 0 && der_any(&list, &tag, &name, &whole)) {
-		if (is_ip(type) ? tag == IP_NAME && same(name, ip) :
-		    tag == DNS_NAME && same_word(name, value))
+	while (cert_name(&list, &name))
+		if (same(name, want))
 			return true;
-	}
 	return false;
 }
 
@@ -2272,8 +2301,8 @@ find_anchors(const char *option)
 static struct {
 	const br_x509_class *vtable;
 	br_x509_minimal_context inner;
-	const char *name;		/* of the server, NULL for an address */
-	Str ip;				/* or its address's bytes */
+	const char *name;		/* of the server, for BearSSL to find */
+	Str ip;				/* or its address's bytes, for us */
 	Str der[CERTS];
 	struct cert cert[CERTS];
 	size_t n, lost;			/* lost: certificates too many or big */
@@ -2284,7 +2313,7 @@ static void
 chain_start(const br_x509_class **self, const char *name)
 {
 	(void)self;
-	chain.name = name;
+	chain.name = chain.ip.n ? NULL : name;
 	chain.n = chain.lost = 0;
 }
 
@@ -2353,8 +2382,8 @@ chain_end(const br_x509_class **self)
 	else
 		built_in_anchors();
 	err = chain_validate();
-	if (err == 0 && !chain.name && (chain.ip.n == 0 ||
-	    !cert_names(&chain.cert[0], S("ip"), ip_text(chain.ip))))
+	if (err == 0 && chain.ip.n &&
+	    !cert_names(&chain.cert[0], S("ip"), ip_text(chain.ip)))
 		err = BR_ERR_X509_BAD_SERVER_NAME;
 	return err;
 }
@@ -2763,7 +2792,8 @@ http_status(struct reply *r, Str s)
 	Str version = cut(&s, ' '), code = cut(&s, ' ');
 
 	if (!starts(version, S("HTTP/1.")) || version.n != 8 || code.n != 3 ||
-	    !number(code, 999, &n) || n < 100)
+	    !made_of(from(version, 7), "01") || !number(code, 599, &n) ||
+	    n < 100)
 		broken(r, S("is not HTTP/1"));
 	r->last = version.p[7] == '0';
 	return (int)n;
@@ -2814,13 +2844,13 @@ http_field(struct reply *r, struct framing *f, Str name, Str value)
 	else if (same_word(name, S("Content-Length"))) {
 		if (!number(value, 1UL << 31, &n) ||
 		    (f->has_length && n != f->length))
-			broken(r, S("has no clear length: "), value);
+			broken(r, S("has no clear length: "), brief(value));
 		f->has_length = true;
 		f->length = n;
 	} else if (same_word(name, S("Transfer-Encoding"))) {
 		if (!same_word(value, S("chunked")) || f->chunked)
 			broken(r, S("has a transfer coding that nobody asked"
-			    " for: "), value);
+			    " for: "), brief(value));
 		f->chunked = true;
 	} else if (same_word(name, S("Connection")))
 		while (value.n)
@@ -2855,8 +2885,6 @@ http_head(struct reply *r, struct framing *f)
 				http_field(r, f, name, trim(s));
 		}
 	} while (r->status < 200);
-	if (f->chunked && f->has_length)
-		broken(r, S("has two lengths"));
 	return true;
 }
 
@@ -2881,9 +2909,11 @@ http_bytes(struct reply *r, unsigned long n)
 static unsigned long
 chunk_size(struct reply *r, Str s)
 {
-	Str size = trim(cut(&s, ';'));
+	Str size = cut(&s, ';');
 	unsigned long n = 0;
 
+	while (size.n && strchr(" \t", size.p[size.n - 1]))
+		size.n--;
 	if (!made_of(size, DIGIT "abcdefABCDEF"))
 		broken(r, S("has a chunk without a size"));
 	for (size_t i = 0; i < size.n; i++) {
@@ -2938,6 +2968,8 @@ http_receive(const struct message *q, struct reply *r)
 	if (strcmp(q->method, "HEAD") == 0 || r->status == 204 ||
 	    r->status == 304)
 		;
+	else if (f.chunked && f.has_length)
+		broken(r, S("has two lengths"));
 	else if (f.chunked)
 		http_chunks(r);
 	else if (f.has_length)
@@ -3232,7 +3264,7 @@ put(const char *word, Str value, Str url)
 
 	if (!k->ok(value))
 		die(BROKEN, S("the reply from "), url, S(" has an impossible "),
-		    str(word), S(": "), value);
+		    str(word), S(": "), brief(value));
 	if (l && !k->many)
 		l->value = value;
 	else
@@ -3265,14 +3297,14 @@ bad_record(const char *file, size_t n, const char *what)
 static void
 record_read(const char *file, bool account_only)
 {
-	Str text = read_file(file), value, word;
+	Str text = read_file(file), all, value, word;
 	const struct keyword *k;
 
 	if (text.n == 0)
 		die(BAD, file_name(file), S(" is empty"));
 	for (size_t n = 1; text.n; n++) {
-		value = cut(&text, '\n');
-		for (Str s = value; s.n; s = from(s, harmless(s)))
+		all = value = cut(&text, '\n');
+		for (Str s = all; s.n; s = from(s, harmless(s)))
 			if (!harmless(s))
 				bad_record(file, n, "a control character");
 		word = cut(&value, ' ');
@@ -3285,7 +3317,10 @@ record_read(const char *file, bool account_only)
 			continue;
 		if ((k = keyword(word)) && !k->ok(value))
 			bad_record(file, n, "malformed");
-		if (k && !k->many && field(k->word).n) {
+		if (!k) {	/* it passes through as it is */
+			word = all;
+			value = NONE;
+		} else if (!k->many && field(k->word).n) {
 			if (account_only && same(field(k->word), value))
 				continue;
 			bad_record(file, n, account_only ? "not the same as "
@@ -3304,8 +3339,8 @@ record_text(void)
 		for (size_t i = 0; i < nrecord; i++)
 			if (keyword(record[i].word) == (k < COUNT(keywords) ?
 			    &keywords[k] : NULL))
-				s = cat(s, record[i].word, S(" "),
-				    record[i].value, S("\n"));
+				s = cat(s, record[i].word, record[i].value.n ?
+				    S(" ") : NONE, record[i].value, S("\n"));
 	return s;
 }
 
@@ -3400,22 +3435,31 @@ text_of(Str o, const char *name)
 	return json_kind(v) == '"' ? json_text(v) : NONE;
 }
 
+/* An array of an object; nothing where it has none. */
+static Str
+list_of(Str o, const char *name)
+{
+	Str v = json_member(o, name);
+
+	return json_kind(v) == '[' ? v : NONE;
+}
+
 /* A problem document in a line (RFC 7807 3.1, RFC 8555 6.7 and 6.7.1). */
 static Str
 problem_text(Str o)
 {
 	Str type = text_of(o, "type"), detail = text_of(o, "detail");
-	Str subs = json_member(o, "subproblems"), none, sub;
-	Str list = json_member(o, "algorithms"), value, id, s;
+	Str subs = list_of(o, "subproblems"), none, sub;
+	Str list = list_of(o, "algorithms"), value, id, s;
 
 	s = cat(NONE, type.n ? type : S("a problem without a type"),
 	    detail.n ? S(": ") : NONE, detail);
-	while (json_kind(subs) == '[' && json_each(&subs, &none, &sub)) {
+	while (json_each(&subs, &none, &sub)) {
 		id = json_member(sub, "identifier");
 		s = cat(NONE, s, S("; "), text_of(id, "value"), S(": "),
 		    text_of(sub, "type"), S(": "), text_of(sub, "detail"));
 	}
-	while (json_kind(list) == '[' && json_each(&list, &none, &value))
+	while (json_each(&list, &none, &value))
 		if (json_kind(value) == '"')
 			s = cat(NONE, s, S("; it takes "), json_text(value));
 	for (size_t i = 0; i < COUNT(hints); i++)
@@ -3502,6 +3546,17 @@ absolute(Str base, Str ref)
 	    cat(NONE, u.origin, ref);
 }
 
+/* The Location of a reply that must have one. */
+static Str
+location(const struct reply *r)
+{
+	Str url = absolute(r->url, r->location);
+
+	if (!is_url(url))
+		broken(r, S("has no https URL as its Location"));
+	return url;
+}
+
 /* An unsigned request that a server may be asked twice. */
 static struct reply
 fetch(const char *method, Str url)
@@ -3535,7 +3590,8 @@ directory(void)
 	if (r->status > 300 && r->status < 309 && r->location.n) {
 		url = absolute(url, r->location);
 		if (!is_url(url))
-			broken(r, S("redirects to no https URL: "), url);
+			broken(r, S("redirects to no https URL: "),
+			    brief(url));
 		*r = fetch("GET", url);
 	}
 	accept_reply(r);
@@ -3552,7 +3608,7 @@ endpoint(const char *name)
 	url = absolute(directory_reply.url, url);
 	if (url.n && !is_url(url))
 		broken(&directory_reply, S("has no https URL for "),
-		    str(name), S(": "), url);
+		    str(name), S(": "), brief(url));
 	return url;
 }
 
@@ -3561,6 +3617,9 @@ need_endpoint(const char *name)
 {
 	Str url = endpoint(name);
 
+	if (!url.n && starts(str(name), S("new")) &&
+	    strcmp(name, "newAuthz") != 0)
+		broken(&directory_reply, S("lacks "), str(name));
 	if (!url.n)
 		die(REFUSED, S("the CA does not offer "), str(name));
 	return url;
@@ -3706,15 +3765,11 @@ new_account(Str payload)
 	struct post p = { .url = need_endpoint("newAccount"),
 	    .payload = payload, .jwk = true };
 	struct reply r;
-	Str url;
 
 	acme_batch(&p, &r, 1);
 	accept_reply(&r);
-	url = absolute(p.url, r.location);
-	if (!url.n)
-		broken(&r, S("has no Location"));
 	drop("account");
-	put("account", url, r.url);
+	put("account", location(&r), r.url);
 	return r;
 }
 
@@ -3806,7 +3861,8 @@ store_identifiers(const struct reply *r, Str list)
 		if (fill && !has_identifier(value))
 			put("identifier", value, r->url);
 		if (!has_identifier(value))
-			broken(r, S("is an order for another name: "), value);
+			broken(r, S("is an order for another name: "),
+			    brief(value));
 		n++;
 	}
 	if (n < count_lines("identifier"))
@@ -3834,6 +3890,8 @@ order_store(const struct reply *r)
 	for (size_t i = 0; i < COUNT(urls); i++)
 		if ((v = want(r, o, urls[i], '"')).n)
 			store_url(r, urls[i], v);
+	if (order_status() & (PENDING | READY) && !field("finalize").n)
+		broken(r, S("lacks the member finalize"));
 	if ((list = want(r, o, "identifiers", '[')).n)
 		store_identifiers(r, list);
 	if (!(list = want(r, o, "authorizations", '[')).n)
@@ -3890,7 +3948,7 @@ authorized(const struct reply *r, Str o, Str *type)
 	value = cat(wild && !starts(value, S("*.")) ? S("*.") : NONE,
 	    canonical(*type, value));
 	if (!is_name(*type, value))
-		broken(r, S("is for an impossible name: "), value);
+		broken(r, S("is for an impossible name: "), brief(value));
 	return value;
 }
 
@@ -4037,6 +4095,21 @@ txt_value(Str token)
 	return b64(sha256(key_authorization(token)));
 }
 
+/* The SNI name of an identifier: RFC 8738 6 has one for addresses. */
+static Str
+sni_name(Str type, Str name)
+{
+	Str ip = is_ip(type) ? ip_bytes(name) : NONE, s = NONE;
+
+	if (!ip.n)
+		return name;
+	for (size_t i = ip.n; i-- > 0; )
+		s = ip.n == 4 ? cat(NONE, s, num(ip.p[i]), S(".")) :
+		    cat(NONE, s, hex_number(ip.p[i] & 15U), S("."),
+		        hex_number(ip.p[i] >> 4), S("."));
+	return cat(NONE, s, ip.n == 4 ? S("in-addr.arpa") : S("ip6.arpa"));
+}
+
 /* A challenge's name and content, from what it and its name are. */
 static void
 http_01(Str name, Str token, Str object, struct challenge *c)
@@ -4055,6 +4128,14 @@ dns_01(Str name, Str token, Str object, struct challenge *c)
 	c->content = txt_value(token);
 }
 
+static void
+tls_alpn_01(Str name, Str token, Str object, struct challenge *c)
+{
+	(void)object;
+	c->name = sni_name(c->id_type, name);
+	c->content = hex(sha256(key_authorization(token)));
+}
+
 static const struct challenge_type {
 	const char *type;
 	void (*make)(Str, Str, Str, struct challenge *);
@@ -4062,6 +4143,7 @@ static const struct challenge_type {
 } challenge_types[] = {
 	{ "http-01", http_01, true },		/* RFC 8555 8.3 */
 	{ "dns-01", dns_01, true },		/* RFC 8555 8.4 */
+	{ "tls-alpn-01", tls_alpn_01, true },	/* RFC 8737 3 */
 };
 
 /* Add the line of one challenge; a type that is not known is skipped. */
@@ -4072,7 +4154,7 @@ add_challenge(const struct reply *r, Str o, Str id_type, Str id)
 	Str base = from(id, starts(id, S("*.")) ? 2 : 0), token = NONE;
 	const struct challenge_type *t = challenge_types;
 
-	c.type = must(r, o, "type", '"');
+	c.type = text_of(o, "type");
 	while (t < challenge_types + COUNT(challenge_types) &&
 	    !same(c.type, str(t->type)))
 		t++;
@@ -4082,32 +4164,51 @@ add_challenge(const struct reply *r, Str o, Str id_type, Str id)
 	if (t->token) {
 		token = must(r, o, "token", '"');
 		if (!is_b64(token) || token.n > TOKEN)
-			broken(r, S("has a token that is none: "), token);
+			broken(r, S("has a token that is none: "),
+			    brief(token));
 	}
 	t->make(base, token, o, &c);
 	put("challenge", cat(NONE, c.type, S(" "), c.id_type, S(" "), c.id,
 	    S(" "), c.url, S(" "), c.name, S(" "), c.content), r->url);
 }
 
-/* Add the challenges of all authorizations that are still pending. */
 static void
-fetch_challenges(void)
+not_offered(const char *type, Str id, Str others)
+{
+	die(REFUSED, S("the CA offers no "), str(type), S(" for "), id,
+	    S(", but"), others.n ? others : S(" nothing"));
+}
+
+/*
+ * Add the challenges of all authorizations that are still pending: those
+ * of a type, or all.
+ */
+static void
+fetch_challenges(const char *type)
 {
 	size_t n = fetch_authorizations();
-	Str seen = failures(n), none, c, type;
+	Str seen = failures(n), none, c, id_type;
 
 	if (seen.n)
 		die(REFUSED, S("the CA could not validate "), seen);
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
-		Str o = json_body(r), list;
-		Str name = authorized(r, o, &type);
+		Str o = json_body(r), list, offered = NONE;
+		Str name = authorized(r, o, &id_type);
+		size_t before = nrecord;
 
 		if (!is_pending(r, o))
 			continue;
 		list = must(r, o, "challenges", '[');
-		while (json_each(&list, &none, &c))
-			add_challenge(r, c, type, name);
+		while (json_each(&list, &none, &c)) {
+			Str t = must(r, c, "type", '"');
+
+			offered = cat(NONE, offered, S(" "), brief(t));
+			if (!type || same(t, str(type)))
+				add_challenge(r, c, id_type, name);
+		}
+		if (type && nrecord == before)
+			not_offered(type, name, offered);
 	}
 }
 
@@ -4139,8 +4240,7 @@ choose_challenges(const char *type)
 			die(USAGE, S("choose with -t one of"), others,
 			    S(" for "), c.id);
 		if (type && fit == 0)
-			die(REFUSED, S("the CA offers no "), str(type),
-			    S(" for "), c.id, S(", but"), others);
+			not_offered(type, c.id, others);
 	}
 	for each_line(l, "challenge")
 		if (type && !same(challenge_read(l->value).type, str(type)))
@@ -4295,27 +4395,38 @@ read_chain(const struct reply *r)
 	return n;
 }
 
-/* The certificate must be for all names of the order; CAs add some. */
+/* The certificate's names must be the order's. */
 static void
 check_names(const struct reply *r)
 {
+	Str list = issued[0].alt_names, name;
+
 	for each_line(l, "identifier") {
 		Str value = l->value, type = cut(&value, ' ');
 
 		if (!cert_names(&issued[0], type, value))
-			broken(r, S("is a certificate that is not for "),
+			broken(r, S("is a certificate without the name "),
 			    value);
 	}
+	while (cert_name(&list, &name))
+		if (!has_identifier(name))
+			broken(r, S("is a certificate with the name of nobody"
+			    " here: "), brief(name));
 }
 
 /* Download, check and print; `key`, if any, is whose it must be. */
 static void
 print_certificate(Str key, int status)
 {
-	struct reply r = acme_post(need("certificate"), NONE);
-	size_t n = read_chain(&r);
+	struct reply r;
 	Str text = NONE;
+	size_t n;
 
+	if (!field("certificate").n)
+		die(BROKEN, S("the order is "), field("status"),
+		    S(" and has no certificate: "), need("order"));
+	r = acme_post(field("certificate"), NONE);
+	n = read_chain(&r);
 	if (key.n && !same(issued[0].public_key, key))
 		die(status, S("the certificate "), r.url,
 		    S(" is for another key"));
@@ -4491,28 +4602,27 @@ do_directory(char **arg)
 		{ "keyChange", "key-change" },
 		{ "renewalInfo", "renewal-info" },
 	};
-	const struct reply *r = &directory_reply;
 	Str meta, list, key, v;
 
 	(void)arg;
 	for (size_t i = 0; i < COUNT(urls); i++)
 		if ((v = endpoint(urls[i].member)).n)
 			add_line(str(urls[i].word), v);
-	meta = want(r, directory(), "meta", '{');
-	if (is_word(v = want(r, meta, "termsOfService", '"')))
+	meta = json_member(directory(), "meta");
+	if (is_word(v = text_of(meta, "termsOfService")))
 		add_line(S("terms-of-service"), v);
-	if (is_word(v = want(r, meta, "website", '"')))
+	if (is_word(v = text_of(meta, "website")))
 		add_line(S("website"), v);
-	list = want(r, meta, "caaIdentities", '[');
+	list = list_of(meta, "caaIdentities");
 	while (json_each(&list, &key, &v))
 		if (is_word(plain(v)))
 			add_line(S("caa-identity"), plain(v));
 	v = json_member(meta, "externalAccountRequired");
 	add_line(S("external-account-required"),
 	    json_kind(v) == 't' ? S("yes") : S("no"));
-	list = want(r, meta, "profiles", '{');
+	list = json_member(meta, "profiles");
 	while (json_each(&list, &key, &v))
-		if (is_word(json_text(key)))
+		if (key.n && is_word(json_text(key)))
 			add_line(S("profile"), json_text(key));
 	print_record();
 }
@@ -4591,15 +4701,11 @@ static void
 do_new_order(char **arg)
 {
 	struct reply r;
-	Str url;
 
 	take_names(arg);
 	r = acme_post(need_endpoint("newOrder"),
 	    obj(S("identifiers"), identifiers()));
-	url = absolute(r.url, r.location);
-	if (!url.n)
-		broken(&r, S("has no Location"));
-	put("order", url, r.url);
+	put("order", location(&r), r.url);
 	order_store(&r);
 	if (order_status() == INVALID)
 		order_failed();
@@ -4630,9 +4736,7 @@ do_challenges(char **arg)
 		return;
 	}
 	drop("challenge");
-	fetch_challenges();
-	if (opt['t'])
-		choose_challenges(opt['t']);
+	fetch_challenges(opt['t']);
 	print_record();
 }
 
@@ -4656,8 +4760,12 @@ do_respond(char **arg)
 		return;
 	}
 	if (!count_lines("challenge"))
-		fetch_challenges();
+		fetch_challenges(type);
 	choose_challenges(type);
+	if (!count_lines("challenge"))
+		order_refresh();
+	if (!count_lines("challenge") && order_status() == PENDING)
+		die(REFUSED, S("the CA offers no challenge that we know"));
 	if (opt['w'])
 		publish_files(opt['w']);
 	if (settle && !pause_for("settling", (long long)settle * 1000))
@@ -4722,7 +4830,7 @@ do_certificate(char **arg)
 		order_refresh();
 	if (order_status() == INVALID)
 		order_failed();
-	if (!field("certificate").n)
+	if (order_status() != VALID)
 		die(LATER, S("the order is "), field("status"),
 		    S(": it has no certificate yet"));
 	print_certificate(NONE, BROKEN);
