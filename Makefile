@@ -25,7 +25,8 @@ WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
            -Wno-sign-conversion -Wstrict-prototypes -Wmissing-prototypes \
            -Wwrite-strings -Wvla -Wformat=2 -Wundef
 HARDEN   = -s -fstack-protector-strong -ffunction-sections -fdata-sections \
-           -Wl,-z,relro,-z,now,-z,noexecstack,--gc-sections,--build-id=none
+           -Wl,-z,relro,-z,now,-z,noexecstack,-z,noseparate-code \
+           -Wl,--gc-sections,--build-id=none
 SAN      = -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
 # $$inc and $$lib: where BearSSL's headers and archive are.

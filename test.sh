@@ -1,7 +1,8 @@
 #!/bin/sh
-# test.sh [ACME-STEP]        test the program, from the outside
-# test.sh demo [ACME-STEP]   issue a certificate as the README does it
-# test.sh deps               see to it that what these need is there
+# test.sh [check] [ACME-STEP]   test the program, from the outside
+# test.sh demo [ACME-STEP]      issue a certificate as the README does it
+# test.sh bench [ACME-STEP]     report size, memory, round trips and time
+# test.sh deps                  see to it that what these need is there
 #
 # The CA is Pebble, which validates for real: its DNS answers come from
 # pebble-challtestsrv, and a web server stands on loopback.  What our
@@ -12,7 +13,7 @@
 # shellcheck disable=SC2016	# check and dies evaluate their arguments
 
 task=check
-case ${1-} in deps|demo) task=$1; shift ;; esac
+case ${1-} in check|demo|bench|deps) task=$1; shift ;; esac
 src=$(cd "$(dirname "$0")" && pwd)
 acme=${1:-$src/acme-step}
 case $acme in /*) ;; *) acme=$PWD/$acme ;; esac
@@ -428,10 +429,113 @@ run() {
 	eval "$1" || exit
 }
 
-if [ "$task" = demo ]; then
-	demo
+# ---------------------------------------------------------------- bench --
+
+bench() {
+	world_start
+	pebble_start PEBBLE_WFE_NONCEREJECT=0
+	meter
+	echo "size of the program: $(($(wc -c <"$acme") / 1024)) KiB"
+	echo "peak memory of an empty static process: $(memory empty) KiB"
+	echo "peak memory of a step without network:" \
+	    "$(memory acme-step version) KiB"
+	ACME_KEY=account.key
+	export ACME_KEY
+	acme-step key -o account.key
+	acme-step key -o leaf.key
+	acme-step new-account -y -o account || exit
+	front=$(free_port)
+	server_start sh -c 'exec socat -v -lf connections -d -d "$@" 2>>traffic' \
+	    sh "TCP-LISTEN:$front,bind=127.0.0.1,fork,reuseaddr,nodelay" \
+	    "TCP:127.0.0.1:$pebble,nodelay"
+	up "$front"
+	for names in 1 100; do
+		: >record
+		set --
+		while [ $# -lt "$names" ]; do
+			set -- "$@" "name-$#.bench.test"
+		done
+		measure $names new-order "$@"
+		measure $names respond -t http-01 -w "$www"
+		measure $names finalize -K leaf.key
+	done
+}
+
+# meter FILE COMMAND...: run it, and write peak memory and time to FILE.
+# It is small itself: a process counts what it had before exec, too.
+meter() {
+	echo 'int main(void) { return 0; }' >empty.c
+	cat >meter.c <<-'END'
+	#include <stdio.h>
+	#include <sys/resource.h>
+	#include <sys/wait.h>
+	#include <time.h>
+	#include <unistd.h>
+	int
+	main(int argc, char **argv)
+	{
+		struct timespec a, b;
+		struct rusage u;
+		int status = 0;
+		FILE *f;
+
+		clock_gettime(CLOCK_MONOTONIC, &a);
+		if (argc > 2 && vfork() == 0) {
+			execvp(argv[2], argv + 2);
+			_exit(127);
+		}
+		getrusage(RUSAGE_CHILDREN, &u);
+		wait(&status);
+		getrusage(RUSAGE_CHILDREN, &u);
+		clock_gettime(CLOCK_MONOTONIC, &b);
+		f = fopen(argv[1], "w");
+		fprintf(f, "%ld %.2f\n", u.ru_maxrss, (b.tv_sec - a.tv_sec) +
+		    (b.tv_nsec - a.tv_nsec) / 1e9);
+		fclose(f);
+		return WEXITSTATUS(status);
+	}
+	END
+	for name in empty meter; do
+		musl-gcc -Os -w -static -s -o "bin/$name" "$name.c" || exit
+	done
+}
+
+# memory COMMAND...: the most KiB that it had at any time.
+memory() {
+	bin/meter usage "$@" >/dev/null </dev/null && cut -d' ' -f1 usage
+}
+
+# measure NAMES COMMAND...: through a relay that sees who speaks when; a
+# round trip is a change from our voice to the CA's.
+measure() {
+	names=$1; shift
+	: >traffic
+	before=$(grep -c 'accepting connection' connections)
+	command=$1; shift
+	ACME_DIRECTORY=https://localhost:$front/dir bin/meter usage \
+	    acme-step "$command" -v "$@" <record >next 2>requests || {
+		cat requests
+		exit 1
+	}
+	mv next record
+	echo "$command, $names name(s): $(grep -c ' https:' requests) requests," \
+	    "$(round_trips <traffic) round trips," \
+	    "$(($(grep -c 'accepting connection' connections) - before))" \
+	    "connection(s), $(cut -d' ' -f2 usage) s," \
+	    "$(cut -d' ' -f1 usage) KiB"
+}
+
+round_trips() {
+	grep -ao '[<>] [0-9/]\{10\} [0-9:.]*  length=' | cut -c1 | uniq |
+	grep -c '<'
+}
+
+case $task in
+demo|bench)
+	"$task"
 	exit
-fi
+	;;
+esac
 
 # ---------------------------------------------------------------- tests --
 
