@@ -11,7 +11,7 @@ DOCDIR   = $(PREFIX)/share/doc/acme-step
 # And nothing unwinds the stack: SCRIPT, which the linker reads from its
 # standard input, drops 12 KB of tables for that.
 CC       = musl-gcc
-CFLAGS   = -Os
+CFLAGS   = -Oz
 LDFLAGS  = -static -fno-pie -no-pie -Wl,-T,/dev/stdin \
            -Wl,--defsym=__memcpy_chk=memcpy \
            -Wl,--defsym=__memset_chk=memset \
@@ -24,7 +24,7 @@ BEARSSL  =
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
            -Wno-sign-conversion -Wstrict-prototypes -Wmissing-prototypes \
            -Wwrite-strings -Wvla -Wformat=2 -Wundef
-HARDEN   = -s -fstack-protector-strong -ffunction-sections -fdata-sections \
+HARDEN   = -s -fstack-protector -ffunction-sections -fdata-sections \
            -Wl,-z,relro,-z,now,-z,noexecstack,-z,noseparate-code \
            -Wl,--gc-sections,--build-id=none
 SAN      = -g -fsanitize=address,undefined -fno-sanitize-recover=all

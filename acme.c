@@ -12,6 +12,7 @@
 #include <netdb.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -80,7 +81,15 @@ typedef struct {
 #define NONE      ((Str){ 0, 0 })
 #define STRS(...) (const Str[]){ __VA_ARGS__ }, COUNT(((Str[]){ __VA_ARGS__ }))
 
+/*
+ * Texts with gaps: each % of a template is filled with the next of the
+ * strings that follow it.  The macros around such functions let the
+ * compiler see that they are strings; test.sh counts them.
+ */
+#define ALL_STR(template, ...)  ((void)sizeof((Str[]){ __VA_ARGS__ }))
+
 static Str step;		/* the command, for messages */
+static Str foreword, afterword;	/* of the message of a failure */
 static bool tells;		/* a pipe on our output learns of failure */
 
 /* Files that must not outlive a failure: unfinished or published ones. */
@@ -178,26 +187,24 @@ line_flush(void)
 }
 
 static void
-line_add(const Str *v, size_t nv)
+line_add(Str s)
 {
-	for (size_t i = 0; i < nv; i++)
-		for (Str s = v[i]; s.n > 0; ) {
-			size_t good = harmless(s), n = good ? good : 1;
+	while (s.n > 0) {
+		size_t good = harmless(s), n = good ? good : 1;
 
-			if (line.n + 5 > sizeof line.b)
-				line_flush();
-			memcpy(line.b + line.n, good ? s.p : S("?").p, n);
-			line.n += n;
-			s = (Str){ s.p + n, s.n - n };
-		}
+		if (line.n + 5 > sizeof line.b)
+			line_flush();
+		memcpy(line.b + line.n, good ? s.p : S("?").p, n);
+		line.n += n;
+		s = (Str){ s.p + n, s.n - n };
+	}
 }
 
 static void
-line_begin(int fd, const Str *v, size_t nv)
+line_begin(int fd)
 {
 	line.fd = fd;
 	line.n = 0;
-	line_add(v, nv);
 }
 
 static void
@@ -207,15 +214,57 @@ line_end(void)
 	line_flush();
 }
 
-/* One line on standard error: whatever is in it stays on that line. */
-#define warn(...)  say(STRS(__VA_ARGS__))
+/*
+ * The next piece of a filled template: words, or the string that stands
+ * for a %.  False at its end.
+ */
+static bool
+piece(const char **template, va_list *ap, Str *s)
+{
+	size_t n = strcspn(*template, "%");
+
+	if (!**template)
+		return false;
+	*s = (Str){ (const unsigned char *)*template, n };
+	if (n == 0) {
+		*s = va_arg(*ap, Str);
+		n = 1;
+	}
+	*template += n;
+	return true;
+}
 
 static void
-say(const Str *v, size_t nv)
+line_fill(const char *template, va_list *ap)
 {
-	line_begin(2, STRS(S("acme-step: "), step, step.n ? S(": ") : NONE));
-	line_add(v, nv);
+	Str s;
+
+	while (piece(&template, ap, &s))
+		line_add(s);
+}
+
+/* One line on standard error: whatever is in it stays on that line. */
+#define warn(...)  (ALL_STR(__VA_ARGS__, NONE), say(__VA_ARGS__))
+
+static void
+say_begin(void)
+{
+	line_begin(2);
+	line_add(S("acme-step: "));
+	line_add(step);
+	line_add(step.n ? S(": ") : NONE);
+}
+
+static void
+say(const char *template, ...)
+{
+	va_list ap;
+
+	va_start(ap, template);
+	say_begin();
+	line_fill(template, &ap);
 	line_end();
+	va_end(ap);
 }
 
 /* A decimal number in the caller's 20 bytes. */
@@ -230,20 +279,26 @@ digits(unsigned long long n, unsigned char b[20])
 	return (Str){ b + i, 20 - i };
 }
 
-/* Tell the next step of the pipe, where there is one. */
-static void
-tell_pipe(int status, Str name, const Str *v, size_t nv)
+/*
+ * Begin to tell the next step of the pipe that this one failed; false
+ * where there is no next one.
+ */
+static bool
+tell_begin(int status, Str name)
 {
 	unsigned char b[20];
 	struct stat st;
 
 	if (!tells || fstat(1, &st) != 0 ||
 	    (!S_ISFIFO(st.st_mode) && !S_ISSOCK(st.st_mode)))
-		return;
-	line_begin(1, STRS(S("failed "), digits((unsigned)status, b), S(" "),
-	    name.n ? name : S("acme-step"), S(" ")));
-	line_add(v, nv);
-	line_end();
+		return false;
+	line_begin(1);
+	line_add(S("failed "));
+	line_add(digits((unsigned)status, b));
+	line_add(S(" "));
+	line_add(name.n ? name : S("acme-step"));
+	line_add(S(" "));
+	return true;
 }
 
 /* Remove the files added to the doomed since there were n. */
@@ -255,8 +310,7 @@ undo(size_t n)
 
 		if (unlinkat(doomed[i].dir, doomed[i].name, 0) != 0 &&
 		    errno != ENOENT)
-			warn(S("cannot remove "), str(doomed[i].name), S(": "),
-			    why());
+			warn("cannot remove %: %", str(doomed[i].name), why());
 		ndoomed = i;
 	}
 }
@@ -271,7 +325,7 @@ hold_signals(void)
 }
 
 static void leave(int) __attribute__((noreturn));
-static void fail(int, const Str *, size_t) __attribute__((noreturn));
+static void fail(int, const char *, ...) __attribute__((noreturn));
 
 /* The only way out: nothing half-made and nothing secret stays behind. */
 static void
@@ -288,14 +342,24 @@ leave(int status)
 }
 
 /* End the step with a message: what was being done, to what, and why not. */
-#define die(status, ...)  fail(status, STRS(__VA_ARGS__))
+#define die(status, ...) \
+    (ALL_STR(__VA_ARGS__, NONE), fail(status, __VA_ARGS__))
 
 static void
-fail(int status, const Str *v, size_t nv)
+fail(int status, const char *template, ...)
 {
+	va_list ap;
+
 	hold_signals();
-	say(v, nv);
-	tell_pipe(status, step, v, nv);
+	say_begin();
+	do {
+		va_start(ap, template);
+		line_add(foreword);
+		line_fill(template, &ap);
+		line_add(afterword);
+		line_end();
+		va_end(ap);
+	} while (line.fd != 1 && tell_begin(status, step));
 	leave(status);
 }
 
@@ -327,9 +391,9 @@ on_signal(int sig)
 	unsigned char b[20];
 
 	if (sig == SIGALRM)
-		die(busy.status, S("time limit of "), digits(busy.limit, b),
-		    S(" s reached while "), str(busy.what), str(busy.whom));
-	die(SIGNAL + sig, S("ended by signal "), digits((unsigned)sig, b));
+		die(busy.status, "time limit of % s reached while %%",
+		    digits(busy.limit, b), str(busy.what), str(busy.whom));
+	die(SIGNAL + sig, "ended by signal %", digits((unsigned)sig, b));
 }
 
 static void
@@ -354,7 +418,7 @@ static unsigned char *
 take(size_t n)
 {
 	if (n > sizeof heap - used)
-		die(FAULT, S("more than the 3 MiB of memory that a step has"));
+		die(FAULT, "more than the 3 MiB of memory that a step has");
 	used += n;
 	if (used > peak)
 		peak = used;
@@ -400,6 +464,23 @@ join(const Str *v, size_t nv)
 	return s;
 }
 
+/* Fill a template. */
+#define text(...)  (ALL_STR(__VA_ARGS__, NONE), make_text(__VA_ARGS__))
+
+static Str
+make_text(const char *template, ...)
+{
+	Str all = { heap + used, 0 }, s;
+	va_list ap;
+
+	va_start(ap, template);
+	for (; piece(&template, &ap, &s); all.n += s.n)
+		if (s.n)
+			memcpy(take(s.n), s.p, s.n);
+	va_end(ap);
+	return all;
+}
+
 static bool
 same(Str a, Str b)
 {
@@ -440,7 +521,7 @@ lower_case(unsigned char c)
 static Str
 brief(Str s)
 {
-	return s.n > 200 ? cat(NONE, (Str){ s.p, 200 }, S("...")) : s;
+	return s.n > 200 ? text("%...", (Str){ s.p, 200 }) : s;
 }
 
 /* In lower case, of ASCII alone: names and header fields have no other. */
@@ -581,6 +662,27 @@ unb64(Str s)
 	return (Str){ out, n };
 }
 
+/* A shared secret as CAs hand it out: also in RFC 4648's other alphabet. */
+static Str
+unb64_any(Str s)
+{
+	unsigned char *p = take(s.n);
+
+	while (s.n && s.p[s.n - 1] == '=')
+		s.n--;
+	for (size_t i = 0; i < s.n; i++)
+		p[i] = s.p[i] == '+' ? '-' : s.p[i] == '/' ? '_' : s.p[i];
+	s = (Str){ p, s.n };
+	return is_b64(s) ? unb64(s) : NONE;
+}
+
+/* In lower case, without padding (RFC 4648 6). */
+static Str
+base32(Str s)
+{
+	return digits_of(s, "abcdefghijklmnopqrstuvwxyz234567", 5);
+}
+
 /* ----------------------------------------------------------- 5. JSON -- */
 
 /* Any string as a JSON string (RFC 8259 7). */
@@ -616,11 +718,28 @@ static Str
 object(const Str *v, size_t nv)
 {
 	size_t mark = used;
-	Str s = cat(S("{"));
+	Str s = text("{");
 
 	for (size_t i = 0; i + 1 < nv; i += 2)
 		s = cat(s, i ? S(",") : NONE, quote(v[i]), S(":"), v[i + 1]);
 	return keep(mark, cat(s, S("}")));
+}
+
+/*
+ * One more member for an object in the making, which has no braces yet.
+ * Without a value there is none: no null goes out.
+ */
+static Str
+with(Str o, const char *name, Str value)
+{
+	return value.n ? text("%%%:%", o, o.n ? S(",") : NONE,
+	    quote(str(name)), value) : o;
+}
+
+static Str
+braces(Str o)
+{
+	return text("{%}", o);
 }
 
 /*
@@ -1096,6 +1215,57 @@ http_date(Str s, long long *t)
 	return true;
 }
 
+/* +hh:mm, -hh:mm or Z as seconds; false if malformed or not the end. */
+static bool
+time_offset(Str s, long long *t)
+{
+	int sign, h, m;
+
+	*t = 0;
+	if (same_word(s, S("Z")))
+		return true;
+	if (s.n != 6 || !strchr("+-", s.p[0]) || s.p[3] != ':')
+		return false;
+	sign = s.p[0] == '-' ? -60 : 60;
+	s = from(s, 1);
+	h = digits_off(&s, 2);
+	s = from(s, 1);
+	m = digits_off(&s, 2);
+	*t = sign * (h * 60LL + m);
+	return h >= 0 && h < 24 && m >= 0 && m < 60;
+}
+
+/*
+ * 2026-11-24T01:02:03.5+01:00 (RFC 3339 5.6), false if malformed; what is
+ * less than a second does not count.
+ */
+static bool
+rfc3339(Str s, long long *t)
+{
+	long long clock, offset;
+	int y, m, d;
+
+	y = digits_off(&s, 4);
+	if (y < 0 || s.n < 7 || s.p[0] != '-' || s.p[3] != '-')
+		return false;
+	s = from(s, 1);
+	m = digits_off(&s, 2);
+	s = from(s, 1);
+	d = digits_off(&s, 2);
+	if (m < 1 || m > 12 || d < 1 || d > 31 || !s.n ||
+	    !strchr("Tt ", s.p[0]))
+		return false;
+	s = from(s, 1);
+	clock = time_of_day(&s, ':');
+	if (s.n > 1 && s.p[0] == '.' && digits_off(&(Str){ s.p + 1, 1 }, 1) >= 0)
+		for (s = from(s, 2); s.n && s.p[0] >= '0' && s.p[0] <= '9'; )
+			s = from(s, 1);
+	if (clock < 0 || !time_offset(s, &offset))
+		return false;
+	*t = moment(y, m, d, 0, 0, 0) + clock - offset;
+	return true;
+}
+
 /* Milliseconds on a clock that nobody sets. */
 static long long
 now_ms(void)
@@ -1128,9 +1298,8 @@ date(long long t)
 	while (m < 12 && moment(y, m + 1, 1, 0, 0, 0) <= t)
 		m++;
 	days -= moment(y, m, 1, 0, 0, 0) / 86400;
-	return cat(NONE, num((unsigned)y), S("-"), two(m), S("-"),
-	    two((int)days + 1), S("T"), two(s / 3600), S(":"),
-	    two(s / 60 % 60), S(":"), two(s % 60), S("Z"));
+	return text("%-%-%T%:%:%Z", num((unsigned)y), two(m),
+	    two((int)days + 1), two(s / 3600), two(s / 60 % 60), two(s % 60));
 }
 
 static long long deadline;	/* of the step, by now_ms() */
@@ -1157,8 +1326,9 @@ show_wait(const char *what, long long ms)
 	write_all(2, S("\r\033[K"));
 	if (!what)
 		return;
-	line_begin(2, STRS(S("acme-step: "), step, S(": "), str(what),
-	    S(", "), num((unsigned long long)(ms + 999) / 1000), S(" s")));
+	say_begin();
+	line_add(text("%, % s", str(what),
+	    num((unsigned long long)(ms + 999) / 1000)));
 	line_flush();
 }
 
@@ -1203,8 +1373,7 @@ open_input(const char *name)
 	int fd = is_std(name) ? 0 : open(name, O_RDONLY | O_NOCTTY | O_CLOEXEC);
 
 	if (fd < 0)
-		die(MISSING, S("cannot open "), file_name(name), S(": "),
-		    why());
+		die(MISSING, "cannot open %: %", file_name(name), why());
 	return fd;
 }
 
@@ -1218,10 +1387,10 @@ read_some(int fd, void *p, size_t n, const char *name)
 		got = read(fd, p, n);
 	while (got < 0 && errno == EINTR);
 	if (got < 0 && errno == EISDIR && is_std(name))
-		die(MISSING, S("there is no standard input"));
+		die(MISSING, "there is no standard input");
 	if (got < 0)
-		die(errno == EISDIR ? MISSING : IO, S("cannot read "),
-		    file_name(name), S(": "), why());
+		die(errno == EISDIR ? MISSING : IO, "cannot read %: %",
+		    file_name(name), why());
 	return (size_t)got;
 }
 
@@ -1240,8 +1409,8 @@ read_file(const char *name)
 		used -= 4096 - n;
 		s.n += n;
 		if (s.n > INPUT)
-			die(BAD, file_name(name), S(" is larger than "),
-			    num(INPUT >> 10), S(" KiB"));
+			die(BAD, "% is larger than % KiB", file_name(name),
+			    num(INPUT >> 10));
 	} while (n > 0);
 	if (fd > 2)
 		close(fd);
@@ -1260,10 +1429,9 @@ static struct {
 } out = { NULL, NULL, NULL, -1, 1, false };
 
 static void
-no_place(const char *what, Str cause)
+no_place(Str cause)
 {
-	die(NO_PLACE, S("cannot create "), str(out.file), S(": "), str(what),
-	    cause);
+	die(NO_PLACE, "cannot create %: %", str(out.file), cause);
 }
 
 /* The directory part of a path, and the name in it. */
@@ -1285,14 +1453,14 @@ keep_mode(const struct stat *st)
 {
 	if (fchown(out.fd, st->st_uid, st->st_gid) == 0 &&
 	    fchmod(out.fd, st->st_mode & 0777) != 0)
-		no_place("", why());
+		no_place(why());
 }
 
 static void
 random_bytes(void *p, size_t n)
 {
 	if (getentropy(p, n) != 0)
-		die(FAULT, S("no randomness from the system: "), why());
+		die(FAULT, "no randomness from the system: %", why());
 }
 
 /*
@@ -1330,30 +1498,29 @@ out_open(const char *file, bool key)
 	out.key = key;
 	old = lstat(file, &st) == 0;
 	if (old && key)
-		no_place("it exists, and keys are never replaced", NONE);
+		no_place(S("it exists, and keys are never replaced"));
 	if (old && S_ISLNK(st.st_mode)) {
 		if (!(file = realpath(file, (char *)take(PATH_MAX))))
-			no_place("", why());
+			no_place(why());
 		old = stat(file, &st) == 0;
 	}
 	if (old && !S_ISREG(st.st_mode)) {
 		out.fd = open(file, O_WRONLY | O_NOCTTY | O_CLOEXEC);
 		if (out.fd < 0)
-			no_place("", why());
+			no_place(why());
 		return;
 	}
 	out.dir = open(split_path(file, &out.base),
 	    O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (out.dir < 0)
-		no_place("", why());
+		no_place(why());
 	if (!*out.base)
-		no_place("it has no name", NONE);
+		no_place(S("it has no name"));
 	random_bytes(r, sizeof r);
-	out.temporary = c_str(cat(S(".acme-step."),
-	    hex((Str){ r, sizeof r })));
+	out.temporary = c_str(text(".acme-step.%", hex((Str){ r, sizeof r })));
 	out.fd = create(out.dir, out.temporary, key ? 0600 : 0666);
 	if (out.fd < 0 || (key && fchmod(out.fd, 0600) != 0))
-		no_place("", why());
+		no_place(why());
 	if (old)
 		keep_mode(&st);
 }
@@ -1363,8 +1530,8 @@ not_written(const char *what)
 {
 	Str cause = why();
 
-	die(IO, S("cannot "), str(what), S(" "),
-	    out.file ? str(out.file) : S("standard output"), S(": "), cause);
+	die(IO, "cannot % %: %", str(what),
+	    out.file ? str(out.file) : S("standard output"), cause);
 }
 
 /* Some file systems cannot sync some files; that is no failure of ours. */
@@ -1392,7 +1559,7 @@ out_rename(void)
 		return;
 	}
 	if (errno == EEXIST)
-		no_place("it exists, and keys are never replaced", NONE);
+		no_place(S("it exists, and keys are never replaced"));
 	undo(ndoomed - 1);
 }
 
@@ -1608,6 +1775,20 @@ sha256(Str s)
 	return hash(&br_sha256_vtable, s);
 }
 
+static Str
+hmac_sha256(Str key, Str s)
+{
+	unsigned char *o = take(br_sha256_SIZE);
+	br_hmac_key_context k;
+	br_hmac_context c;
+
+	br_hmac_key_init(&k, &br_sha256_vtable, key.p, key.n);
+	br_hmac_init(&c, &k, 0);
+	br_hmac_update(&c, s.p, s.n);
+	br_hmac_out(&c, o);
+	return (Str){ o, br_sha256_SIZE };
+}
+
 /* The public point, from the private number. */
 static bool
 ec_complete(struct key *k)
@@ -1683,7 +1864,7 @@ key_make(struct key *k, const struct key_type *type)
 		k->exponent = EXPONENT;
 	}
 	if (!ok || (type->curve && !ec_complete(k)))
-		die(FAULT, S("cannot make a key"));
+		die(FAULT, "cannot make a key");
 }
 
 /*
@@ -1782,8 +1963,8 @@ warn_if_shared(const char *name)
 
 	if (!is_std(name) && stat(name, &st) == 0 && S_ISREG(st.st_mode) &&
 	    st.st_mode & 077)
-		warn(S("warning: the key "), str(name),
-		    S(" can be read by others (chmod 600)"));
+		warn("warning: the key % can be read by others (chmod 600)",
+		    str(name));
 }
 
 /* The first private key in a PEM file, PKCS #8 or of its own kind. */
@@ -1800,27 +1981,27 @@ key_read(struct key *k, const char *name)
 		    S("PRIVATE KEY")))
 			continue;
 		if (starts(label, S("ENCRYPTED")))
-			die(BAD, file_name(name), S(" is encrypted: decrypt it"
-			    " first"));
+			die(BAD, "% is encrypted: decrypt it first",
+			    file_name(name));
 		if (!key_fits(k, block, false))
-			die(BAD, file_name(name), S(" holds a malformed key, "
-			    "or one of a size or kind that is not supported"));
+			die(BAD, "% holds a malformed key, or one of a size "
+			    "or kind that is not supported", file_name(name));
 		br_skey_decoder_init(&k->decoder);
 		br_skey_decoder_push(&k->decoder, block.p, block.n);
 		if ((fault = key_accept(k)))
-			die(BAD, S("the key in "), file_name(name),
-			    S(" is of no use: "), str(fault));
+			die(BAD, "the key in % is of no use: %",
+			    file_name(name), str(fault));
 		if (k->type->curve ? !in_range(k) || !ec_complete(k) :
 		    !rsa_works(k))
-			die(BAD, S("the numbers of the key in "),
-			    file_name(name), S(" make no key"));
+			die(BAD, "the numbers of the key in % make no key",
+			    file_name(name));
 		return;
 	}
 	for (; bad && text.n; text = from(text, 1))
 		if (starts(text, S("ENCRYPTED")))
-			die(BAD, file_name(name), S(" is encrypted: decrypt it"
-			    " first"));
-	die(BAD, S("no private key in "), file_name(name),
+			die(BAD, "% is encrypted: decrypt it first",
+			    file_name(name));
+	die(BAD, "no private key in %%", file_name(name),
 	    bad ? S(": malformed PEM") : NONE);
 }
 
@@ -1899,7 +2080,7 @@ sign(const struct key *k, Str s, bool asn1)
 	    &k->rsa, o))
 		n = 0;
 	if (n == 0)
-		die(FAULT, S("cannot sign"));
+		die(FAULT, "cannot sign");
 	used -= 512 - n;
 	return (Str){ o, n };
 }
@@ -1959,8 +2140,8 @@ ip_text(Str b)
 	Str s = NONE;
 
 	if (b.n == 4)
-		return cat(NONE, num(b.p[0]), S("."), num(b.p[1]), S("."),
-		    num(b.p[2]), S("."), num(b.p[3]));
+		return text("%.%.%.%", num(b.p[0]), num(b.p[1]), num(b.p[2]),
+		    num(b.p[3]));
 	for (i = 0; i < 8; i++)
 		part[i] = b.p[2 * i] * 256U + b.p[2 * i + 1];
 	for (i = 0; i < 8; i++) {	/* "::" is the longest run of zeros */
@@ -1973,7 +2154,7 @@ ip_text(Str b)
 	}
 	for (i = 0; i < 8; i++)
 		if (i == at) {
-			s = cat(NONE, s, S("::"));
+			s = text("%::", s);
 			i += most - 1;
 		} else
 			s = cat(NONE, s, i && (i != at + most) ? S(":") :
@@ -2059,10 +2240,28 @@ cert_name(Str *list, Str *name)
 	if (!der_any(list, &tag, &body, &whole))
 		return false;
 	if (tag == IP_NAME && (body.n == 4 || body.n == 16))
-		*name = cat(S("ip "), ip_text(body));
+		*name = text("ip %", ip_text(body));
 	else
 		*name = cat(tag == DNS_NAME ? S("dns ") : NONE, lower(body));
 	return true;
+}
+
+/* The last common name in a distinguished name, or NONE. */
+static Str
+common_name(Str dn)
+{
+	Str list, set, pair, id, value, whole, cn = NONE;
+	int tag;
+
+	if (!der_next(&dn, SEQUENCE, &list))
+		return NONE;
+	while (der_next(&list, SET, &set))
+		while (der_next(&set, SEQUENCE, &pair))
+			if (der_next(&pair, OID, &id) &&
+			    der_any(&pair, &tag, &value, &whole) &&
+			    same(id, S("\x55\x04\x03")))
+				cn = value;
+	return cn;
 }
 
 /* Is an identifier among the subject's alternative names? */
@@ -2070,7 +2269,7 @@ static bool
 cert_names(const struct cert *c, Str type, Str value)
 {
 	Str list = c->alt_names, name;
-	Str want = cat(NONE, type, S(" "), lower(value));
+	Str want = text("% %", type, lower(value));
 
 	while (cert_name(&list, &name))
 		if (same(name, want))
@@ -2176,8 +2375,8 @@ static void
 add_anchor(Str dn, unsigned flags, const br_x509_pkey *key)
 {
 	if (nanchor == ANCHORS)
-		die(FAULT, S("more than "), num(ANCHORS),
-		    S(" trust anchors fit the server's chain"));
+		die(FAULT, "more than % trust anchors fit the server's chain",
+		    num(ANCHORS));
 	anchor[nanchor++] = (br_x509_trust_anchor){
 	    { (unsigned char *)dn.p, dn.n }, flags, *key };
 }
@@ -2273,7 +2472,7 @@ read_anchors(const struct cert *chain, size_t n)
 	}
 	close(fd);
 	if (!any)
-		die(BAD, S("no certificate in "), str(anchor_file));
+		die(BAD, "no certificate in %", str(anchor_file));
 }
 
 /* Choose the anchors' file, and see that it is one, before any request. */
@@ -2414,26 +2613,27 @@ chain_fault(int err)
 		while (c < end && now >= c->not_before && now <= c->not_after)
 			c++;
 		if (now < RELEASED)
-			return cat(S("the clock is wrong: it shows "),
-			    date(now), S(", set it"));
+			return text("the clock is wrong: it shows %, set it",
+			    date(now));
 		return c == end ? S("its certificate is out of date") :
-		    cat(S("its certificate is "), now < c->not_before ?
-		    S("not valid before ") : S("expired since "),
+		    text("its certificate is %%, and the clock here shows %",
+		    now < c->not_before ? S("not valid before ") :
+		    S("expired since "),
 		    date(now < c->not_before ? c->not_before : c->not_after),
-		    S(", and the clock here shows "), date(now));
+		    date(now));
 	case BR_ERR_X509_BAD_SERVER_NAME:
 		return S("its certificate is for another name");
 	case BR_ERR_X509_NOT_TRUSTED:
-		return cat(S("its certificate comes from no authority in "),
-		    anchor_file ? str(anchor_file) :
-		    S("the built-in roots"), S(" (see -C)"));
+		return text("its certificate comes from no authority in % "
+		    "(see -C)",
+		    anchor_file ? str(anchor_file) : S("the built-in roots"));
 	case BR_ERR_X509_WEAK_PUBLIC_KEY:
 		return S("its certificate's key is too short");
 	case BR_ERR_X509_LIMIT_EXCEEDED:
 		return S("its chain is too long");
 	}
-	return cat(S("its certificate is not acceptable (BearSSL error "),
-	    num((unsigned)err), S(")"));
+	return text("its certificate is not acceptable (BearSSL error %)",
+	    num((unsigned)err));
 }
 
 /* --------------------------------------------------- 15. Connections -- */
@@ -2563,14 +2763,14 @@ dial(const char *host, const char *port)
 
 	doing(CA_DOWN, "looking up the address of ", host);
 	if ((err = getaddrinfo(host, port, &hint, &list)) != 0)
-		die(CA_DOWN, S("cannot find the address of "), str(host),
-		    S(": "), str(gai_strerror(err)));
+		die(CA_DOWN, "cannot find the address of %: %", str(host),
+		    str(gai_strerror(err)));
 	doing(CA_DOWN, "connecting to ", host);
 	for (a = list; a && fd < 0; a = a->ai_next)
 		fd = connect_to(a, CONNECT * 1000);
 	if (fd < 0)
-		die(CA_DOWN, S("cannot connect to "), str(host), S(" port "),
-		    str(port), S(": "), why());
+		die(CA_DOWN, "cannot connect to % port %: %", str(host),
+		    str(port), why());
 	return fd;
 }
 
@@ -2653,15 +2853,13 @@ tls_fault(int err)
 	case BR_ERR_RECV_FATAL_ALERT + 112:	/* unrecognized_name */
 		return S("it does not know that name");
 	}
-	return cat(S("TLS failed (BearSSL error "), num((unsigned)err),
-	    S(")"));
+	return text("TLS failed (BearSSL error %)", num((unsigned)err));
 }
 
 static void
 tls_failed(int err)
 {
-	die(CA_DOWN, S("cannot talk to "), str(conn.host), S(": "),
-	    tls_fault(err));
+	die(CA_DOWN, "cannot talk to %: %", str(conn.host), tls_fault(err));
 }
 
 static void
@@ -2746,7 +2944,7 @@ struct reply {
 };
 
 #define broken(r, ...) \
-    die(BROKEN, S("the reply from "), (r)->url, S(" "), __VA_ARGS__)
+    (foreword = text("the reply from % ", (r)->url), die(BROKEN, __VA_ARGS__))
 
 static bool verbose;		/* -v */
 
@@ -2764,8 +2962,8 @@ http_line(struct reply *r, size_t *room, Str *s)
 		if (c < 0)
 			return false;
 		if ((*room)-- == 0)
-			die(FAULT, S("the header of the reply from "), r->url,
-			    S(" is larger than "), num(HEAD >> 10), S(" KiB"));
+			die(FAULT, "the header of the reply from % is larger "
+			    "than % KiB", r->url, num(HEAD >> 10));
 		*take(1) = (unsigned char)c;
 		s->n++;
 	}
@@ -2773,14 +2971,14 @@ http_line(struct reply *r, size_t *room, Str *s)
 		s->n--;
 	for (size_t i = 0; i < s->n; i++)
 		if ((s->p[i] < ' ' && s->p[i] != '\t') || s->p[i] == 0x7f)
-			broken(r, S("has a control character in its header"));
+			broken(r, "has a control character in its header");
 	return true;
 }
 
 static void
 cut_off(const struct reply *r)
 {
-	die(CA_DOWN, S("the connection ended early, in the reply from "),
+	die(CA_DOWN, "the connection ended early, in the reply from %",
 	    r->url);
 }
 
@@ -2794,7 +2992,7 @@ http_status(struct reply *r, Str s)
 	if (!starts(version, S("HTTP/1.")) || version.n != 8 || code.n != 3 ||
 	    !made_of(from(version, 7), "01") || !number(code, 599, &n) ||
 	    n < 100)
-		broken(r, S("is not HTTP/1"));
+		broken(r, "is not HTTP/1");
 	r->last = version.p[7] == '0';
 	return (int)n;
 }
@@ -2844,13 +3042,13 @@ http_field(struct reply *r, struct framing *f, Str name, Str value)
 	else if (same_word(name, S("Content-Length"))) {
 		if (!number(value, 1UL << 31, &n) ||
 		    (f->has_length && n != f->length))
-			broken(r, S("has no clear length: "), brief(value));
+			broken(r, "has no clear length: %", brief(value));
 		f->has_length = true;
 		f->length = n;
 	} else if (same_word(name, S("Transfer-Encoding"))) {
 		if (!same_word(value, S("chunked")) || f->chunked)
-			broken(r, S("has a transfer coding that nobody asked"
-			    " for: "), brief(value));
+			broken(r, "has a transfer coding that nobody asked "
+			    "for: %", brief(value));
 		f->chunked = true;
 	} else if (same_word(name, S("Connection")))
 		while (value.n)
@@ -2880,7 +3078,7 @@ http_head(struct reply *r, struct framing *f)
 			name = cut(&s, ':');
 			if (name.p + name.n == s.p ||
 			    !made_of(name, ALPHA DIGIT "!#$%&'*+-.^_`|~"))
-				broken(r, S("has a malformed header"));
+				broken(r, "has a malformed header");
 			if (r->status >= 200)
 				http_field(r, f, name, trim(s));
 		}
@@ -2893,8 +3091,8 @@ static void
 http_bytes(struct reply *r, unsigned long n)
 {
 	if (n > BODY || r->body.n + n > BODY)
-		die(FAULT, S("the reply from "), r->url, S(" is larger than "),
-		    num(BODY >> 10), S(" KiB"));
+		die(FAULT, "the reply from % is larger than % KiB", r->url,
+		    num(BODY >> 10));
 	while (n-- > 0) {
 		int c = conn_byte();
 
@@ -2915,7 +3113,7 @@ chunk_size(struct reply *r, Str s)
 	while (size.n && strchr(" \t", size.p[size.n - 1]))
 		size.n--;
 	if (!made_of(size, DIGIT "abcdefABCDEF"))
-		broken(r, S("has a chunk without a size"));
+		broken(r, "has a chunk without a size");
 	for (size_t i = 0; i < size.n; i++) {
 		int c = lower_case(size.p[i]);
 
@@ -2944,7 +3142,7 @@ http_chunks(struct reply *r)
 		if (!http_line(r, &room, &s))
 			cut_off(r);
 		if (n && s.n)
-			broken(r, S("has a chunk of the wrong size"));
+			broken(r, "has a chunk of the wrong size");
 		while (!n && s.n)	/* trailers */
 			if (!http_line(r, &room, &s))
 				cut_off(r);
@@ -2969,7 +3167,7 @@ http_receive(const struct message *q, struct reply *r)
 	    r->status == 304)
 		;
 	else if (f.chunked && f.has_length)
-		broken(r, S("has two lengths"));
+		broken(r, "has two lengths");
 	else if (f.chunked)
 		http_chunks(r);
 	else if (f.has_length)
@@ -2984,7 +3182,7 @@ http_receive(const struct message *q, struct reply *r)
 			cut_off(r);
 	}
 	if (verbose)
-		warn(str(q->method), S(" "), q->url, S(": "),
+		warn("% %: %", str(q->method), q->url,
 		    num((unsigned)r->status));
 	return true;
 }
@@ -2999,8 +3197,9 @@ http_text(const struct message *q, const struct url *u)
 	    u->path.n && u->path.p[0] == '/' ? NONE : S("/"), u->path,
 	    S(" HTTP/1.1\r\nHost: "), host,
 	    S("\r\nUser-Agent: acme-step/" VERSION "\r\n"),
-	    q->body.n ? cat(S("Content-Type: application/jose+json\r\n"
-	        "Content-Length: "), num(q->body.n), S("\r\n")) : NONE,
+	    q->body.n ? text("Content-Type: "
+	    "application/jose+json\r\nContent-Length: %\r\n",
+	    num(q->body.n)) : NONE,
 	    S("\r\n"), q->body);
 }
 
@@ -3060,8 +3259,8 @@ exchange(const struct message *q, struct reply *r, size_t n)
 			continue;
 		if (q[done].once || ++tries == TRIES || !pause_for(
 		    "waiting to connect again", 1000 << (tries - 1)))
-			die(CA_DOWN, S("the connection to "), str(conn.host),
-			    S(" ended before a reply"));
+			die(CA_DOWN, "the connection to % ended before a "
+			    "reply", str(conn.host));
 	}
 }
 
@@ -3088,6 +3287,15 @@ is_word(Str s)
 		if (s.p[i] <= ' ' || s.p[i] >= 0x7f)
 			return false;
 	return s.n > 0 && s.n <= WORD;
+}
+
+/* Text that stays on its line, whoever wrote it. */
+static bool
+is_line(Str s)
+{
+	while (s.n && harmless(s))
+		s = from(s, harmless(s));
+	return s.n == 0;
 }
 
 static bool
@@ -3236,8 +3444,7 @@ static void
 add_line(Str word, Str value)
 {
 	if (nrecord == LINES)
-		die(FAULT, S("a record has at most "), num(LINES),
-		    S(" lines"));
+		die(FAULT, "a record has at most % lines", num(LINES));
 	record[nrecord++] = (struct record_line){ word, value };
 }
 
@@ -3263,8 +3470,8 @@ put(const char *word, Str value, Str url)
 	struct record_line *l = next_line(NULL, word);
 
 	if (!k->ok(value))
-		die(BROKEN, S("the reply from "), url, S(" has an impossible "),
-		    str(word), S(": "), brief(value));
+		die(BROKEN, "the reply from % has an impossible %: %", url,
+		    str(word), brief(value));
 	if (l && !k->many)
 		l->value = value;
 	else
@@ -3279,15 +3486,18 @@ pass_failure(Str value)
 	unsigned long status;
 
 	if (!number(code, 255, &status) || status == 0)
-		die(BAD, S("malformed failed line"));
-	tell_pipe((int)status, name, &value, 1);
+		die(BAD, "malformed failed line");
+	if (tell_begin((int)status, name)) {
+		line_add(value);
+		line_end();
+	}
 	leave((int)status);
 }
 
 static void
 bad_record(const char *file, size_t n, const char *what)
 {
-	die(BAD, file_name(file), S(", line "), num(n), S(": "), str(what));
+	die(BAD, "%, line %: %", file_name(file), num(n), str(what));
 }
 
 /*
@@ -3301,12 +3511,11 @@ record_read(const char *file, bool account_only)
 	const struct keyword *k;
 
 	if (text.n == 0)
-		die(BAD, file_name(file), S(" is empty"));
+		die(BAD, "% is empty", file_name(file));
 	for (size_t n = 1; text.n; n++) {
 		all = value = cut(&text, '\n');
-		for (Str s = all; s.n; s = from(s, harmless(s)))
-			if (!harmless(s))
-				bad_record(file, n, "a control character");
+		if (!is_line(all))
+			bad_record(file, n, "a control character");
 		word = cut(&value, ' ');
 		if (same(word, S("failed")))
 			pass_failure(value);
@@ -3351,7 +3560,7 @@ need(const char *word)
 	Str s = field(word);
 
 	if (!s.n)
-		die(BAD, S("the record has no "), str(word), S(" line"));
+		die(BAD, "the record has no % line", str(word));
 	return s;
 }
 
@@ -3385,9 +3594,9 @@ json_body(const struct reply *r)
 	Str v;
 
 	if (!json_read(r->body, &v))
-		broken(r, S("is not JSON"));
+		broken(r, "is not JSON");
 	if (json_kind(v) != '{')
-		broken(r, S("is not a JSON object"));
+		broken(r, "is not a JSON object");
 	return v;
 }
 
@@ -3398,7 +3607,7 @@ want(const struct reply *r, Str o, const char *name, int kind)
 	Str v = json_member(o, name);
 
 	if (v.n && json_kind(v) != kind)
-		broken(r, S("has a member of the wrong type: "), str(name));
+		broken(r, "has a member of the wrong type: %", str(name));
 	return v.n && kind == '"' ? json_text(v) : v;
 }
 
@@ -3408,7 +3617,7 @@ must(const struct reply *r, Str o, const char *name, int kind)
 	Str v = want(r, o, name, kind);
 
 	if (!v.n)
-		broken(r, S("lacks the member "), str(name));
+		broken(r, "lacks the member %", str(name));
 	return v;
 }
 
@@ -3456,12 +3665,12 @@ problem_text(Str o)
 	    detail.n ? S(": ") : NONE, detail);
 	while (json_each(&subs, &none, &sub)) {
 		id = json_member(sub, "identifier");
-		s = cat(NONE, s, S("; "), text_of(id, "value"), S(": "),
-		    text_of(sub, "type"), S(": "), text_of(sub, "detail"));
+		s = text("%; %: %: %", s, text_of(id, "value"),
+		    text_of(sub, "type"), text_of(sub, "detail"));
 	}
 	while (json_each(&list, &none, &value))
 		if (json_kind(value) == '"')
-			s = cat(NONE, s, S("; it takes "), json_text(value));
+			s = text("%; it takes %", s, json_text(value));
 	for (size_t i = 0; i < COUNT(hints); i++)
 		if (same(type, str(hints[i].type)))
 			s = cat(NONE, s, str(hints[i].hint));
@@ -3477,7 +3686,7 @@ problem(const struct reply *r)
 	if (json_read(r->body, &v) && json_kind(v) == '{' &&
 	    (json_member(v, "type").n || json_member(v, "detail").n))
 		return problem_text(v);
-	return cat(S("HTTP status "), num((unsigned)r->status));
+	return text("HTTP status %", num((unsigned)r->status));
 }
 
 static bool
@@ -3492,9 +3701,8 @@ has_type(const struct reply *r, const char *type)
 static void
 come_back(const struct reply *r, long seconds)
 {
-	die(LATER, r->url, S(": "), problem(r), seconds < 0 ? NONE :
-	    cat(S("; try again after "), num((unsigned long)seconds),
-	    S(" s")));
+	die(LATER, "%: %%", r->url, problem(r), seconds < 0 ? NONE :
+	    text("; try again after % s", num((unsigned long)seconds)));
 }
 
 /* A reply that is not a success ends the step. */
@@ -3506,8 +3714,8 @@ accept_reply(const struct reply *r)
 	if (r->status == 429 || has_type(r, "rateLimited"))
 		come_back(r, r->retry_after);
 	if (r->status < 400)
-		broken(r, S("is a redirect, which ACME does not have here"));
-	die(r->status < 500 ? REFUSED : CA_DOWN, r->url, S(": "), problem(r));
+		broken(r, "is a redirect, which ACME does not have here");
+	die(r->status < 500 ? REFUSED : CA_DOWN, "%: %", r->url, problem(r));
 }
 
 /*
@@ -3542,8 +3750,41 @@ absolute(Str base, Str ref)
 
 	if (!starts(ref, S("/")) || !url_read(base, &u))
 		return ref;
-	return starts(ref, S("//")) ? cat(S("https:"), ref) :
+	return starts(ref, S("//")) ? text("https:%", ref) :
 	    cat(NONE, u.origin, ref);
+}
+
+/*
+ * The next URL of a relation in the Link headers (RFC 8288 3), absolute;
+ * NONE after the last.  `links` is all of them and becomes the rest.
+ */
+static Str
+next_link(const struct reply *r, Str *links, Str relation)
+{
+	while (links->n) {
+		bool found = false;
+		Str url, params, name, value;
+
+		cut(links, '<');
+		url = cut(links, '>');
+		params = cut(links, ',');
+		while (params.n) {
+			value = cut(&params, ';');
+			name = trim(cut(&value, '='));
+			value = trim(value);
+			if (value.n > 1 && value.p[0] == '"')
+				value = (Str){ value.p + 1, value.n - 2 };
+			while (same_word(name, S("rel")) && value.n)
+				found |= same_word(cut(&value, ' '), relation);
+		}
+		url = absolute(r->url, url);
+		if (found && !is_url(url))
+			broken(r, "has a link that is no https URL: %",
+			    brief(url));
+		if (found)
+			return url;
+	}
+	return NONE;
 }
 
 /* The Location of a reply that must have one. */
@@ -3553,7 +3794,7 @@ location(const struct reply *r)
 	Str url = absolute(r->url, r->location);
 
 	if (!is_url(url))
-		broken(r, S("has no https URL as its Location"));
+		broken(r, "has no https URL as its Location");
 	return url;
 }
 
@@ -3590,8 +3831,7 @@ directory(void)
 	if (r->status > 300 && r->status < 309 && r->location.n) {
 		url = absolute(url, r->location);
 		if (!is_url(url))
-			broken(r, S("redirects to no https URL: "),
-			    brief(url));
+			broken(r, "redirects to no https URL: %", brief(url));
 		*r = fetch("GET", url);
 	}
 	accept_reply(r);
@@ -3607,8 +3847,8 @@ endpoint(const char *name)
 
 	url = absolute(directory_reply.url, url);
 	if (url.n && !is_url(url))
-		broken(&directory_reply, S("has no https URL for "),
-		    str(name), S(": "), brief(url));
+		broken(&directory_reply, "has no https URL for %: %",
+		    str(name), brief(url));
 	return url;
 }
 
@@ -3619,9 +3859,9 @@ need_endpoint(const char *name)
 
 	if (!url.n && starts(str(name), S("new")) &&
 	    strcmp(name, "newAuthz") != 0)
-		broken(&directory_reply, S("lacks "), str(name));
+		broken(&directory_reply, "lacks %", str(name));
 	if (!url.n)
-		die(REFUSED, S("the CA does not offer "), str(name));
+		die(REFUSED, "the CA does not offer %", str(name));
 	return url;
 }
 
@@ -3666,30 +3906,44 @@ nonce_fetch(size_t n)
 		one = fetch("GET", field("new-nonce"));
 		accept_reply(&one);
 		if (!one.nonce.n)
-			broken(&one, S("has no nonce"));
+			broken(&one, "has no nonce");
 		nonce_put(one.nonce);
 	}
 }
 
-/* A request in flattened JSON Web Signature (RFC 7515 7.2.2, 8555 6.2). */
+/* What is signed (RFC 7515 5.1): a protected header and a payload. */
+static Str
+jws_input(Str protected, Str payload)
+{
+	return text("%.%", b64(protected), b64(payload));
+}
+
+/* It and its signature, flattened (RFC 7515 7.2.2). */
+static Str
+jws(Str input, Str signature)
+{
+	Str payload = input, protected = cut(&payload, '.');
+
+	return obj(
+	    S("protected"), quote(protected),
+	    S("payload"), quote(payload),
+	    S("signature"), quote(b64(signature)));
+}
+
+/* A request's body (RFC 8555 6.2). */
 static Str
 signed_text(const struct post *p)
 {
 	size_t mark = used;
 	const struct key *k = p->key ? p->key : signer();
-	Str protected = b64(obj(
+	Str input = jws_input(obj(
 	    S("alg"), quote(str(k->type->alg)),
 	    p->jwk ? S("jwk") : S("kid"),
 	    p->jwk ? jwk(k) : quote(field("account")),
 	    S("nonce"), quote(nonce_take()),
-	    S("url"), quote(p->url)));
-	Str payload = b64(p->payload);
-	Str input = cat(NONE, protected, S("."), payload);
+	    S("url"), quote(p->url)), p->payload);
 
-	return keep(mark, obj(
-	    S("protected"), quote(protected),
-	    S("payload"), quote(payload),
-	    S("signature"), quote(b64(sign(k, input, false)))));
+	return keep(mark, jws(input, sign(k, input, false)));
 }
 
 /* Send the ones in todo[], and forget those that are answered. */
@@ -3758,28 +4012,44 @@ acme_post(Str url, Str payload)
 	return r;
 }
 
-/* newAccount, by the key itself (RFC 8555 7.3 and 7.3.1). */
+/* newAccount, by the key itself (RFC 8555 7.3), whatever the answer. */
 static struct reply
-new_account(Str payload)
+ask_account(const struct key *k, Str payload)
 {
 	struct post p = { .url = need_endpoint("newAccount"),
-	    .payload = payload, .jwk = true };
+	    .payload = payload, .key = k, .jwk = true };
 	struct reply r;
 
 	acme_batch(&p, &r, 1);
-	accept_reply(&r);
-	drop("account");
-	put("account", location(&r), r.url);
 	return r;
 }
 
-/* The account's URL: the record's, or what its key finds (7.3.1). */
-static Str
-account_url(void)
+/* Find the account of a key, if it has one (RFC 8555 7.3.1). */
+static struct reply
+find_account(const struct key *k)
 {
-	if (!field("account").n)
-		new_account(obj(S("onlyReturnExisting"), S("true")));
-	return field("account");
+	return ask_account(k, obj(S("onlyReturnExisting"), S("true")));
+}
+
+/* The account that a reply is about becomes the record's. */
+static void
+take_account(const struct reply *r)
+{
+	accept_reply(r);
+	drop("account");
+	put("account", location(r), r->url);
+}
+
+/* The account's URL: the record's, or what its key finds (7.3.1). */
+static void
+need_account(void)
+{
+	struct reply r;
+
+	if (field("account").n)
+		return;
+	r = find_account(signer());
+	take_account(&r);
 }
 
 /* Before the first request: know where nonces come from. */
@@ -3802,6 +4072,14 @@ print_record(void)
 	if (nnonce)
 		add_line(S("nonce"), nonce_take());
 	print(record_text());
+}
+
+/* End a question's step whose answer is no; its words are printed. */
+static void
+answer_no(void)
+{
+	conn_close();
+	leave(NO);
 }
 
 /* -------------------------------------------------------- 19. Orders -- */
@@ -3857,16 +4135,16 @@ store_identifiers(const struct reply *r, Str list)
 	while (json_each(&list, &none, &o)) {
 		type = must(r, o, "type", '"');
 		value = must(r, o, "value", '"');
-		value = cat(NONE, type, S(" "), canonical(type, value));
+		value = text("% %", type, canonical(type, value));
 		if (fill && !has_identifier(value))
 			put("identifier", value, r->url);
 		if (!has_identifier(value))
-			broken(r, S("is an order for another name: "),
+			broken(r, "is an order for another name: %",
 			    brief(value));
 		n++;
 	}
 	if (n < count_lines("identifier"))
-		broken(r, S("is an order for fewer names"));
+		broken(r, "is an order for fewer names");
 }
 
 static void
@@ -3891,7 +4169,7 @@ order_store(const struct reply *r)
 		if ((v = want(r, o, urls[i], '"')).n)
 			store_url(r, urls[i], v);
 	if (order_status() & (PENDING | READY) && !field("finalize").n)
-		broken(r, S("lacks the member finalize"));
+		broken(r, "lacks the member finalize");
 	if ((list = want(r, o, "identifiers", '[')).n)
 		store_identifiers(r, list);
 	if (!(list = want(r, o, "authorizations", '[')).n)
@@ -3899,12 +4177,12 @@ order_store(const struct reply *r)
 	drop("authorization");
 	while (json_each(&list, &none, &v)) {
 		if (json_kind(v) != '"')
-			broken(r, S("has an authorization that is no URL"));
+			broken(r, "has an authorization that is no URL");
 		store_url(r, "authorization", json_text(v));
 	}
 	if (count_lines("authorization") > NAMES)
-		die(FAULT, S("an order has more than "), num(NAMES),
-		    S(" authorizations"));
+		die(FAULT, "an order has more than % authorizations",
+		    num(NAMES));
 }
 
 static void
@@ -3926,8 +4204,8 @@ fetch_authorizations(void)
 
 	for each_line(l, "authorization") {
 		if (n == NAMES)
-			die(FAULT, S("an order has more than "), num(NAMES),
-			    S(" authorizations"));
+			die(FAULT, "an order has more than % authorizations",
+			    num(NAMES));
 		p[n++] = (struct post){ .url = l->value };
 	}
 	acme_batch(p, authorization, n);
@@ -3948,7 +4226,7 @@ authorized(const struct reply *r, Str o, Str *type)
 	value = cat(wild && !starts(value, S("*.")) ? S("*.") : NONE,
 	    canonical(*type, value));
 	if (!is_name(*type, value))
-		broken(r, S("is for an impossible name: "), brief(value));
+		broken(r, "is for an impossible name: %", brief(value));
 	return value;
 }
 
@@ -3959,6 +4237,15 @@ is_pending(const struct reply *r, Str o)
 	Str s = want(r, o, "status", '"');
 
 	return !s.n || same(s, S("pending"));
+}
+
+/* One that is neither pending nor valid has come to its end (7.1.6). */
+static bool
+is_usable(const struct reply *r)
+{
+	Str o = json_body(r);
+
+	return is_pending(r, o) || same(want(r, o, "status", '"'), S("valid"));
 }
 
 /*
@@ -3985,13 +4272,13 @@ failures(size_t n)
 			    same(status, S("processing")) ||
 			    same(status, S("valid")))
 				continue;
-			all = cat(NONE, all, all.n ? S("; ") : NONE, name,
-			    S(": "), problem_text(error));
+			all = text("%%%: %", all, all.n ? S("; ") : NONE, name,
+			    problem_text(error));
 			known = true;
 		}
 		if (!known)
-			all = cat(NONE, all, all.n ? S("; ") : NONE, name,
-			    S(": its authorization is "),
+			all = text("%%%: its authorization is %", all,
+			    all.n ? S("; ") : NONE, name,
 			    want(r, o, "status", '"'));
 	}
 	return all;
@@ -4005,8 +4292,9 @@ order_failed(void)
 	Str error = want(&r, json_body(&r), "error", '{');
 	Str seen = failures(fetch_authorizations());
 
-	die(REFUSED, S("the order is invalid"), seen.n ? S(": ") : NONE, seen,
-	    error.n ? S(": ") : NONE, error.n ? problem_text(error) : NONE,
+	die(REFUSED, "the order is invalid%%%%%", seen.n ? S(": ") : NONE,
+	    seen, error.n ? S(": ") : NONE,
+	    error.n ? problem_text(error) : NONE,
 	    seen.n || error.n ? NONE : S(", and the CA does not say why"));
 }
 
@@ -4024,11 +4312,11 @@ order_lacks(void)
 
 		if (!is_pending(r, o))
 			continue;
-		all = cat(NONE, all, S("; "), name, S(" lacks one of"));
+		all = text("%; % lacks one of", all, name);
 		while (json_each(&list, &none, &c))
-			all = cat(NONE, all, S(" "), text_of(c, "type"));
+			all = text("% %", all, text_of(c, "type"));
 	}
-	die(LATER, S("the order is still pending"), all);
+	die(LATER, "the order is still pending%", all);
 }
 
 /* A look at what the order itself may never say (see failures). */
@@ -4039,7 +4327,7 @@ look_for_failures(void)
 	Str seen = failures(fetch_authorizations());
 
 	if (seen.n)
-		die(REFUSED, S("the CA could not validate "), seen);
+		die(REFUSED, "the CA could not validate %", seen);
 	used = mark;
 }
 
@@ -4061,10 +4349,9 @@ order_await(unsigned set, const char *what, long after)
 		if (!pause_for(what, ms)) {
 			if (order_status() == PENDING)
 				order_lacks();
-			die(LATER, S("the order is still "), field("status"),
-			    S("; try again after "),
-			    num((unsigned long long)(ms + 999) / 1000),
-			    S(" s"));
+			die(LATER, "the order is still %; try again after % s",
+			    field("status"),
+			    num((unsigned long long)(ms + 999) / 1000));
 		}
 		pause = pause < 4000 ? pause * 2 : 5000;
 		r = acme_post(need("order"), NONE);
@@ -4080,19 +4367,44 @@ order_await(unsigned set, const char *what, long after)
 	}
 }
 
+/*
+ * The same for authorizations that belong to no order (RFC 8555 7.4.1):
+ * until none is pending.
+ */
+static void
+authorizations_await(const char *what)
+{
+	long long pause = 250;
+
+	for (;;) {
+		size_t mark = used, n = fetch_authorizations(), waiting = 0;
+		long after = -1;
+
+		if (failures(n).n)
+			look_for_failures();
+		for (size_t i = 0; i < n; i++) {
+			const struct reply *r = &authorization[i];
+
+			waiting += is_pending(r, json_body(r));
+			if (r->retry_after > after)
+				after = r->retry_after;
+		}
+		if (waiting == 0)
+			return;
+		used = mark;
+		if (!pause_for(what, after > 0 ? after * 1000LL : pause))
+			die(LATER, "an authorization is still pending");
+		pause = pause < 4000 ? pause * 2 : 5000;
+	}
+}
+
 /* ---------------------------------------------------- 20. Challenges -- */
 
 /* RFC 8555 8.1. */
 static Str
 key_authorization(Str token)
 {
-	return cat(NONE, token, S("."), thumbprint(signer()));
-}
-
-static Str
-txt_value(Str token)
-{
-	return b64(sha256(key_authorization(token)));
+	return text("%.%", token, thumbprint(signer()));
 }
 
 /* The SNI name of an identifier: RFC 8738 6 has one for addresses. */
@@ -4104,46 +4416,81 @@ sni_name(Str type, Str name)
 	if (!ip.n)
 		return name;
 	for (size_t i = ip.n; i-- > 0; )
-		s = ip.n == 4 ? cat(NONE, s, num(ip.p[i]), S(".")) :
-		    cat(NONE, s, hex_number(ip.p[i] & 15U), S("."),
-		        hex_number(ip.p[i] >> 4), S("."));
+		s = ip.n == 4 ? text("%%.", s, num(ip.p[i])) :
+		    text("%%.%.", s, hex_number(ip.p[i] & 15U),
+		    hex_number(ip.p[i] >> 4));
 	return cat(NONE, s, ip.n == 4 ? S("in-addr.arpa") : S("ip6.arpa"));
 }
 
-/* A challenge's name and content, from what it and its name are. */
+/*
+ * A challenge's name and content, from its object in the reply, whose URL
+ * and token have been checked, and the identifier without its "*.".
+ */
 static void
-http_01(Str name, Str token, Str object, struct challenge *c)
+http_01(const struct reply *r, Str object, Str name, struct challenge *c)
 {
 	(void)name;
-	(void)object;
-	c->name = token;
-	c->content = key_authorization(token);
+	c->name = must(r, object, "token", '"');
+	c->content = key_authorization(c->name);
 }
 
 static void
-dns_01(Str name, Str token, Str object, struct challenge *c)
+dns_01(const struct reply *r, Str object, Str name, struct challenge *c)
 {
-	(void)object;
-	c->name = cat(S("_acme-challenge."), name);
-	c->content = txt_value(token);
+	c->name = text("_acme-challenge.%", name);
+	c->content = b64(sha256(key_authorization(must(r, object, "token",
+	    '"'))));
+}
+
+/* The label is the account's (draft-ietf-acme-dns-account-label 3.1). */
+static void
+dns_account_01(const struct reply *r, Str object, Str name,
+    struct challenge *c)
+{
+	Str h = sha256(field("account"));
+
+	dns_01(r, object, name, c);
+	c->name = text("_%.%", base32((Str){ h.p, 10 }), c->name);
+}
+
+/* An issue-value that stays (draft-ietf-acme-dns-persist 3.1). */
+static void
+dns_persist_01(const struct reply *r, Str object, Str name,
+    struct challenge *c)
+{
+	Str list = must(r, object, "issuer-domain-names", '['), none, issuer;
+	Str account = want(r, object, "accounturi", '"');
+
+	if (account.n && !same(account, field("account")))
+		broken(r, "has a challenge for another account: %",
+		    brief(account));
+	if (!json_each(&list, &none, &issuer) || json_kind(issuer) != '"' ||
+	    !is_name(S("dns"), json_text(issuer)))
+		broken(r, "has a challenge without an issuer's name");
+	c->name = text("_validation-persist.%", name);
+	c->content = text("%; accounturi=%%", json_text(issuer),
+	    field("account"),
+	    starts(c->id, S("*.")) ? S("; policy=wildcard") : NONE);
 }
 
 static void
-tls_alpn_01(Str name, Str token, Str object, struct challenge *c)
+tls_alpn_01(const struct reply *r, Str object, Str name, struct challenge *c)
 {
-	(void)object;
 	c->name = sni_name(c->id_type, name);
-	c->content = hex(sha256(key_authorization(token)));
+	c->content = hex(sha256(key_authorization(must(r, object, "token",
+	    '"'))));
 }
 
 static const struct challenge_type {
 	const char *type;
-	void (*make)(Str, Str, Str, struct challenge *);
+	void (*make)(const struct reply *, Str, Str, struct challenge *);
 	bool token;		/* it has one (RFC 8555 8) */
 } challenge_types[] = {
-	{ "http-01", http_01, true },		/* RFC 8555 8.3 */
-	{ "dns-01", dns_01, true },		/* RFC 8555 8.4 */
-	{ "tls-alpn-01", tls_alpn_01, true },	/* RFC 8737 3 */
+	{ "http-01", http_01, true },			/* RFC 8555 8.3 */
+	{ "dns-01", dns_01, true },			/* RFC 8555 8.4 */
+	{ "tls-alpn-01", tls_alpn_01, true },		/* RFC 8737 3 */
+	{ "dns-account-01", dns_account_01, true },
+	{ "dns-persist-01", dns_persist_01, false },
 };
 
 /* Add the line of one challenge; a type that is not known is skipped. */
@@ -4151,7 +4498,7 @@ static void
 add_challenge(const struct reply *r, Str o, Str id_type, Str id)
 {
 	struct challenge c = { .id_type = id_type, .id = id };
-	Str base = from(id, starts(id, S("*.")) ? 2 : 0), token = NONE;
+	Str base = from(id, starts(id, S("*.")) ? 2 : 0), token;
 	const struct challenge_type *t = challenge_types;
 
 	c.type = text_of(o, "type");
@@ -4164,19 +4511,18 @@ add_challenge(const struct reply *r, Str o, Str id_type, Str id)
 	if (t->token) {
 		token = must(r, o, "token", '"');
 		if (!is_b64(token) || token.n > TOKEN)
-			broken(r, S("has a token that is none: "),
-			    brief(token));
+			broken(r, "has a token that is none: %", brief(token));
 	}
-	t->make(base, token, o, &c);
-	put("challenge", cat(NONE, c.type, S(" "), c.id_type, S(" "), c.id,
-	    S(" "), c.url, S(" "), c.name, S(" "), c.content), r->url);
+	t->make(r, o, base, &c);
+	put("challenge", text("% % % % % %", c.type, c.id_type, c.id, c.url,
+	    c.name, c.content), r->url);
 }
 
 static void
 not_offered(const char *type, Str id, Str others)
 {
-	die(REFUSED, S("the CA offers no "), str(type), S(" for "), id,
-	    S(", but"), others.n ? others : S(" nothing"));
+	die(REFUSED, "the CA offers no % for %, but%", str(type), id,
+	    others.n ? others : S(" nothing"));
 }
 
 /*
@@ -4190,7 +4536,7 @@ fetch_challenges(const char *type)
 	Str seen = failures(n), none, c, id_type;
 
 	if (seen.n)
-		die(REFUSED, S("the CA could not validate "), seen);
+		die(REFUSED, "the CA could not validate %", seen);
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
 		Str o = json_body(r), list, offered = NONE;
@@ -4203,7 +4549,7 @@ fetch_challenges(const char *type)
 		while (json_each(&list, &none, &c)) {
 			Str t = must(r, c, "type", '"');
 
-			offered = cat(NONE, offered, S(" "), brief(t));
+			offered = text("% %", offered, brief(t));
 			if (!type || same(t, str(type)))
 				add_challenge(r, c, id_type, name);
 		}
@@ -4234,11 +4580,11 @@ choose_challenges(const char *type)
 				continue;
 			same_id++;
 			fit += type && same(d.type, str(type));
-			others = cat(NONE, others, S(" "), d.type);
+			others = text("% %", others, d.type);
 		}
 		if (!type && same_id > 1)
-			die(USAGE, S("choose with -t one of"), others,
-			    S(" for "), c.id);
+			die(USAGE, "choose with -t one of% for %", others,
+			    c.id);
 		if (type && fit == 0)
 			not_offered(type, c.id, others);
 	}
@@ -4247,7 +4593,7 @@ choose_challenges(const char *type)
 			l->word = NONE;
 	drop("");
 	if (count_lines("challenge") > NAMES)
-		die(FAULT, S("more than "), num(NAMES), S(" challenges"));
+		die(FAULT, "more than % challenges", num(NAMES));
 }
 
 /* A file of ours that a crash has left: it says what it is to say. */
@@ -4276,8 +4622,8 @@ publish_files(const char *dir_name)
 	int fd, dir = open(dir_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 
 	if (dir < 0)
-		die(NO_PLACE, S("cannot open the directory "), str(dir_name),
-		    S(": "), why());
+		die(NO_PLACE, "cannot open the directory %: %", str(dir_name),
+		    why());
 	for each_line(l, "challenge") {
 		struct challenge c = challenge_read(l->value);
 		const char *name = c_str(c.name);
@@ -4287,13 +4633,13 @@ publish_files(const char *dir_name)
 		    already_published(dir, name, c.content))
 			continue;
 		if (fd < 0)
-			die(NO_PLACE, S("cannot create "), c.name, S(" in "),
-			    str(dir_name), S(": "), why());
+			die(NO_PLACE, "cannot create % in %: %", c.name,
+			    str(dir_name), why());
 		/* The web server is another user, whatever our umask. */
 		if (fchmod(fd, 0644) != 0 || !write_all(fd, c.content) ||
 		    close(fd) != 0)
-			die(IO, S("cannot write "), c.name, S(" in "),
-			    str(dir_name), S(": "), why());
+			die(IO, "cannot write % in %: %", c.name,
+			    str(dir_name), why());
 	}
 }
 
@@ -4340,8 +4686,8 @@ make_request(const char *key_file, Str *key)
 	key_read(&certificate_key, key_file);
 	*key = public_key(&certificate_key);
 	if (same(*key, public_key(signer())))
-		die(BAD, str(key_file), S(" is the account's key: a "
-		    "certificate needs another (RFC 8555 11.1)"));
+		die(BAD, "% is the account's key: a certificate needs another "
+		    "(RFC 8555 11.1)", str(key_file));
 	for each_line(l, "identifier") {
 		Str value = l->value, type = cut(&value, ' ');
 
@@ -4364,8 +4710,8 @@ read_request(const char *file, Str *key)
 		else
 			block = s;
 	if (!request_key(block, key))
-		die(BAD, file_name(file),
-		    S(" is no certificate request, PEM or DER"));
+		die(BAD, "% is no certificate request, PEM or DER",
+		    file_name(file));
 	return block;
 }
 
@@ -4381,56 +4727,93 @@ read_chain(const struct reply *r)
 
 	for (; pem_next(&text, &label, &block, &bad); n++) {
 		if (!same(label, S("CERTIFICATE")))
-			broken(r, S("has in its chain a PEM block "), label);
+			broken(r, "has in its chain a PEM block %", label);
 		if (n == CERTS)
-			die(FAULT, S("a chain of more than "), num(CERTS),
-			    S(" certificates"));
+			die(FAULT, "a chain of more than % certificates",
+			    num(CERTS));
 		if (!cert_read(block, &issued[n]))
-			broken(r, S("has in its chain what is no certificate"));
+			broken(r, "has in its chain what is no certificate");
 		if (n && !same(issued[n - 1].issuer, issued[n].subject))
-			broken(r, S("has a chain that does not link"));
+			broken(r, "has a chain that does not link");
 	}
 	if (bad || n == 0)
-		broken(r, S("is no chain of certificates"));
+		broken(r, "is no chain of certificates");
 	return n;
 }
 
-/* The certificate's names must be the order's. */
-static void
-check_names(const struct reply *r)
+/*
+ * Are a certificate's names those of the record's identifiers, no more and
+ * no fewer?  If not, `odd` is the first that one of them lacks.
+ */
+static bool
+names_agree(const struct cert *c, Str *odd)
 {
-	Str list = issued[0].alt_names, name;
+	Str list = c->alt_names;
 
 	for each_line(l, "identifier") {
 		Str value = l->value, type = cut(&value, ' ');
 
-		if (!cert_names(&issued[0], type, value))
-			broken(r, S("is a certificate without the name "),
-			    value);
+		*odd = l->value;
+		if (!cert_names(c, type, value))
+			return false;
 	}
-	while (cert_name(&list, &name))
-		if (!has_identifier(name))
-			broken(r, S("is a certificate with the name of nobody"
-			    " here: "), brief(name));
+	while (cert_name(&list, odd))
+		if (!has_identifier(*odd))
+			return false;
+	return true;
+}
+
+/* The common name of a chain's topmost issuer. */
+static Str
+top_issuer(size_t n)
+{
+	return common_name(issued[n - 1].issuer);
+}
+
+/*
+ * Look for a chain whose topmost issuer has the name, first in the reply,
+ * then in the alternates that its Link headers name (RFC 8555 7.4.2).
+ * Without one the step ends, but the order stays as it is.
+ */
+static size_t
+choose_chain(struct reply *r, const char *issuer)
+{
+	struct reply first = *r;
+	Str links = r->links, all = NONE;
+	size_t n = read_chain(r);
+
+	while (!same(top_issuer(n), str(issuer))) {
+		Str url = next_link(&first, &links, S("alternate"));
+
+		all = cat(NONE, all, all.n ? S(", ") : NONE, top_issuer(n));
+		if (!url.n)
+			die(REFUSED, "no chain of the certificate ends at %, "
+			    "but at: %; without -i this step prints the first",
+			    str(issuer), all);
+		*r = acme_post(url, NONE);
+		n = read_chain(r);
+	}
+	return n;
 }
 
 /* Download, check and print; `key`, if any, is whose it must be. */
 static void
-print_certificate(Str key, int status)
+print_certificate(const char *issuer, Str key, int status)
 {
 	struct reply r;
-	Str text = NONE;
+	Str text = NONE, odd;
 	size_t n;
 
 	if (!field("certificate").n)
-		die(BROKEN, S("the order is "), field("status"),
-		    S(" and has no certificate: "), need("order"));
+		die(BROKEN, "the order is % and has no certificate: %",
+		    field("status"), need("order"));
 	r = acme_post(field("certificate"), NONE);
-	n = read_chain(&r);
+	n = issuer ? choose_chain(&r, issuer) : read_chain(&r);
 	if (key.n && !same(issued[0].public_key, key))
-		die(status, S("the certificate "), r.url,
-		    S(" is for another key"));
-	check_names(&r);
+		die(status, "the certificate % is for another key", r.url);
+	if (!names_agree(&issued[0], &odd))
+		broken(&r, "is a certificate whose names are not the order's: "
+		    "%", brief(odd));
 	for (size_t i = 0; i < n; i++)
 		text = cat(NONE, text, pem(issued[i].der, "CERTIFICATE"));
 	print(text);
@@ -4470,11 +4853,13 @@ static const char *opt[128];	/* by letter; "" where it has no value */
 static const char *contact[CONTACTS];	/* -m */
 static size_t ncontact;
 
-static void
-usage(const char *what, Str subject)
+/* End the step for the way it was called. */
+#define usage(...)  (afterword = see_help(), die(USAGE, __VA_ARGS__))
+
+static Str
+see_help(void)
 {
-	die(USAGE, str(what), subject, S(" (see acme-step help"),
-	    step.n ? S(" ") : NONE, step, S(")"));
+	return text(" (see acme-step help%%)", step.n ? S(" ") : NONE, step);
 }
 
 static const struct key_type *
@@ -4483,7 +4868,7 @@ key_type(const char *name)
 	for (size_t i = 0; i < COUNT(key_types); i++)
 		if (!name || strcmp(name, key_types[i].name) == 0)
 			return &key_types[i];
-	usage("no such key type: ", str(name));
+	usage("no such key type: %", str(name));
 	return NULL;
 }
 
@@ -4509,12 +4894,12 @@ take_names(char **arg)
 		if (!ip.n && name.n > 1 && name.p[name.n - 1] == '.')
 			name.n--;
 		if (!is_name(type, name))
-			usage("no DNS name and no IP address: ", name);
-		name = cat(NONE, type, S(" "), canonical(type, name));
+			usage("no DNS name and no IP address: %", name);
+		name = text("% %", type, canonical(type, name));
 		if (has_identifier(name))
 			continue;
 		if (count_lines("identifier") == NAMES)
-			die(FAULT, S("more than "), num(NAMES), S(" names"));
+			die(FAULT, "more than % names", num(NAMES));
 		add_line(S("identifier"), name);
 	}
 }
@@ -4536,12 +4921,102 @@ do_csr(char **arg)
 	    "CERTIFICATE REQUEST"));
 }
 
+/* The first certificate of a text, PEM or DER; false if there is none. */
+static bool
+find_certificate(Str s, struct cert *c)
+{
+	Str text = s, label, block;
+	bool bad;
+
+	while (pem_next(&text, &label, &block, &bad))
+		if (same(label, S("CERTIFICATE"))) {
+			s = block;
+			break;
+		}
+	return cert_read(s, c);
+}
+
+static void
+read_certificate(const char *file, struct cert *c)
+{
+	if (!find_certificate(read_file(file), c))
+		die(BAD, "no certificate in %", file_name(file));
+}
+
+/*
+ * When a certificate is to be renewed: with a third of its life left, with
+ * half of a life under ten days.
+ */
+static long long
+renewal_time(const struct cert *c)
+{
+	long long life = c->not_after - c->not_before;
+
+	return c->not_after - life / (life < 10 * 86400 ? 2 : 3);
+}
+
+/* The answer of due, with its reason, on one line. */
+static void
+due_answer(const char *file, bool due, Str reason)
+{
+	print(text("%% %\n", due ? S("due: ") : S("not due: "),
+	    file_name(file), reason));
+	if (!due)
+		answer_no();
+	leave(DONE);
+}
+
+/* A file's text; NONE where there is no such file. */
+static Str
+read_if_there(const char *file)
+{
+	struct stat st;
+
+	if (!is_std(file) && stat(file, &st) != 0 && (errno == ENOENT ||
+	    errno == ENOTDIR))
+		return NONE;
+	return read_file(file);
+}
+
+/* due [-K KEY] CERT [NAME...] */
+static void
+do_due(char **arg)
+{
+	long long now = (long long)time(NULL);
+	struct cert c;
+	Str odd, text;
+
+	take_names(arg + 1);
+	if (opt['K'])
+		key_read(&certificate_key, opt['K']);
+	text = read_if_there(arg[0]);
+	if (!text.n)
+		due_answer(arg[0], true, S("is missing or empty"));
+	if (!find_certificate(text, &c))
+		due_answer(arg[0], true, S("is no certificate"));
+	if (opt['K'] && !same(c.public_key, public_key(&certificate_key)))
+		due_answer(arg[0], true, text("is for another key than %",
+		    file_name(opt['K'])));
+	if (arg[1] && !names_agree(&c, &odd))
+		due_answer(arg[0], true, text("has other names: %",
+		    brief(odd)));
+	if (now > c.not_after)
+		due_answer(arg[0], true, text("expired at %",
+		    date(c.not_after)));
+	if (now < c.not_before)
+		due_answer(arg[0], false, text("is not valid before %, and "
+		    "the clock here shows %", date(c.not_before), date(now)));
+	due_answer(arg[0], now >= renewal_time(&c), text("is valid until %, "
+	    "to be renewed from %", date(c.not_after),
+	    date(renewal_time(&c))));
+}
+
 /* thumbprint (RFC 7638) */
 static void
 do_thumbprint(char **arg)
 {
 	(void)arg;
-	print(cat(NONE, thumbprint(signer()), S("\n")));
+	print(text("%\n", thumbprint(signer())));
 }
 
 /* A string in words, all else as it stands. */
@@ -4575,18 +5050,18 @@ do_json(char **arg)
 	Str text = read_file(arg[1]), v, path = str(arg[0]), none, s = NONE;
 
 	if (!json_read(text, &v))
-		die(BAD, file_name(arg[1]), S(" is not JSON"));
+		die(BAD, "% is not JSON", file_name(arg[1]));
 	if (!same(path, S(".")))
 		do
 			v = json_step(v, cut(&path, '.'));
 		while (path.n && v.n);
 	if (!v.n)
-		die(NO, S("no "), str(arg[0]), S(" in "), file_name(arg[1]));
+		die(NO, "no % in %", str(arg[0]), file_name(arg[1]));
 	if (json_kind(v) == '[')
 		while (json_each(&v, &none, &text))
-			s = cat(NONE, s, plain(text), S("\n"));
+			s = text("%%\n", s, plain(text));
 	else
-		s = cat(NONE, plain(v), S("\n"));
+		s = text("%\n", plain(v));
 	print(s);
 }
 
@@ -4623,19 +5098,69 @@ do_directory(char **arg)
 	list = json_member(meta, "profiles");
 	while (json_each(&list, &key, &v))
 		if (key.n && is_word(json_text(key)))
-			add_line(S("profile"), json_text(key));
+			add_line(S("profile"), text("% %", json_text(key),
+			    is_line(plain(v)) ? plain(v) : NONE));
 	print_record();
 }
 
-/* The JSON array of -m's values, NONE without any. */
+/* The JSON array of -m's values, NONE without -m; "" adds none. */
 static Str
 contacts(void)
 {
 	Str s = NONE;
 
 	for (size_t i = 0; i < ncontact; i++)
-		s = cat(NONE, s, i ? S(",") : S("["), quote(str(contact[i])));
-	return s.n ? cat(NONE, s, S("]")) : NONE;
+		if (*contact[i])
+			s = cat(NONE, s, s.n ? S(",") : NONE,
+			    quote(str(contact[i])));
+	return ncontact ? text("[%]", s) : NONE;
+}
+
+/* Take the first word off a text with its white space. */
+static Str
+take_word(Str *s)
+{
+	size_t n = 0;
+
+	while (s->n && s->p[0] <= ' ')
+		*s = from(*s, 1);
+	while (n < s->n && s->p[n] > ' ')
+		n++;
+	*s = from(*s, n);
+	return (Str){ s->p - n, n };
+}
+
+/*
+ * The external account binding (RFC 8555 7.3.4): the account's public key,
+ * signed with a secret that the CA gave out with an identifier.  Both are
+ * in a file or two variables; NONE where they are in neither.
+ */
+static Str
+account_binding(const char *file)
+{
+	Str kid = str(getenv("ACME_EAB_KID")), input, text;
+	Str mac_key = str(getenv("ACME_EAB_HMAC_KEY"));
+
+	if (file) {
+		text = read_file(file);
+		warn_if_shared(file);
+		kid = take_word(&text);
+		mac_key = take_word(&text);
+		if (!mac_key.n || take_word(&text).n)
+			die(BAD, "% does not hold KID HMACKEY",
+			    file_name(file));
+	}
+	if (!kid.n && !mac_key.n)
+		return NONE;
+	mac_key = unb64_any(mac_key);
+	if (!kid.n || !mac_key.n)
+		die(BAD, "external account binding: %", kid.n ?
+		    S("the HMAC key is not base64url") :
+		    S("there is a key, but no ACME_EAB_KID"));
+	input = jws_input(obj(S("alg"), quote(S("HS256")), S("kid"),
+	    quote(kid), S("url"), quote(need_endpoint("newAccount"))),
+	    jwk(signer()));
+	return jws(input, hmac_sha256(mac_key, input));
 }
 
 /* An account object (RFC 8555 7.1.2) in the record. */
@@ -4652,33 +5177,137 @@ account_store(const struct reply *r)
 			put("contact", json_text(v), r->url);
 }
 
-/* new-account [-y] [-m CONTACT]... (RFC 8555 7.3) */
+/* new-account [-y] [-m CONTACT]... [-e EABFILE] (RFC 8555 7.3) */
 static void
 do_new_account(char **arg)
 {
-	Str list = contacts(), o = NONE;
+	Str o = with(NONE, "termsOfServiceAgreed", opt['y'] ? S("true") :
+	    NONE);
 	struct reply r;
 
 	(void)arg;
-	if (opt['y'])
-		o = cat(NONE, o, S(",\"termsOfServiceAgreed\":true"));
-	if (list.n)
-		o = cat(NONE, o, S(",\"contact\":"), list);
-	r = new_account(cat(S("{"), from(o, 1), S("}")));
+	o = with(o, "contact", contacts());
+	o = with(o, "externalAccountBinding", account_binding(opt['e']));
+	r = ask_account(signer(), braces(o));
+	take_account(&r);
 	account_store(&r);
 	print_record();
 }
 
-/* account (RFC 8555 7.3.1) */
+/* The account's orders as lines, where the CA lists them (7.1.2.1). */
+static Str
+list_orders(Str url)
+{
+	Str all = NONE, v, list, none, links;
+	struct reply r;
+
+	while (url.n) {
+		r = acme_post(url, NONE);
+		if (!json_read(r.body, &v))
+			broken(&r, "is not JSON");
+		list = json_kind(v) == '[' ? v : want(&r, json_body(&r),
+		    "orders", '[');
+		for (all = cat(NONE, all); json_each(&list, &none, &v); ) {
+			if (json_kind(v) != '"' || !is_url(json_text(v)))
+				broken(&r, "has an order that is no URL");
+			all = text("%account-order %\n", all, json_text(v));
+		}
+		links = r.links;
+		url = next_link(&r, &links, S("next"));
+	}
+	return all;
+}
+
+/* account [-m CONTACT]... [-D] (RFC 8555 7.3.1, 7.3.2, 7.3.6) */
 static void
 do_account(char **arg)
 {
+	struct reply r = find_account(signer());
+	Str change = with(NONE, "contact", contacts()), orders = NONE;
+
+	(void)arg;
+	take_account(&r);
+	change = with(change, "status", opt['D'] ? S("\"deactivated\"") :
+	    NONE);
+	if (change.n)
+		r = acme_post(field("account"), braces(change));
+	account_store(&r);
+	if (!opt['D'])
+		orders = list_orders(want(&r, json_body(&r), "orders", '"'));
+	if (nnonce)
+		add_line(S("nonce"), nonce_take());
+	print(cat(NONE, record_text(), orders));
+}
+
+/*
+ * Does the account belong to the new key now?  Only this tells: a change
+ * whose reply never came here looks like a refused one, and there are CAs
+ * that agree to a key that another account has, and change nothing.
+ */
+static bool
+key_changed(void)
+{
+	struct reply r = find_account(&certificate_key);
+
+	if (r.status == 429 || r.status >= 500)
+		accept_reply(&r);
+	if (r.status >= 300 || (field("account").n &&
+	    !same(location(&r), field("account"))))
+		return false;
+	take_account(&r);
+	return true;
+}
+
+/* The signed half of a key change that the new key makes (7.3.5). */
+static Str
+change_text(Str url)
+{
+	const struct key *k = &certificate_key;
+	Str input = jws_input(obj(S("alg"), quote(str(k->type->alg)),
+	    S("jwk"), jwk(k), S("url"), quote(url)),
+	    obj(S("account"), quote(field("account")),
+	    S("oldKey"), jwk(signer())));
+
+	return jws(input, sign(k, input, false));
+}
+
+/*
+ * key-change -K NEWKEY (RFC 8555 7.3.5).  Whatever happens, one of the two
+ * files has the account's key, and the message says which.
+ */
+static void
+do_key_change(char **arg)
+{
+	struct post p = { .url = need_endpoint("keyChange") };
 	struct reply r;
 
 	(void)arg;
-	r = new_account(obj(S("onlyReturnExisting"), S("true")));
-	account_store(&r);
+	if (is_std(opt['K']))
+		usage("the new key must be in a file: -K FILE");
+	key_read(&certificate_key, opt['K']);
+	if (same(public_key(&certificate_key), public_key(signer())))
+		die(BAD, "% is the same key as %", str(opt['K']),
+		    str(account_file));
+	afterword = S("; run it again to learn which key is the account's");
+	if (!field("account").n) {
+		r = find_account(signer());
+		if (r.status < 300)
+			take_account(&r);
+	}
+	if (field("account").n) {
+		p.payload = change_text(p.url);
+		acme_batch(&p, &r, 1);
+	}
+	if (!key_changed()) {
+		afterword = text("; the account's key is still %",
+		    str(account_file));
+		accept_reply(&r);
+		die(BROKEN, "the CA agreed to a key that it does not take");
+	}
+	afterword = NONE;
 	print_record();
+	warn("the account's key is now %, no longer %", str(opt['K']),
+	    str(account_file));
 }
 
 /* The payload's identifiers (RFC 8555 7.4). */
@@ -4693,18 +5322,144 @@ identifiers(void)
 		s = cat(NONE, s, s.n ? S(",") : S("["), obj(S("type"),
 		    quote(type), S("value"), quote(value)));
 	}
-	return cat(NONE, s, S("]"));
+	return text("%]", s);
 }
 
-/* new-order NAME... (RFC 8555 7.4) */
+/* new-authz NAME (RFC 8555 7.4.1) */
+static void
+do_new_authz(char **arg)
+{
+	struct reply r;
+	Str value, type;
+
+	take_names(arg);
+	value = field("identifier");
+	type = cut(&value, ' ');
+	r = acme_post(need_endpoint("newAuthz"), obj(S("identifier"),
+	    obj(S("type"), quote(type), S("value"), quote(value))));
+	put("authorization", location(&r), r.url);
+	print_record();
+}
+
+/* deactivate-authz (RFC 8555 7.5.2) */
+static void
+do_deactivate_authz(char **arg)
+{
+	static struct post p[NAMES];
+	static struct reply r[NAMES];
+	size_t n, m = 0;
+
+	(void)arg;
+	if (!count_lines("authorization") && field("order").n)
+		order_refresh();
+	n = fetch_authorizations();
+	for (size_t i = 0; i < n; i++)
+		if (is_usable(&authorization[i]))
+			p[m++] = (struct post){ .url = authorization[i].url,
+			    .payload = obj(S("status"),
+			        quote(S("deactivated"))) };
+	acme_batch(p, r, m);
+	for (size_t i = 0; i < m; i++)
+		accept_reply(&r[i]);
+	drop("authorization");
+	print_record();
+}
+
+/* -b and -u: a time as RFC 8555 7.4 wants it, or NONE. */
+static Str
+time_option(int letter)
+{
+	Str s = str(opt[letter]);
+	unsigned char c = (unsigned char)letter;
+	long long t;
+
+	if (opt[letter] && !rfc3339(s, &t))
+		usage("no time as 2026-11-24T12:00:00Z, but wanted by -%",
+		    (Str){ &c, 1 });
+	return opt[letter] ? quote(s) : NONE;
+}
+
+/* -p: one of the profiles that the CA has, or NONE. */
+static Str
+profile_option(void)
+{
+	Str list = json_member(json_member(directory(), "meta"), "profiles");
+	Str name, value, all = NONE;
+
+	if (!opt['p'])
+		return NONE;
+	if (json_kind(list) != '{')
+		list = NONE;
+	while (json_each(&list, &name, &value)) {
+		if (same(json_text(name), str(opt['p'])))
+			return quote(str(opt['p']));
+		all = text("% %", all, json_text(name));
+	}
+	die(REFUSED, "the CA has no profile %%%", str(opt['p']),
+	    all.n ? S(", but:") : S(", and no others"), all);
+}
+
+/* The identifier of RFC 9773 4.1; NONE where the certificate lacks it. */
+static Str
+certificate_id(const struct cert *c)
+{
+	return c->key_id.n ? text("%.%", b64(c->key_id),
+	    b64(c->serial)) : NONE;
+}
+
+/* -R: what the order replaces, for a CA that wants to know; or NONE. */
+static Str
+replaces_option(void)
+{
+	struct cert c;
+	Str id;
+
+	if (!opt['R'])
+		return NONE;
+	read_certificate(opt['R'], &c);
+	id = certificate_id(&c);
+	if (verbose && !id.n)
+		warn("% has no authority key identifier: the order replaces "
+		    "nothing", str(opt['R']));
+	return id.n && endpoint("renewalInfo").n ? id : NONE;
+}
+
+/* Can it be because of `replaces` that the CA refuses (RFC 9773 5)? */
+static bool
+replaced_before(const struct reply *r)
+{
+	return r->status == 409 || has_type(r, "alreadyReplaced") ||
+	    has_type(r, "conflict") || has_type(r, "malformed") ||
+	    has_type(r, "serverInternal");
+}
+
+/*
+ * new-order [-p PROFILE] [-R CERT] [-b NOTBEFORE] [-u NOTAFTER] NAME...
+ * (RFC 8555 7.4, RFC 9773 5)
+ */
 static void
 do_new_order(char **arg)
 {
+	Str o, replaces = replaces_option();
+	struct post p = { .url = need_endpoint("newOrder") };
 	struct reply r;
 
 	take_names(arg);
-	r = acme_post(need_endpoint("newOrder"),
-	    obj(S("identifiers"), identifiers()));
+	o = with(NONE, "identifiers", identifiers());
+	o = with(o, "notBefore", time_option('b'));
+	o = with(o, "notAfter", time_option('u'));
+	o = with(o, "profile", profile_option());
+	p.payload = braces(with(o, "replaces", replaces.n ? quote(replaces) :
+	    NONE));
+	acme_batch(&p, &r, 1);
+	if (replaces.n && replaced_before(&r)) {
+		if (verbose)
+			warn("refused, once more without replaces: %",
+			    problem(&r));
+		p.payload = braces(o);
+		acme_batch(&p, &r, 1);
+	}
+	accept_reply(&r);
 	put("order", location(&r), r.url);
 	order_store(&r);
 	if (order_status() == INVALID)
@@ -4750,11 +5505,11 @@ do_respond(char **arg)
 
 	(void)arg;
 	if (opt['w'] && strcmp(type, "http-01") != 0)
-		usage("-w is for http-01, not for ", str(type));
+		usage("-w is for http-01, not for %", str(type));
 	if (opt['w'] && opt['n'])
-		usage("-n would take down at once what -w publishes", NONE);
+		usage("-n would take down at once what -w publishes");
 	if (opt['s'] && !number(str(opt['s']), MAX_WAIT, &settle))
-		usage("-s takes a number of seconds, not ", str(opt['s']));
+		usage("-s takes a number of seconds, not %", str(opt['s']));
 	if (order_status() & (READY | VALID)) {
 		print_record();
 		return;
@@ -4762,17 +5517,19 @@ do_respond(char **arg)
 	if (!count_lines("challenge"))
 		fetch_challenges(type);
 	choose_challenges(type);
-	if (!count_lines("challenge"))
+	if (!count_lines("challenge") && field("order").n)
 		order_refresh();
 	if (!count_lines("challenge") && order_status() == PENDING)
-		die(REFUSED, S("the CA offers no challenge that we know"));
+		die(REFUSED, "the CA offers no challenge that we know");
 	if (opt['w'])
 		publish_files(opt['w']);
 	if (settle && !pause_for("settling", (long long)settle * 1000))
-		usage("-s leaves no time before -T", NONE);
+		usage("-s leaves no time before -T");
 	tell_ca();
-	if (!opt['n'])
+	if (!opt['n'] && field("order").n)
 		order_await(PENDING, "waiting for the CA to validate", 0);
+	else if (!opt['n'])
+		authorizations_await("waiting for the CA to validate");
 	undo(before);
 	if (order_status() == INVALID)
 		order_failed();
@@ -4789,7 +5546,7 @@ do_finalize(char **arg)
 
 	(void)arg;
 	if (!opt['K'] == !opt['r'])
-		usage("either -K KEY or -r CSR", NONE);
+		usage("either -K KEY or -r CSR");
 	need("order");
 	csr = opt['K'] ? make_request(opt['K'], &key) :
 	    read_request(opt['r'], &key);
@@ -4816,7 +5573,7 @@ do_finalize(char **arg)
 		default:
 			if (!field("certificate").n)
 				order_refresh();
-			print_certificate(key, sent ? BROKEN : BAD);
+			print_certificate(opt['i'], key, sent ? BROKEN : BAD);
 			return;
 		}
 }
@@ -4831,9 +5588,9 @@ do_certificate(char **arg)
 	if (order_status() == INVALID)
 		order_failed();
 	if (order_status() != VALID)
-		die(LATER, S("the order is "), field("status"),
-		    S(": it has no certificate yet"));
-	print_certificate(NONE, BROKEN);
+		die(LATER, "the order is %: it has no certificate yet",
+		    field("status"));
+	print_certificate(opt['i'], NONE, BROKEN);
 }
 
 /* RFC 5280 5.3.1 */
@@ -4852,39 +5609,82 @@ reason_code(const char *s)
 		n++;
 	if ((n == COUNT(reasons) && !number(str(s), COUNT(reasons) - 1, &n)) ||
 	    n == 7)
-		usage("no such reason: ", str(s));
+		usage("no such reason: %", str(s));
 	return num(n);
 }
 
-/* The first certificate of a file, PEM or DER. */
-static void
-read_certificate(const char *file, struct cert *c)
-{
-	Str s = read_file(file), text = s, label, block;
-	bool bad;
-
-	while (pem_next(&text, &label, &block, &bad))
-		if (same(label, S("CERTIFICATE"))) {
-			s = block;
-			break;
-		}
-	if (!cert_read(s, c))
-		die(BAD, S("no certificate in "), file_name(file));
-}
-
-/* revoke-cert [-c REASON] CERT (RFC 8555 7.6) */
+/* revoke-cert [-K CERTKEY] [-c REASON] CERT (RFC 8555 7.6) */
 static void
 do_revoke_cert(char **arg)
 {
-	Str reason = opt['c'] ? reason_code(opt['c']) : NONE, payload;
+	Str reason = opt['c'] ? reason_code(opt['c']) : NONE;
+	struct post p = { .jwk = opt['K'] != NULL };
+	struct reply r;
 	struct cert c;
 
 	read_certificate(arg[0], &c);
-	payload = quote(b64(c.der));
-	payload = reason.n ?
-	    obj(S("certificate"), payload, S("reason"), reason) :
-	    obj(S("certificate"), payload);
-	acme_post(need_endpoint("revokeCert"), payload);
+	if (opt['K']) {
+		key_read(&certificate_key, opt['K']);
+		p.key = &certificate_key;
+		if (!same(public_key(p.key), c.public_key))
+			die(BAD, "% is not the key of %", str(opt['K']),
+			    file_name(arg[0]));
+	}
+	p.url = need_endpoint("revokeCert");
+	p.payload = braces(with(with(NONE, "certificate", quote(b64(c.der))),
+	    "reason", reason));
+	acme_batch(&p, &r, 1);
+	accept_reply(&r);
+}
+
+/* A window's moment, the same one for the same certificate (RFC 9773 4.2). */
+static long long
+window_moment(const struct cert *c, long long start, long long end)
+{
+	Str h = sha256(cat(NONE, c->der, date(start), date(end)));
+	unsigned long long n = 0;
+
+	for (int i = 0; i < 8; i++)
+		n = n << 8 | h.p[i];
+	return start + (long long)(n % (unsigned long long)(end - start));
+}
+
+/* renewal-info CERT (RFC 9773 4) */
+static void
+do_renewal_info(char **arg)
+{
+	long long start, end, when;
+	Str base = need_endpoint("renewalInfo"), o, window, text;
+	struct reply r;
+	struct cert c;
+
+	read_certificate(arg[0], &c);
+	text = certificate_id(&c);
+	if (!text.n)
+		die(BAD, "% has no authority key identifier, so it has no "
+		    "name for the CA", file_name(arg[0]));
+	r = fetch("GET", cat(NONE, base, base.p[base.n - 1] == '/' ? NONE :
+	    S("/"), text));
+	accept_reply(&r);
+	o = json_body(&r);
+	window = must(&r, o, "suggestedWindow", '{');
+	if (!rfc3339(must(&r, window, "start", '"'), &start) ||
+	    !rfc3339(must(&r, window, "end", '"'), &end))
+		broken(&r, "has a window without times");
+	if (end <= start)
+		broken(&r, "has an empty window: go by due instead");
+	when = window_moment(&c, start, end);
+	text = text("window % %\nmoment %\n", date(start), date(end),
+	    date(when));
+	o = want(&r, o, "explanationURL", '"');
+	if (is_word(o))
+		text = text("%explanation %\n", text, o);
+	if (r.retry_after >= 0)
+		text = text("%retry-after %\n", text,
+		    num((unsigned long)r.retry_after));
+	print(text);
+	if ((long long)time(NULL) < when)
+		answer_no();
 }
 
 /* Send a request of the user's, and print the reply's body as it came. */
@@ -4895,7 +5695,7 @@ post_and_print(const char *url, Str payload, bool once)
 	struct reply r;
 
 	if (!is_url(p.url))
-		usage("no https URL: ", p.url);
+		usage("no https URL: %", p.url);
 	acme_batch(&p, &r, 1);
 	accept_reply(&r);
 	print(r.body);
@@ -4915,7 +5715,7 @@ do_post(char **arg)
 	Str text = read_file(NULL), v;
 
 	if (!json_read(text, &v))
-		die(BAD, S("standard input is not JSON"));
+		die(BAD, "standard input is not JSON");
 	post_and_print(arg[0], v, true);
 }
 
@@ -4931,11 +5731,13 @@ do_version(char **arg)
 /* --------------------------------------------------------- 23. Table -- */
 
 enum {			/* what a command needs before it is called */
-	RECORD  = 1,	/* a record on standard input */
-	TELLS   = 2,	/* a pipe for its own record */
-	NET     = 4,	/* the CA */
-	KEY     = 8,	/* the account's key */
-	ACCOUNT = 16	/* the account, found by its key if need be */
+	RECORD = 1,	/* a record on standard input */
+	TELLS = 2,	/* a pipe for its own record */
+	NET = 4,	/* the CA */
+	KEY = 8,	/* the account's key */
+	RECORDED = 16,	/* the account's record, where there is one */
+	ACCOUNT = 48,	/* the account, found by its key if need be */
+	NOT_WITH_K = 64	/* with -K, neither of the two last */
 };
 
 #define ORDER (RECORD | NET | KEY | ACCOUNT)
@@ -4955,28 +5757,41 @@ static const struct command {
     "-K KEY [-N NAME] NAME...", "make a certificate request" },
 { "thumbprint", do_thumbprint, "", "", 0, 0, KEY,
     "", "print the account key's thumbprint" },
+{ "due", do_due, "K:", "", 1, 1 + NAMES, 0,
+    "[-K KEY] CERT [NAME...]", "say whether it is time to renew" },
 { "json", do_json, "", "", 1, 2, 0,
     "PATH [FILE]", "print a value out of JSON" },
 { "directory", do_directory, "", "", 0, 0, TELLS | NET,
     "", "print what the CA offers" },
-{ "new-account", do_new_account, "ym:", "", 0, 0, TELLS | NET | KEY,
-    "[-y] [-m CONTACT]...", "create an account, or find it" },
-{ "account", do_account, "", "", 0, 0, TELLS | NET | KEY,
-    "", "show the account" },
-{ "new-order", do_new_order, "", "", 1, NAMES, TELLS | NET | KEY | ACCOUNT,
-    "NAME...", "order a certificate" },
+{ "new-account", do_new_account, "ym:e:", "", 0, 0, TELLS | NET | KEY,
+    "[-y] [-m CONTACT]... [-e EABFILE]", "create an account, or find it" },
+{ "account", do_account, "m:D", "", 0, 0, TELLS | NET | KEY,
+    "[-m CONTACT]... [-D]", "show, update or deactivate the account" },
+{ "key-change", do_key_change, "K:", "K", 0, 0, TELLS | NET | KEY | RECORDED,
+    "-K NEWKEY", "give the account another key" },
+{ "new-authz", do_new_authz, "", "", 1, 1, TELLS | NET | KEY | ACCOUNT,
+    "NAME", "ask for an authorization without an order" },
+{ "new-order", do_new_order, "p:R:b:u:", "", 1, NAMES,
+    TELLS | NET | KEY | ACCOUNT,
+    "[-p PROFILE] [-R CERT] [-b NOTBEFORE] [-u NOTAFTER] NAME...",
+    "order a certificate" },
 { "order", do_order, "W", "", 0, 0, TELLS | ORDER,
     "[-W]", "ask for the order, and perhaps wait for it" },
 { "challenges", do_challenges, "t:", "", 0, 0, TELLS | ORDER,
     "[-t TYPE]", "add the challenges that are to be answered" },
 { "respond", do_respond, "t:w:s:n", "", 0, 0, TELLS | ORDER,
     "[-t TYPE] [-w DIR] [-s SECONDS] [-n]", "answer the challenges" },
-{ "finalize", do_finalize, "K:r:", "", 0, 0, ORDER,
-    "(-K KEY | -r CSR)", "get the certificate" },
-{ "certificate", do_certificate, "", "", 0, 0, ORDER,
-    "", "get the certificate again" },
-{ "revoke-cert", do_revoke_cert, "c:", "", 1, 1, NET | KEY | ACCOUNT,
-    "[-c REASON] CERT", "revoke a certificate" },
+{ "finalize", do_finalize, "K:r:i:", "", 0, 0, ORDER,
+    "(-K KEY | -r CSR) [-i ISSUER]", "get the certificate" },
+{ "certificate", do_certificate, "i:", "", 0, 0, ORDER,
+    "[-i ISSUER]", "get the certificate again" },
+{ "renewal-info", do_renewal_info, "", "", 1, 1, NET,
+    "CERT", "ask the CA when to renew" },
+{ "revoke-cert", do_revoke_cert, "K:c:", "", 1, 1,
+    NET | KEY | ACCOUNT | NOT_WITH_K,
+    "[-K CERTKEY] [-c REASON] CERT", "revoke a certificate" },
+{ "deactivate-authz", do_deactivate_authz, "", "", 0, 0, TELLS | ORDER,
+    "", "give up the authorizations" },
 { "get", do_get, "", "", 1, 1, NET | KEY | ACCOUNT,
     "URL", "read a resource of the CA" },
 { "post", do_post, "", "", 1, 1, NET | KEY | ACCOUNT,
@@ -5010,15 +5825,15 @@ find_command(const char *name)
 	for (size_t i = 0; i < COUNT(commands); i++)
 		if (strcmp(name, commands[i].name) == 0)
 			return &commands[i];
-	usage("no such command: ", str(name));
+	usage("no such command: %", str(name));
 	return NULL;
 }
 
 static Str
 synopsis(const struct command *c)
 {
-	return cat(S("acme-step "), str(c->name), *c->args ? S(" ") : NONE,
-	    str(c->args), S("\n"));
+	return text("acme-step %%%\n", str(c->name), *c->args ? S(" ") : NONE,
+	    str(c->args));
 }
 
 /* help [COMMAND] */
@@ -5030,18 +5845,20 @@ do_help(char **arg)
 	if (arg[0]) {
 		const struct command *c = find_command(arg[0]);
 
-		s = cat(NONE, synopsis(c), S("\t"), str(c->gist), S("\n\n"));
+		s = text("%\t%\n\n", synopsis(c), str(c->gist));
 	} else
 		for (size_t i = 0; i < COUNT(commands); i++)
 			s = cat(NONE, s, synopsis(&commands[i]));
-	s = cat(NONE, s, arg[0] ? NONE : S("\n"), S("for all commands:\n"));
+	s = text("%%for all commands:\n", s, arg[0] ? NONE : S("\n"));
 	for (size_t i = 0; i < COUNT(shared); i++) {
-		Str name = cat(S("  -"), (Str){ (const unsigned char *)
-		    &shared[i].letter, 1 }, S(" "), str(shared[i].arg));
+		Str name = text("  -% %",
+		    (Str){ (const unsigned char *) &shared[i].letter, 1 },
+		    str(shared[i].arg));
 
-		s = cat(NONE, s, name, from(S("            "), name.n),
-		    str(shared[i].gist), shared[i].variable ? S(", or ") :
-		    NONE, str(shared[i].variable), S("\n"));
+		s = text("%%%%%%\n", s, name, from(S(" "), name.n),
+		    str(shared[i].gist),
+		    shared[i].variable ? S(", or ") : NONE,
+		    str(shared[i].variable));
 	}
 	print(s);
 }
@@ -5078,9 +5895,9 @@ static void
 add_contact(const char *value)
 {
 	if (ncontact == CONTACTS)
-		die(FAULT, S("more than "), num(CONTACTS), S(" contacts"));
-	if (!strchr(value, ':'))
-		usage("a contact is a URL, as mailto:you@example.com, not ",
+		die(FAULT, "more than % contacts", num(CONTACTS));
+	if (*value && !strchr(value, ':'))
+		usage("a contact is a URL, as mailto:you@example.com, not %",
 		    str(value));
 	contact[ncontact++] = value;
 }
@@ -5116,13 +5933,13 @@ read_options(const struct command *c, char **arg)
 			bool value = false;
 
 			if (letter > 127 || !is_option(c, letter, &value))
-				usage("no such option: -", (Str){ &letter,
-				    1 });
+				usage("no such option: -%",
+				    (Str){ &letter, 1 });
 			opt[letter] = value && s[1] ? s + 1 : "";
 			if (!value)
 				continue;
 			if (!s[1] && !(opt[letter] = *++arg))
-				usage("an option without its value: -",
+				usage("an option without its value: -%",
 				    (Str){ &letter, 1 });
 			if (letter == 'm')
 				add_contact(opt[letter]);
@@ -5140,14 +5957,14 @@ check_usage(const struct command *c, char **arg)
 
 	for (const char *s = c->required; *s; s++)
 		if (!opt[(int)*s])
-			usage("it needs the option -",
+			usage("it needs the option -%",
 			    (Str){ (const unsigned char *)s, 1 });
 	while (arg[n])
 		n++;
 	if (n < c->min)
-		usage("too few arguments", NONE);
+		usage("too few arguments");
 	if (n > c->max)
-		usage("too many arguments", NONE);
+		usage("too many arguments");
 }
 
 /* The CA: what -d says, the record's, or Let's Encrypt. */
@@ -5157,10 +5974,10 @@ choose_directory(void)
 	const char *url = option('d');
 
 	if (url && !is_url(str(url)))
-		usage("no https URL: ", str(url));
+		usage("no https URL: %", str(url));
 	if (url && field("directory").n && !same(field("directory"), str(url)))
-		die(BAD, S("the record is of another CA, "),
-		    field("directory"), S(", than "), str(url));
+		die(BAD, "the record is of another CA, %, than %",
+		    field("directory"), str(url));
 	if (!field("directory").n)
 		add_line(S("directory"), url ? str(url) : S(LETS_ENCRYPT));
 }
@@ -5170,34 +5987,35 @@ static void
 prepare(const struct command *c)
 {
 	const char *limit = option('T'), *account = option('a');
+	int needs = c->needs & NOT_WITH_K && opt['K'] ? NET : c->needs;
 	unsigned long n = busy.limit;
 
 	if (limit && (!number(str(limit), MAX_WAIT, &n) || n == 0))
-		usage("-T takes a number of seconds, not ", str(limit));
+		usage("-T takes a number of seconds, not %", str(limit));
 	busy.limit = (unsigned)n;
 	verbose = opt['v'];
 	family = opt['4'] ? AF_INET : opt['6'] ? AF_INET6 : AF_UNSPEC;
 	if (opt['4'] && opt['6'])
-		usage("-4 and -6 exclude each other", NONE);
+		usage("-4 and -6 exclude each other");
 	account_file = option('k') ? option('k') : "account.pem";
-	if (c->needs & RECORD)
+	if (needs & RECORD)
 		record_read(NULL, false);
-	if (c->needs & ACCOUNT && account)
+	if (needs & RECORDED && account)
 		record_read(account, true);
 	start_clock();
 	if (!is_std(opt['o']))
 		out_open(opt['o'], c->run == do_key);
 	else if (c->run == do_key)
-		usage("a key goes to a file: -o FILE", NONE);
-	if (c->needs & KEY)
+		usage("a key goes to a file: -o FILE");
+	if (needs & KEY)
 		signer();
-	if (!(c->needs & NET))
+	if (!(needs & NET))
 		return;
 	choose_directory();
 	find_anchors(option('C'));
 	acme_start();
-	if (c->needs & ACCOUNT)
-		account_url();
+	if ((needs & ACCOUNT) == ACCOUNT)
+		need_account();
 }
 
 int
@@ -5214,7 +6032,7 @@ main(int argc, char **argv)
 	catch_signals();
 	tells = true;
 	if (argc < 2)
-		usage("which command?", NONE);
+		usage("which command?");
 	c = find_command(argv[1]);
 	step = str(c->name);
 	tells = c->needs & TELLS;

@@ -271,6 +271,8 @@ certificates() {
 	} 2>>servers.log || give_up "$(cat servers.log)"
 }
 
+eab=false mac_key=zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W
+
 # pebble_start [VARIABLE=VALUE]...: a new Pebble, in that environment.
 pebble_start() {
 	pebble=$(free_port)
@@ -281,7 +283,9 @@ pebble_start() {
 		"managementListenAddress": "127.0.0.1:$management",
 		"certificate": "server.pem", "privateKey": "server.key",
 		"httpPort": $web, "tlsPort": $tls,
-		"externalAccountBindingRequired": false,
+		"externalAccountBindingRequired": $eab,
+		"externalAccountMACKeys": {
+			"kid-1": "$mac_key", "kid-2": "$mac_key" },
 		"domainBlocklist": ["blocked.test"],
 		"retryAfter": { "authz": 1, "order": 1 },
 		"keyAlgorithm": "ecdsa",
@@ -329,7 +333,7 @@ publish() {
 		case $type in
 		http-01)
 			printf %s "$content" >"$www/$name" ;;
-		dns-01)
+		dns-*)
 			resolver set-txt "{\"host\": \"$name.\",
 			    \"value\": \"$content\"}" ;;
 		*)	echo "what is $type?"; return 1 ;;
@@ -1255,6 +1259,89 @@ misuse '"$acme" csr -K ec256.pem ä.example'
 misuse '"$acme" csr -K ec256.pem "$long.example"'
 misuse '"$acme" csr -K ec256.pem \
     "$(head -c 260 /dev/zero | tr "\0" a | sed s/aaaa/aaa./g)example"'
+
+group 'offline: is it time to renew?'
+
+# certificate FILE FROM TO NAMES [KEY]: with these dates, self-signed.
+certificate() {
+	printf '%s\n' "subjectAltName=$4" >extension
+	openssl req -new -key "${5:-ec256.pem}" -subj /CN=due -out req.pem
+	: >due.index
+	openssl ca -batch -notext -config due.cnf -extfile extension -selfsign \
+	    -keyfile "${5:-ec256.pem}" -in req.pem -out "$1" \
+	    -startdate "$(date -u -d "$2" +%Y%m%d%H%M%SZ)" \
+	    -enddate "$(date -u -d "$3" +%Y%m%d%H%M%SZ)" 2>/dev/null
+}
+cat >due.cnf <<'END'
+[ca]
+default_ca = ca
+[ca]
+database = due.index
+new_certs_dir = .
+rand_serial = yes
+default_md = sha256
+policy = policy
+[policy]
+commonName = optional
+END
+# due STATUS WORDS ARGUMENT...: it answers so, in one line on its output.
+due() {
+	status=$1 words=$2; shift 2
+	check "due $*: $words" "\"\$acme\" due $* >out 2>err; got=\$?
+	    cat out err; [ \$got = $status ] && [ ! -s err ] &&
+	    [ \"\$(grep -c '' out)\" = 1 ] && grep -q -e '$words' out"
+}
+two='DNS:a.example,DNS:b.example'
+certificate new.pem '10 days ago' '80 days' $two
+certificate third.pem '61 days ago' '29 days' $two
+certificate almost.pem '59 days ago' '31 days' $two
+certificate old.pem '91 days ago' '1 day ago' $two
+certificate future.pem '1 day' '90 days' $two
+certificate half.pem '4 days ago' '3 days' $two
+certificate young.pem '3 days ago' '4 days' $two
+certificate mixed.pem '1 day ago' '89 days' DNS:a.example,IP:192.0.2.1
+cp ec256.pem due.key
+: >junk.key && chmod 600 junk.key
+due 1 'not due: new.pem' new.pem
+due 1 'not due' new.pem a.example b.example
+due 1 'not due' new.pem B.Example a.example. a.example
+due 1 'not due' -K due.key new.pem
+due 1 'not due' mixed.pem 192.0.2.1 a.example
+due 0 '^due: third.pem' third.pem
+due 1 'not due' almost.pem
+due 0 'expired' old.pem
+due 0 '^due' half.pem
+due 1 'not due' young.pem
+due 1 'not valid before.*clock' future.pem
+due 0 'missing' none.pem
+due 0 'missing' nowhere/none.pem
+due 0 'missing' new.pem/none.pem
+due 0 'empty' /dev/null
+due 0 'no certificate' ec256.pem
+due 0 'no certificate' nonsense.pem
+due 0 'names: dns b.example' new.pem a.example
+due 0 'names: dns c.example' new.pem a.example b.example c.example
+due 0 'names' mixed.pem a.example
+due 0 'another key' -K ec384.pem new.pem
+head -c 300 new.pem >cut.pem
+due 0 'no certificate' cut.pem
+openssl x509 -in new.pem -outform DER -out new.der
+due 1 'not due' new.der a.example b.example
+check 'due reads standard input' '
+    "$acme" due - <new.pem >out; [ $? = 1 ] && grep "standard input" out'
+dies 66 none.pem '"$acme" due -K none.pem new.pem'
+dies 65 junk.key '"$acme" due -K junk.key new.pem'
+misuse '"$acme" due'
+misuse '"$acme" due new.pem "a b"'
+dies 66 . '"$acme" due .'
+dies 74 . '"$acme" due new.pem >/dev/full'
+cp "$acme" step.bin
+cp new.pem secret.pem
+chmod 000 secret.pem
+chmod 755 "$tmp" . step.bin
+dies 66 secret.pem 'setpriv --reuid=65534 --regid=65534 --clear-groups \
+    ./step.bin due secret.pem'
+rm -f step.bin
 
 group 'inside: acme.c is included with its main renamed'
 
@@ -2926,6 +3013,278 @@ case $acme in
 	    rm -f "$www"/*; [ $got = 0 ]'
 	;;
 esac
+
+group 'external account binding'
+pebble_stop
+eab=true
+pebble_start PEBBLE_WFE_ORDERS_PER_PAGE=3
+eab=false
+unset ACME_ACCOUNT
+ACME_KEY=$tmp/eab.key.pem
+export ACME_KEY
+acme-step key -o "$ACME_KEY"
+check 'directory says that it is required' '
+    acme-step directory | grep -x "external-account-required yes"'
+dies 77 'externalAccountRequired.*new-account -e' 'acme-step new-account -y'
+printf '%s\n' "kid-1 $mac_key" >eab && chmod 600 eab
+check 'from a file' '
+    acme-step new-account -y -e eab >eab.account 2>err && [ ! -s err ] &&
+    grep "^account https://" eab.account'
+check 'the account is found without it, too, or the CA says what it wants' '
+    acme-step account | grep -Fx "$(grep "^account" eab.account)"'
+check 'from the environment, padded, in the other alphabet' '
+    acme-step key -o eab2.key.pem &&
+    ACME_EAB_KID=kid-2 ACME_EAB_HMAC_KEY=$(echo "$mac_key" | tr -- -_ +/)== \
+	acme-step new-account -k eab2.key.pem -y | grep "^account https://"'
+acme-step key -o eab3.key.pem
+dies 77 'unauthorized' '
+    printf "kid-1 AAAA%s\n" "$mac_key" >wrong; chmod 600 wrong
+    acme-step new-account -k eab3.key.pem -y -e wrong'
+dies 77 'not known' '
+    printf "kid-9 %s\n" "$mac_key" >wrong
+    acme-step new-account -k eab3.key.pem -y -e wrong'
+for text in '' kid-1 'kid-1 a b' 'kid-1 !!' 'kid-1 ='; do
+	dies 65 '' "echo '$text' >wrong
+	    acme-step new-account -k eab3.key.pem -y -e wrong"
+done
+dies 66 nowhere 'acme-step new-account -k eab3.key.pem -y -e nowhere'
+dies 65 ACME_EAB_KID 'ACME_EAB_HMAC_KEY=aaaa \
+    acme-step new-account -k eab3.key.pem -y'
+check 'a file that others may read: a warning' '
+    chmod 644 eab; acme-step new-account -y -e eab 2>err >/dev/null &&
+    grep "others" err; got=$?; chmod 600 eab; [ $got = 0 ]'
+ACME_ACCOUNT=$tmp/eab.account
+export ACME_ACCOUNT
+
+group 'accounts'
+check 'contacts are updated' '
+    acme-step account -m mailto:a@example.com -m mailto:b@example.com >shown &&
+    grep -x "contact mailto:a@example.com" shown &&
+    grep -x "contact mailto:b@example.com" shown &&
+    acme-step get "$(field account shown)" | acme-step json contact >got &&
+    printf "mailto:a@example.com\nmailto:b@example.com\n" | diff - got'
+check 'and taken away' '
+    acme-step account -m "" >shown && not grep "^contact" shown'
+dies 64 'mailto' 'acme-step account -m a@example.com'
+check 'orders are listed, over several pages' '
+    for i in 1 2 3 4 5 6 7; do
+	acme-step new-order "list-$i.test" | sed -n "s/^order //p"
+    done | sort >made && [ "$(grep -c . made)" = 7 ] &&
+    acme-step account >shown && cat shown &&
+    sed -n "s/^account-order //p" shown | sort | diff made -'
+check 'such a record can be used as an account record' '
+    acme-step new-order -a shown shown.test | grep "^order https://"'
+
+group 'key rollover'
+acme-step key -t ec384 -o new.account.key
+check 'key-change' '
+    acme-step key-change -K new.account.key >changed 2>err; got=$?
+    cat changed err; [ $got = 0 ] && [ "$(grep -c "" err)" = 1 ] &&
+    grep "now new.account.key, no longer .*eab.key.pem" err &&
+    [ "$(field account changed)" = "$(field account eab.account)" ]'
+check 'the new key orders' '
+    acme-step new-order -k new.account.key rolled.test |
+    grep "^order https://"'
+dies 77 '' 'acme-step new-order rolled.test'
+check 'again: it says how things are' '
+    acme-step key-change -K new.account.key 2>err >again; got=$?
+    cat again err; [ $got = 0 ] && grep "now new.account.key" err &&
+    unset ACME_ACCOUNT &&
+    acme-step key-change -K new.account.key 2>err >again &&
+    grep "now new.account.key" err &&
+    [ "$(field account again)" = "$(field account eab.account)" ]'
+dies 7[67] 'still new.account.key' '
+    acme-step key-change -k new.account.key -K eab2.key.pem'
+dies 65 'same key' '
+    acme-step key-change -k new.account.key -K new.account.key'
+dies 66 'nowhere' 'acme-step key-change -K nowhere'
+dies 64 'file' 'acme-step key-change -K - <new.account.key'
+ACME_KEY=$tmp/new.account.key
+
+group 'authorizations'
+check 'deactivate-authz' '
+    acme-step new-order -o da give-1.test give-2.test &&
+    acme-step deactivate-authz <da >da2 && cat da2 &&
+    not grep "^authorization" da2 && grep "^order" da2 &&
+    for url in $(sed -n "s/^authorization //p" da); do
+	[ "$(acme-step get "$url" | acme-step json status)" = deactivated ] ||
+	    exit
+    done'
+check 'again, it does nothing' '
+    acme-step deactivate-authz -v <da 2>err >da2 &&
+    [ "$(grep -c "authZ" err)" -gt 0 ] && cat err'
+
+group 'DNS challenges'
+check 'a wildcard by dns-account-01' '
+    acme-step new-order "*.acc.test" acc.test |
+    acme-step challenges -t dns-account-01 >acc && cat acc &&
+    label=$(printf %s "$(field account acc)" | openssl dgst -sha256 -binary |
+	head -c 10 | base32 | tr A-Z a-z) &&
+    [ "$(grep -c "^challenge dns-account-01 dns .* \
+_$label._acme-challenge.acc.test " acc)" = 2 ] && publish <acc &&
+    acme-step respond <acc |
+    acme-step finalize -K one.key.pem -o acc.pem &&
+    issued one.key.pem acc.pem "DNS:*.acc.test" DNS:acc.test'
+check 'a wildcard by dns-persist-01' '
+    acme-step new-order "*.persist.test" persist.test |
+    acme-step challenges -t dns-persist-01 >per && cat per &&
+    grep "^challenge dns-persist-01 dns \*.persist.test https:[^ ]* \
+_validation-persist.persist.test [^ ]*; accounturi=$(field account per); \
+policy=wildcard$" per && publish <per &&
+    acme-step respond <per |
+    acme-step finalize -K one.key.pem -o per.pem &&
+    issued one.key.pem per.pem "DNS:*.persist.test" DNS:persist.test'
+check 'IPv6 addresses in an order' '
+    acme-step new-order 2001:DB8::1 >v6 &&
+    grep -x "identifier ip 2001:db8::1" v6 &&
+    acme-step challenges <v6 >v6c && cat v6c &&
+    grep "^challenge tls-alpn-01 ip 2001:db8::1 https:[^ ]* 1\.0\.0\.0\.0\.\
+.*8\.b\.d\.0\.1\.0\.0\.2\.ip6\.arpa [0-9a-f]*$" v6c &&
+    not grep "^challenge dns" v6c'
+
+group 'profiles and times'
+check 'directory lists the profiles' '
+    acme-step directory | grep "^profile shortlived six days"'
+check 'an order with a profile' '
+    acme-step new-order -p shortlived short.test >short &&
+    grep -x "profile shortlived" short &&
+    acme-step respond -t http-01 -w "$www" <short |
+    acme-step finalize -K one.key.pem -o short.pem &&
+    issued one.key.pem short.pem DNS:short.test &&
+    openssl x509 -in short.pem -noout -checkend $((5 * 86400)) &&
+    not openssl x509 -in short.pem -noout -checkend $((7 * 86400))'
+dies 77 'no profile exotic, but: .*shortlived' '
+    acme-step new-order -p exotic exotic.test'
+for option in -b -u; do
+	for value in x 2026-11-24 2026-11-24T12:00:00 2026-13-24T12:00:00Z \
+	    2026-11-24T12:00Z 2026-11-24T12:00:00.Z 2026-11-24T12:00:00+1:00
+	do
+		dies 64 "wanted by $option" \
+		    "acme-step new-order $option '$value' times.test"
+	done
+done
+check 'notBefore and notAfter' '
+    now=$(date -u +%FT%TZ) then=$(date -u -d "20 days" +%FT%TZ) &&
+    acme-step new-order -b "$now" -u "$then" times.test >times &&
+    acme-step get "$(field order times)" >times.json && cat times.json &&
+    [ "$(acme-step json notBefore times.json)" = "$now" ] &&
+    [ "$(acme-step json notAfter times.json)" = "$then" ]'
+
+group 'renewal information'
+check 'issue one' '
+    acme-step new-order ari.test |
+    acme-step respond -t http-01 -w "$www" |
+    acme-step finalize -K one.key.pem -o ari.pem'
+check 'a fresh one: not yet' '
+    acme-step renewal-info ari.pem >ari; got=$?; cat ari
+    [ $got = 1 ] && grep -E "^window [0-9T:-]+Z [0-9T:-]+Z$" ari &&
+    grep -E "^moment [0-9T:-]+Z$" ari && grep -E "^retry-after [0-9]+$" ari'
+check 'the moment is in the window, and always the same' '
+    read -r _ start end <ari && moment=$(field moment ari) &&
+    [ "$(printf "%s\n" "$start" "$moment" "$end" | sort | sed -n 2p)" = \
+	"$moment" ] && acme-step renewal-info ari.pem | diff ari - '
+# window START END [MORE]: what the CA says of ari.pem from now on.
+window() {
+	jq=$(awk '{ printf "%s\\n", $0 }' ari.pem)
+	more=$(printf %s "${3-}" | sed 's/"/\\"/g')
+	curl -sS --fail --cacert ca.pem -d "{\"certificate\": \"$jq\",
+	    \"ariResponse\": \"{\\\"suggestedWindow\\\":{\\\"start\\\":\
+\\\"$1\\\",\\\"end\\\":\\\"$2\\\"}$more}\"}" \
+	    "https://127.0.0.1:$management/set-renewal-info/"
+}
+check 'a window in the past: due' '
+    window 2026-01-01T00:00:00Z 2026-01-02T00:00:00Z \
+	",\"explanationURL\":\"https://example.com/why\"" &&
+    acme-step renewal-info ari.pem >ari; got=$?; cat ari; [ $got = 0 ] &&
+    grep -x "explanation https://example.com/why" ari &&
+    grep -x "window 2026-01-01T00:00:00Z 2026-01-02T00:00:00Z" ari'
+check 'fractions of a second, and offsets' '
+    window 2026-01-01T01:30:00.25+01:30 2026-01-01T19:00:00.999999-05:00 &&
+    acme-step renewal-info ari.pem >ari; got=$?; cat ari; [ $got = 0 ] &&
+    grep -x "window 2026-01-01T00:00:00Z 2026-01-02T00:00:00Z" ari'
+check 'it is another moment for another window' '
+    for d in 01 02 03 04; do
+	window 2026-01-${d}T00:00:00Z 2027-09-01T00:00:00Z &&
+	acme-step renewal-info ari.pem
+    done | sed -n "s/^moment //p" | sort -u >moments
+    cat moments; [ "$(grep -c . moments)" = 4 ]'
+for window in '2026-01-02T00:00:00Z 2026-01-02T00:00:00Z' \
+    '2026-01-02T00:00:00Z 2026-01-01T00:00:00Z'; do
+	dies 76 'empty window' "window $window
+	    acme-step renewal-info ari.pem"
+done
+for window in 'x 2026-01-01T00:00:00Z' '2026-01-02T00:00:00Z 2026'; do
+	dies 76 'window' "window $window; acme-step renewal-info ari.pem"
+done
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes \
+    -keyout keyless.key -out keyless.pem -subj / -addext \
+    authorityKeyIdentifier=none -addext subjectKeyIdentifier=none 2>/dev/null
+dies 65 'authority key identifier' 'acme-step renewal-info keyless.pem'
+dies 77 '' 'acme-step renewal-info ca.pem'
+dies 66 nowhere 'acme-step renewal-info nowhere'
+dies 65 one.key.pem 'acme-step renewal-info one.key.pem'
+check 'an order that replaces a certificate' '
+    acme-step new-order -R ari.pem ari.test >rep && grep "^replaces " rep &&
+    acme-step respond -t http-01 -w "$www" <rep |
+    acme-step finalize -K one.key.pem -o ari2.pem &&
+    issued one.key.pem ari2.pem DNS:ari.test'
+check 'once more: refused, and ordered without' '
+    acme-step new-order -v -R ari.pem ari.test >rep 2>err; got=$?
+    cat rep err; [ $got = 0 ] && not grep "^replaces " rep &&
+    grep "^order https://" rep && grep "without replaces.*lreadyReplaced" err'
+check 'a certificate without a key identifier replaces nothing' '
+    acme-step new-order -v -R keyless.pem ari.test >rep 2>err && cat err &&
+    not grep "^replaces " rep && grep "keyless.pem.*replaces nothing" err'
+dies 66 nowhere 'acme-step new-order -R nowhere ari.test'
+
+group 'revocation with the certificate'\''s own key'
+dies 65 'not the key' '
+    unset ACME_ACCOUNT ACME_KEY
+    acme-step revoke-cert -K new.account.key ari2.pem'
+check 'no account is needed' '
+    unset ACME_ACCOUNT; ACME_KEY=nowhere
+    acme-step revoke-cert -K one.key.pem -c keyCompromise ari2.pem &&
+    status_of ari2.pem >status && cat status &&
+    [ "$(acme-step json Status status)" = Revoked ] &&
+    [ "$(acme-step json Reason status)" = 1 ]'
+dies 77 'alreadyRevoked' 'acme-step revoke-cert -K one.key.pem ari2.pem'
+
+group 'an account that is given up'
+check 'account -D' '
+    acme-step account -D >gone && grep -x "account-status deactivated" gone'
+dies 77 '' 'acme-step new-order gone.test'
+dies 77 '' 'acme-step account'
+
+group 'alternate chains'
+pebble_stop
+pebble_start PEBBLE_ALTERNATE_ROOTS=2 PEBBLE_CHAIN_LENGTH=2
+unset ACME_ACCOUNT
+for i in 0 1 2; do
+	control "roots/$i" >"root$i.pem"
+done
+top() { openssl x509 -in "$1" -noout -subject -nameopt multiline |
+    sed -n 's/^ *commonName *= //p'; }
+check 'the first chain, without -i' '
+    acme-step new-account -y >account && ACME_ACCOUNT=$tmp/account &&
+    acme-step new-order chain.test |
+    acme-step respond -t http-01 -w "$www" >chain.order &&
+    acme-step finalize -K one.key.pem -o chain0.pem <chain.order &&
+    openssl verify -CAfile root0.pem -untrusted chain0.pem chain0.pem &&
+    [ "$(grep -c BEGIN chain0.pem)" = 3 ]'
+check 'each root by its name' '
+    for i in 0 1 2; do
+	acme-step finalize -K one.key.pem -i "$(top root$i.pem)" \
+	    -o chain.pem <chain.order &&
+	openssl verify -CAfile root$i.pem -untrusted chain.pem chain.pem &&
+	acme-step certificate -i "$(top root$i.pem)" <chain.order |
+	diff - chain.pem || exit
+    done'
+dies 77 "at No Such Root, but at: $(top root0.pem), .*$(top root2.pem)" '
+    acme-step finalize -K one.key.pem -i "No Such Root" <chain.order'
+check 'and the certificate is not lost' '
+    acme-step finalize -K one.key.pem <chain.order | diff - chain0.pem'
+ACME_KEY=$tmp/account.key.pem
+unset ACME_ACCOUNT
 
 group 'authorizations that are valid already'
 pebble_stop
