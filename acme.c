@@ -3,6 +3,7 @@
 #include <sys/types.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <arpa/inet.h>
@@ -68,7 +69,7 @@ enum {			/* exit statuses; most are those of sysexits.h */
 	SIGNAL   = 128	/* and the signal's number */
 };
 
-/* -------------------------------------------------------- 1. Failure -- */
+/* --------------------------------------------------------- 1. Failure -- */
 
 /* Bytes with a length: the one type of all data. They never change. */
 typedef struct {
@@ -92,11 +93,15 @@ static Str step;		/* the command, for messages */
 static Str foreword, afterword;	/* of the message of a failure */
 static bool tells;		/* a pipe on our output learns of failure */
 
-/* Files that must not outlive a failure: unfinished or published ones. */
-static struct {
-	int dir;
-	const char *name;
-} doomed[NAMES + 1];
+/*
+ * What must not outlive the step, last first: unfinished or published
+ * files, what a hook has published, other processes.
+ */
+static struct doomed {
+	void (*end)(const struct doomed *);
+	int n;			/* a directory or a process */
+	const void *p;		/* a file's name or a hook */
+} doomed[NAMES + 8];
 static volatile size_t ndoomed;
 
 static unsigned char heap[HEAP];	/* see 2; a secret can be anywhere */
@@ -104,7 +109,7 @@ static size_t used, peak;		/* bytes of it; the most there were */
 
 /* Other memory that must not outlive the process readable. */
 static struct {
-	volatile unsigned char *p;
+	void *p;
 	size_t n;
 } secret[8];
 static size_t nsecret;
@@ -301,27 +306,59 @@ tell_begin(int status, Str name)
 	return true;
 }
 
-/* Remove the files added to the doomed since there were n. */
 static void
-undo(size_t n)
+doom(void (*end)(const struct doomed *), int n, const void *p)
 {
-	while (ndoomed > n) {
-		size_t i = ndoomed - 1;
-
-		if (unlinkat(doomed[i].dir, doomed[i].name, 0) != 0 &&
-		    errno != ENOENT)
-			warn("cannot remove %: %", str(doomed[i].name), why());
-		ndoomed = i;
-	}
+	doomed[ndoomed].end = end;
+	doomed[ndoomed].n = n;
+	doomed[ndoomed].p = p;
+	ndoomed++;
 }
 
 static void
-hold_signals(void)
+hold_signals(sigset_t *old)
 {
 	sigset_t all;
 
 	sigfillset(&all);
-	sigprocmask(SIG_BLOCK, &all, NULL);
+	sigprocmask(SIG_BLOCK, &all, old);
+}
+
+/* End what was doomed since there were n of it; no signal comes between. */
+static void
+undo(size_t n)
+{
+	sigset_t old;
+
+	hold_signals(&old);
+	while (ndoomed > n) {
+		struct doomed d = doomed[ndoomed - 1];
+
+		ndoomed--;
+		d.end(&d);
+	}
+	sigprocmask(SIG_SETMASK, &old, NULL);
+}
+
+/* What was doomed last is as it should be. */
+static void
+spare(void)
+{
+	ndoomed--;
+}
+
+static void
+remove_file(const struct doomed *d)
+{
+	if (unlinkat(d->n, d->p, 0) != 0 && errno != ENOENT)
+		warn("cannot remove %: %", str(d->p), why());
+}
+
+static void
+wipe(volatile void *p, size_t n)
+{
+	for (volatile unsigned char *b = p; n > 0; n--)
+		*b++ = 0;
 }
 
 static void leave(int) __attribute__((noreturn));
@@ -331,13 +368,11 @@ static void fail(int, const char *, ...) __attribute__((noreturn));
 static void
 leave(int status)
 {
-	hold_signals();
+	hold_signals(NULL);
 	undo(0);
 	for (size_t i = 0; i < nsecret; i++)
-		for (size_t k = 0; k < secret[i].n; k++)
-			secret[i].p[k] = 0;
-	for (size_t i = 0; i < peak; i++)
-		((volatile unsigned char *)heap)[i] = 0;
+		wipe(secret[i].p, secret[i].n);
+	wipe(heap, peak);
 	_exit(status);
 }
 
@@ -350,7 +385,7 @@ fail(int status, const char *template, ...)
 {
 	va_list ap;
 
-	hold_signals();
+	hold_signals(NULL);
 	say_begin();
 	do {
 		va_start(ap, template);
@@ -411,7 +446,7 @@ catch_signals(void)
 	sigaction(SIGPIPE, &act, NULL);
 }
 
-/* --------------------------------------------------------- 2. Memory -- */
+/* ---------------------------------------------------------- 2. Memory -- */
 
 /* Take n bytes.  A step lives for a second: they are never given back. */
 static unsigned char *
@@ -443,7 +478,7 @@ hide(void *p, size_t n)
 	secret[nsecret++].n = n;
 }
 
-/* -------------------------------------------------------- 3. Strings -- */
+/* --------------------------------------------------------- 3. Strings -- */
 
 /* Join any number of strings. */
 #define cat(...)  join(STRS(__VA_ARGS__))
@@ -481,6 +516,15 @@ make_text(const char *template, ...)
 	return all;
 }
 
+/* End the step for the way it was called. */
+#define usage(...)  (afterword = see_help(), die(USAGE, __VA_ARGS__))
+
+static Str
+see_help(void)
+{
+	return text(" (see acme-step help%%)", step.n ? S(" ") : NONE, step);
+}
+
 static bool
 same(Str a, Str b)
 {
@@ -491,6 +535,15 @@ static bool
 starts(Str s, Str with)
 {
 	return s.n >= with.n && same((Str){ s.p, with.n }, with);
+}
+
+static bool
+contains(Str s, Str part)
+{
+	for (; s.n >= part.n; s = (Str){ s.p + 1, s.n - 1 })
+		if (starts(s, part))
+			return true;
+	return false;
 }
 
 /* All but the first n bytes. */
@@ -599,7 +652,7 @@ c_str(Str s)
 	return (const char *)cat(NONE, s, S("\0")).p;
 }
 
-/* ------------------------------------------------------ 4. Encodings -- */
+/* ------------------------------------------------------- 4. Encodings -- */
 
 static const char BASE64URL[] =
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
@@ -631,10 +684,25 @@ b64(Str s)
 	return digits_of(s, BASE64URL, 6);
 }
 
+static const char HEX[] = "0123456789abcdef";
+
 static Str
 hex(Str s)
 {
-	return digits_of(s, "0123456789abcdef", 4);
+	return digits_of(s, HEX, 4);
+}
+
+/* Lower-case digits to bytes, two to one. */
+static Str
+unhex(Str s)
+{
+	unsigned char *out = take(s.n / 2);
+
+	for (size_t i = 0; i + 1 < s.n; i += 2)
+		out[i / 2] = (unsigned char)
+		    ((strchr(HEX, s.p[i]) - HEX) << 4 |
+		    (strchr(HEX, s.p[i + 1]) - HEX));
+	return (Str){ out, s.n / 2 };
 }
 
 /* RFC 8555 8: a token that is anything else is no token. */
@@ -683,7 +751,7 @@ base32(Str s)
 	return digits_of(s, "abcdefghijklmnopqrstuvwxyz234567", 5);
 }
 
-/* ----------------------------------------------------------- 5. JSON -- */
+/* ------------------------------------------------------------ 5. JSON -- */
 
 /* Any string as a JSON string (RFC 8259 7). */
 static Str
@@ -1009,7 +1077,7 @@ json_member(Str o, const char *name)
 	return NONE;
 }
 
-/* ------------------------------------------------------------ 6. DER -- */
+/* ------------------------------------------------------------- 6. DER -- */
 
 enum {			/* identifier octets (X.690 8.1.2) */
 	BOOLEAN   = 0x01,
@@ -1079,6 +1147,7 @@ integer(Str s)
 #define RSA_SHA256     der(OID, S("\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"))
 #define EXTENSIONS     der(OID, S("\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"))
 #define SUBJECT_ALT    der(OID, S("\x55\x1d\x11"))
+#define ACME_IDENTIFIER der(OID, S("\x2b\x06\x01\x05\x05\x07\x01\x1f"))
 #define COUNTRY        der(OID, S("\x55\x04\x06"))
 #define ORGANIZATION   der(OID, S("\x55\x04\x0a"))
 #define COMMON_NAME    der(OID, S("\x55\x04\x03"))
@@ -1127,7 +1196,7 @@ der_next(Str *in, int tag, Str *body)
 	return true;
 }
 
-/* ----------------------------------------------------------- 7. Time -- */
+/* ------------------------------------------------------------ 7. Time -- */
 
 /* Seconds since 1970 of a date in the Gregorian calendar, UTC. */
 static long long
@@ -1352,7 +1421,7 @@ pause_for(const char *what, long long ms)
 	return true;
 }
 
-/* ---------------------------------------------------------- 8. Files -- */
+/* ----------------------------------------------------------- 8. Files -- */
 
 static bool
 is_std(const char *name)
@@ -1470,20 +1539,40 @@ random_bytes(void *p, size_t n)
 static int
 create(int dir, const char *name, mode_t mode)
 {
-	sigset_t all, old;
+	sigset_t old;
 	int fd;
 
-	sigfillset(&all);
-	sigprocmask(SIG_BLOCK, &all, &old);
+	hold_signals(&old);
 	fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW |
 	    O_CLOEXEC, mode);
-	if (fd >= 0) {
-		doomed[ndoomed].dir = dir;
-		doomed[ndoomed].name = name;
-		ndoomed++;
-	}
+	if (fd >= 0)
+		doom(remove_file, dir, name);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	return fd;
+}
+
+/* The place that symbolic links show, so that it is replaced, not they. */
+static const char *
+follow(const char *file)
+{
+	const char *base;
+
+	for (int i = 0; i < 40; i++) {
+		char *to = (char *)take(PATH_MAX);
+		ssize_t n = readlink(file, to, PATH_MAX - 1);
+
+		if (n < 0 && errno == EINVAL)
+			return file;
+		if (n < 0)
+			no_place(why());
+		to[n] = 0;
+		file = to[0] == '/' ? to :
+		    c_str(text("%/%", str(split_path(file, &base)), str(to)));
+		if (access(file, F_OK) != 0)
+			no_place(why());
+	}
+	no_place(S("too many symbolic links"));
+	return file;
 }
 
 /* Make ready, before the first request, to write the result to a file. */
@@ -1500,8 +1589,7 @@ out_open(const char *file, bool key)
 	if (old && key)
 		no_place(S("it exists, and keys are never replaced"));
 	if (old && S_ISLNK(st.st_mode)) {
-		if (!(file = realpath(file, (char *)take(PATH_MAX))))
-			no_place(why());
+		file = follow(file);
 		old = stat(file, &st) == 0;
 	}
 	if (old && !S_ISREG(st.st_mode)) {
@@ -1550,12 +1638,14 @@ sync_file(int fd)
 static void
 out_rename(void)
 {
+	struct stat st;
+
 	if (!out.key || (linkat(out.dir, out.temporary, out.dir, out.base,
-	    0) != 0 && errno != EEXIST && faccessat(out.dir, out.base, F_OK,
-	    0) != 0)) {
+	    0) != 0 && errno != EEXIST && fstatat(out.dir, out.base, &st,
+	    AT_SYMLINK_NOFOLLOW) != 0)) {
 		if (renameat(out.dir, out.temporary, out.dir, out.base) != 0)
 			not_written("rename");
-		ndoomed--;
+		spare();
 		return;
 	}
 	if (errno == EEXIST)
@@ -1580,7 +1670,7 @@ print(Str s)
 	sync_file(out.dir);
 }
 
-/* ------------------------------------------------------------ 9. PEM -- */
+/* ------------------------------------------------------------- 9. PEM -- */
 
 /* A reader of RFC 7468 blocks, fed piece by piece. */
 struct pem {
@@ -1666,7 +1756,7 @@ pem(Str block, const char *label)
 	return (Str){ p, n };
 }
 
-/* ---------------------------------------------------------- 10. Keys -- */
+/* ----------------------------------------------------------- 10. Keys -- */
 
 /* What there is to know of a kind of key. */
 static const struct key_type {
@@ -1706,7 +1796,7 @@ static struct key account_key, certificate_key;
 static const br_ec_impl *
 curve_code(int curve)
 {
-	return curve == BR_EC_curve25519 ? &br_ec_c25519_m31 :
+	return curve == BR_EC_curve25519 ? &br_ec_c25519_i31 :
 	    &br_ec_prime_i31;
 }
 
@@ -1997,10 +2087,8 @@ key_read(struct key *k, const char *name)
 			    file_name(name));
 		return;
 	}
-	for (; bad && text.n; text = from(text, 1))
-		if (starts(text, S("ENCRYPTED")))
-			die(BAD, "% is encrypted: decrypt it first",
-			    file_name(name));
+	if (bad && contains(text, S("ENCRYPTED")))
+		die(BAD, "% is encrypted: decrypt it first", file_name(name));
 	die(BAD, "no private key in %%", file_name(name),
 	    bad ? S(": malformed PEM") : NONE);
 }
@@ -2085,7 +2173,7 @@ sign(const struct key *k, Str s, bool asn1)
 	return (Str){ o, n };
 }
 
-/* -------------------------------------------------- 11. Certificates -- */
+/* --------------------------------------------------- 11. Certificates -- */
 
 /* What we read of a certificate (RFC 5280 4.1); all point into der. */
 struct cert {
@@ -2277,7 +2365,7 @@ cert_names(const struct cert *c, Str type, Str value)
 	return false;
 }
 
-/* ------------------------------------------------------ 12. Requests -- */
+/* ------------------------------------------------------- 12. Requests -- */
 
 /* One subject alternative name (RFC 5280 4.2.1.6). */
 static Str
@@ -2334,7 +2422,7 @@ request_key(Str der, Str *key)
 	    der_next(&outer, BITS, &skip) && outer.n == 0;
 }
 
-/* ------------------------------------------------- 13. Trust anchors -- */
+/* -------------------------------------------------- 13. Trust anchors -- */
 
 /* The file of trust anchors; NULL: the two that are built in. */
 static const char *anchor_file;
@@ -2489,7 +2577,7 @@ find_anchors(const char *option)
 		read_anchors(NULL, 0);
 }
 
-/* ---------------------------------------------------- 14. Validation -- */
+/* ----------------------------------------------------- 14. Validation -- */
 
 /*
  * BearSSL's X.509 engine wants its anchors before it sees the chain, and
@@ -2636,7 +2724,7 @@ chain_fault(int err)
 	    num((unsigned)err));
 }
 
-/* --------------------------------------------------- 15. Connections -- */
+/* ---------------------------------------------------- 15. Connections -- */
 
 /* A URL taken apart (RFC 3986 3); only https, as RFC 8555 6.1 wants. */
 struct url {
@@ -2795,7 +2883,7 @@ tls_write(void *c, const unsigned char *p, size_t n)
 
 /* TLS 1.2 with the suites of RFC 9325 4.2; nothing that is not needed. */
 static void
-tls_setup(void)
+tls_engine(br_ssl_engine_context *e, void *buffer, size_t size, int duplex)
 {
 	static const uint16_t suites[] = {
 		BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
@@ -2805,9 +2893,8 @@ tls_setup(void)
 		BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
 		BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
 	};
-	br_ssl_engine_context *e = &conn.tls.eng;
+	unsigned char seed[32];
 
-	br_ssl_client_zero(&conn.tls);
 	br_ssl_engine_set_versions(e, BR_TLS12, BR_TLS12);
 	br_ssl_engine_add_flags(e, BR_OPT_NO_RENEGOTIATION);
 	br_ssl_engine_set_suites(e, suites, COUNT(suites));
@@ -2827,10 +2914,9 @@ tls_setup(void)
 	    &br_sslrec_out_chapol_vtable);
 	br_ssl_engine_set_chacha20(e, br_chacha20_ct_run);
 	br_ssl_engine_set_poly1305(e, br_poly1305_ctmul_run);
-	chain.vtable = &chain_vtable;
-	br_ssl_engine_set_x509(e, &chain.vtable);
-	br_ssl_engine_set_buffer(e, conn.tls_buffer, sizeof conn.tls_buffer,
-	    1);
+	br_ssl_engine_set_buffer(e, buffer, size, duplex);
+	random_bytes(seed, sizeof seed);
+	br_ssl_engine_inject_entropy(e, seed, sizeof seed);
 }
 
 /* Why there is no TLS with the server. */
@@ -2883,7 +2969,6 @@ static void
 conn_open(const struct url *u)
 {
 	Str host = lower(u->host);
-	unsigned char seed[32];
 	const char *name;
 
 	if (conn.fd >= 0 && same(host, str(conn.host)) &&
@@ -2898,9 +2983,10 @@ conn_open(const struct url *u)
 	name = chain.ip.n ? NULL : conn.host;
 	conn.fd = dial(conn.host, conn.port);
 	doing(CA_DOWN, "shaking hands with ", conn.host);
-	tls_setup();
-	random_bytes(seed, sizeof seed);
-	br_ssl_engine_inject_entropy(&conn.tls.eng, seed, sizeof seed);
+	br_ssl_client_zero(&conn.tls);
+	tls_engine(&conn.tls.eng, conn.tls_buffer, sizeof conn.tls_buffer, 1);
+	chain.vtable = &chain_vtable;
+	br_ssl_engine_set_x509(&conn.tls.eng, &chain.vtable);
 	br_ssl_client_reset(&conn.tls, name, 0);
 	br_sslio_init(&conn.io, &conn.tls.eng, tls_read, NULL, tls_write,
 	    NULL);
@@ -2928,7 +3014,7 @@ conn_byte(void)
 	return conn.in[conn.at++];
 }
 
-/* ---------------------------------------------------------- 16. HTTP -- */
+/* ----------------------------------------------------------- 16. HTTP -- */
 
 struct message {
 	const char *method;
@@ -3264,7 +3350,7 @@ exchange(const struct message *q, struct reply *r, size_t n)
 	}
 }
 
-/* -------------------------------------------------------- 17. Record -- */
+/* --------------------------------------------------------- 17. Record -- */
 
 /*
  * What one step knows and the next one needs: lines of a keyword and a
@@ -3372,7 +3458,9 @@ is_challenge(Str s)
 	    is_url(c.url) && is_word(c.name) && c.name.n <= HOSTNAME &&
 	    c.content.n > 0 && c.content.n <= WORD &&
 	    (!same(c.type, S("http-01")) ||
-	    (is_b64(c.name) && c.name.n <= TOKEN));
+	    (is_b64(c.name) && c.name.n <= TOKEN)) &&
+	    (!same(c.type, S("tls-alpn-01")) ||
+	    (made_of(c.content, HEX) && c.content.n == 64));
 }
 
 /* The lines that a record can have, in their order. */
@@ -3564,7 +3652,7 @@ need(const char *word)
 	return s;
 }
 
-/* ---------------------------------------------------------- 18. ACME -- */
+/* ----------------------------------------------------------- 18. ACME -- */
 
 /* A request to the CA, to be signed; the record has the account by then. */
 struct post {
@@ -4082,7 +4170,7 @@ answer_no(void)
 	leave(NO);
 }
 
-/* -------------------------------------------------------- 19. Orders -- */
+/* --------------------------------------------------------- 19. Orders -- */
 
 enum { PENDING = 1, READY = 2, PROCESSING = 4, VALID = 8, INVALID = 16 };
 
@@ -4398,7 +4486,7 @@ authorizations_await(const char *what)
 	}
 }
 
-/* ---------------------------------------------------- 20. Challenges -- */
+/* ----------------------------------------------------- 20. Challenges -- */
 
 /* RFC 8555 8.1. */
 static Str
@@ -4609,9 +4697,7 @@ already_published(int dir, const char *name, Str content)
 		close(fd);
 	if (n < 0 || !same(content, (Str){ b, (size_t)n }))
 		return false;
-	doomed[ndoomed].dir = dir;
-	doomed[ndoomed].name = name;
-	ndoomed++;
+	doom(remove_file, dir, name);
 	return true;
 }
 
@@ -4675,7 +4761,1032 @@ tell_ca(void)
 	}
 }
 
-/* -------------------------------------------------- 21. Certificates -- */
+/* ----------------------------------------------------- 21. Responders -- */
+
+/*
+ * With -l the challenges are answered by a process of our own, which holds
+ * neither a key nor the connection to the CA and ends with the step.  All
+ * that its peers get is memory that is set aside here.
+ */
+enum {
+	LISTENERS = 4,		/* TCP and UDP, IPv4 and IPv6 */
+	CLIENTS   = 16,		/* peers at once; one more ends the oldest */
+	PATIENCE  = 10,		/* seconds that a peer has */
+	REQUEST   = 4096,	/* bytes of a peer's request */
+	DATAGRAM  = 1232	/* of an answer over UDP, DNS Flag Day 2020 */
+};
+
+static struct client {
+	int fd;
+	long long since;	/* by now_ms() */
+	bool answered;		/* what it says now is thrown away */
+	size_t n;		/* bytes in b */
+	unsigned char b[REQUEST];
+	br_ssl_server_context tls;
+	unsigned char tls_buffer[BR_SSL_BUFSIZE_MONO];
+} clients[CLIENTS];
+
+static struct pollfd listeners[LISTENERS];
+
+static void
+client_close(struct client *c)
+{
+	close(c->fd);
+	c->fd = -1;
+}
+
+/* Let the peer read what it was sent: a reset could overtake that. */
+static void
+client_answered(struct client *c)
+{
+	shutdown(c->fd, SHUT_WR);
+	c->answered = true;
+}
+
+/* Send it all at once, or not at all: more than this no peer is owed. */
+static void
+client_send(struct client *c, Str s)
+{
+	if (write(c->fd, s.p, s.n) != (ssize_t)s.n)
+		client_close(c);
+}
+
+/* What a peer said, more of it; false where it says no more. */
+static bool
+client_read(struct client *c)
+{
+	ssize_t n;
+
+	if (c->answered)
+		c->n = 0;
+	if (c->n == sizeof c->b)
+		return false;
+	n = read(c->fd, c->b + c->n, sizeof c->b - c->n);
+	if (n > 0)
+		c->n += (size_t)n;
+	return n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR));
+}
+
+/* The content of the challenge with a name; NONE if there is none. */
+static Str
+content_of(Str name)
+{
+	for each_line(l, "challenge") {
+		struct challenge c = challenge_read(l->value);
+
+		if (same(c.name, name))
+			return c.content;
+	}
+	return NONE;
+}
+
+/* Answer one request (RFC 9112 3, RFC 8555 8.3) and no other. */
+static void
+http_serve(struct client *c)
+{
+	static const char well_known[] = "/.well-known/acme-challenge/";
+	bool more = client_read(c);
+	Str s = { c->b, c->n }, method, path, content = NONE;
+
+	if (more && (c->answered || !(contains(s, S("\n\r\n")) ||
+	    contains(s, S("\n\n")))))
+		return;
+	if (c->answered || c->n == 0) {
+		client_close(c);
+		return;
+	}
+	method = cut(&s, ' ');
+	path = cut(&s, ' ');
+	if ((same(method, S("GET")) || same(method, S("HEAD"))) &&
+	    starts(path, S(well_known)) && starts(s, S("HTTP/1.")))
+		content = content_of(from(path, sizeof well_known - 1));
+	client_send(c, text("HTTP/1.1 %\r\nContent-Type: "
+	    "application/octet-stream\r\nContent-Length: %\r\n"
+	    "Connection: close\r\n\r\n%", content.n ? S("200 OK") :
+	    S("404 Not Found"), num(content.n),
+	    same(method, S("GET")) ? content : NONE));
+	if (c->fd >= 0)
+		client_answered(c);
+}
+
+/* tls-alpn-01: a certificate for each challenge, in order, of one key. */
+static br_x509_certificate validation[NAMES];
+
+/* RFC 8737 3, RFC 8738 4: the name and the digest, critical. */
+static Str
+validation_certificate(const struct challenge *c)
+{
+	const struct key *k = &certificate_key;
+	Str name = seq(der(SET, seq(COMMON_NAME, der(UTF8, S("acme-step")))));
+	Str info = seq(
+	    der(VERSION_0, der(INTEGER, S("\2"))),
+	    der(INTEGER, S("\1")),
+	    seq(ECDSA_SHA256),
+	    name,
+	    seq(der(UTC_TIME, S("700101000000Z")),
+	        der(UTC_TIME, S("491231235959Z"))),
+	    name,
+	    public_key(k),
+	    der(EXTS, seq(
+	        seq(SUBJECT_ALT, der(OCTETS, seq(general_name(c->id_type,
+	            c->id)))),
+	        seq(ACME_IDENTIFIER, der(BOOLEAN, S("\xff")),
+	            der(OCTETS, der(OCTETS, unhex(c->content)))))));
+
+	return seq(info, seq(ECDSA_SHA256), bits(sign(k, info, true)));
+}
+
+static void
+make_validations(void)
+{
+	br_x509_certificate *v = validation;
+
+	key_make(&certificate_key, &key_types[0]);
+	for each_line(l, "challenge") {
+		struct challenge c = challenge_read(l->value);
+		size_t mark = used;
+		Str s = keep(mark, validation_certificate(&c));
+
+		v->data = (unsigned char *)s.p;
+		v++->data_len = s.n;
+	}
+}
+
+/* The certificate for the name in a handshake; NULL for any other. */
+static const br_x509_certificate *
+find_validation(Str sni)
+{
+	const br_x509_certificate *v = validation;
+
+	for each_line(l, "challenge") {
+		if (same_word(challenge_read(l->value).name, sni))
+			return v;
+		v++;
+	}
+	return NULL;
+}
+
+/* BearSSL's choice, once the name and the protocol are what they must. */
+static const br_ssl_server_policy_class *usual_policy;
+
+static int
+alpn_choose(const br_ssl_server_policy_class **policy,
+    const br_ssl_server_context *tls, br_ssl_server_choices *choices)
+{
+	br_ssl_server_policy_ec_context *ec = (void *)policy;
+	const char *sni = br_ssl_engine_get_server_name(&tls->eng);
+	const br_x509_certificate *v = find_validation(str(sni));
+
+	if (!v || !br_ssl_engine_get_selected_protocol(
+	    (br_ssl_engine_context *)&tls->eng))
+		return 0;
+	ec->chain = v;
+	return usual_policy->choose(policy, tls, choices);
+}
+
+static uint32_t
+alpn_keyx(const br_ssl_server_policy_class **policy, unsigned char *p,
+    size_t *n)
+{
+	return usual_policy->do_keyx(policy, p, n);
+}
+
+static size_t
+alpn_sign(const br_ssl_server_policy_class **policy, unsigned id,
+    unsigned char *p, size_t n, size_t room)
+{
+	return usual_policy->do_sign(policy, id, p, n, room);
+}
+
+static const br_ssl_server_policy_class alpn_policy = {
+	sizeof(br_ssl_server_policy_ec_context), alpn_choose, alpn_keyx,
+	alpn_sign
+};
+
+static void
+tls_begin(struct client *c)
+{
+	static const char *protocol[] = { "acme-tls/1" };
+
+	br_ssl_server_zero(&c->tls);
+	tls_engine(&c->tls.eng, c->tls_buffer, sizeof c->tls_buffer, 0);
+	br_ssl_engine_add_flags(&c->tls.eng, BR_OPT_FAIL_ON_ALPN_MISMATCH);
+	br_ssl_engine_set_protocol_names(&c->tls.eng, protocol, 1);
+	br_ssl_server_set_single_ec(&c->tls, validation, 1,
+	    &certificate_key.ec, BR_KEYTYPE_SIGN, 0, &curves,
+	    br_ecdsa_i31_sign_asn1);
+	usual_policy = c->tls.chain_handler.vtable;
+	c->tls.chain_handler.vtable = &alpn_policy;
+	br_ssl_server_reset(&c->tls);
+}
+
+/* A handshake, and no more (RFC 8737 3). */
+static void
+tls_serve(struct client *c)
+{
+	br_ssl_engine_context *e = &c->tls.eng;
+	unsigned char *p;
+	ssize_t done = 1;
+	size_t n;
+
+	while (done > 0) {
+		unsigned state = br_ssl_engine_current_state(e);
+
+		if (state & BR_SSL_SENDREC) {
+			p = br_ssl_engine_sendrec_buf(e, &n);
+			if ((done = write(c->fd, p, n)) > 0)
+				br_ssl_engine_sendrec_ack(e, (size_t)done);
+		} else if (state & BR_SSL_SENDAPP && !c->answered) {
+			br_ssl_engine_close(e);
+			c->answered = true;
+		} else if (state & BR_SSL_RECVREC) {
+			p = br_ssl_engine_recvrec_buf(e, &n);
+			if ((done = read(c->fd, p, n)) > 0)
+				br_ssl_engine_recvrec_ack(e, (size_t)done);
+		} else
+			done = 0;
+	}
+	if (done == 0 || (errno != EAGAIN && errno != EINTR))
+		client_close(c);
+}
+
+/* Numbers of DNS (RFC 1035 3.2.2, 4.1.1; RFC 6891 6.1). */
+enum {
+	SOA = 6, TXT = 16, OPT = 41, IN = 1,
+	IS_REPLY = 0x8000, OPCODE = 0x7800, AUTHORITATIVE = 0x0400,
+	TRUNCATED = 0x0200, RECURSION_DESIRED = 0x0100,
+	FORMAT_ERROR = 1, NOT_IMPLEMENTED = 4, NOT_OURS = 5,
+	DNS_HEAD = 12		/* bytes of a header; then comes the question */
+};
+
+static Str
+u16(size_t n)
+{
+	unsigned char *p = take(2);
+
+	p[0] = (unsigned char)(n >> 8);
+	p[1] = (unsigned char)n;
+	return (Str){ p, 2 };
+}
+
+static unsigned
+u16_at(Str s, size_t at)
+{
+	return s.p[at] * 256U + s.p[at + 1];
+}
+
+/* What is asked (RFC 1035 4.1.2). */
+struct question {
+	Str wire;		/* as it came, to be sent back */
+	Str name;		/* in lower case, with dots */
+	unsigned type, class;
+};
+
+/* False where a message holds no question that can be read. */
+static bool
+dns_question(Str m, struct question *q)
+{
+	Str s = from(m, DNS_HEAD), label;
+
+	q->name = NONE;
+	while (s.n && s.p[0]) {
+		label = (Str){ s.p + 1, s.p[0] };
+		if (label.n > 63 || label.n + 1 >= s.n ||
+		    memchr(label.p, '.', label.n) || q->name.n > HOSTNAME)
+			return false;
+		q->name = text("%%%", q->name, q->name.n ? S(".") : NONE,
+		    lower(label));
+		s = from(s, 1 + label.n);
+	}
+	if (s.n < 5)
+		return false;
+	q->type = u16_at(s, 1);
+	q->class = u16_at(s, 3);
+	q->wire = (Str){ m.p + DNS_HEAD, (size_t)(s.p + 5 - m.p) - DNS_HEAD };
+	return true;
+}
+
+/* A record whose owner stands in the question, there (RFC 1035 4.1.3). */
+static Str
+dns_record(size_t at, unsigned type, Str data)
+{
+	return cat(u16(0xc000 | (DNS_HEAD + at)), u16(type), u16(IN),
+	    S("\0\0\0\0"), u16(data.n), data);
+}
+
+/* A text in strings of up to 255 bytes (RFC 1035 3.3.14). */
+static Str
+dns_text(Str s)
+{
+	Str all = NONE;
+
+	do {
+		size_t n = s.n < 255 ? s.n : 255;
+		unsigned char length = (unsigned char)n;
+
+		all = cat(NONE, all, (Str){ &length, 1 }, (Str){ s.p, n });
+		s = from(s, n);
+	} while (s.n);
+	return all;
+}
+
+/* Numbers of a zone that lives for minutes and is never copied. */
+static Str
+dns_soa(size_t at)
+{
+	Str zone = u16(0xc000 | (DNS_HEAD + at));
+
+	return dns_record(at, SOA, cat(NONE, zone, zone,
+	    S("\0\0\0\1" "\0\0\16\20" "\0\0\2\130" "\0\1\121\200" "\0\0\0\0")));
+}
+
+/*
+ * All answers to a question: *zone is where in it the name begins that is
+ * ours, *n how many there are.  False where no such name is ours.
+ */
+static bool
+dns_answers(const struct question *q, Str *answers, size_t *zone, size_t *n)
+{
+	size_t mark = used;
+	bool ours = false;
+
+	*answers = NONE;
+	*n = 0;
+	for each_line(l, "challenge") {
+		struct challenge c = challenge_read(l->value);
+		size_t above = q->name.n - c.name.n;
+
+		if (c.name.n > q->name.n ||
+		    !same_word(from(q->name, above), c.name) ||
+		    (above && q->name.p[above - 1] != '.'))
+			continue;
+		ours = true;
+		*zone = above;
+		if (above || q->type != TXT)
+			continue;
+		*answers = keep(mark, cat(NONE, *answers, dns_record(0, TXT,
+		    dns_text(c.content))));
+		++*n;
+	}
+	return ours;
+}
+
+/* Did the message ask for EDNS, and may the answer be how long? */
+static bool
+dns_extended(Str m, const struct question *q, size_t *limit)
+{
+	Str s = from(m, DNS_HEAD + q->wire.n);
+
+	if (u16_at(m, 6) || u16_at(m, 8) || !u16_at(m, 10) || s.n < 11 ||
+	    s.p[0] || u16_at(s, 1) != OPT)
+		return false;
+	if (*limit < DATAGRAM && u16_at(s, 3) > *limit)
+		*limit = u16_at(s, 3) < DATAGRAM ? u16_at(s, 3) : DATAGRAM;
+	return true;
+}
+
+/*
+ * The answer to a message, NONE where it deserves none.  It is never much
+ * longer than the question: nobody else can be flooded with it.
+ */
+static Str
+dns_answer(Str m, size_t limit)
+{
+	struct question q = { .wire = NONE };
+	Str answers = NONE, soa = NONE, opt_record = NONE;
+	unsigned flags, error = 0;
+	size_t zone = 0, n = 0;
+
+	if (m.n < DNS_HEAD || (flags = u16_at(m, 2)) & IS_REPLY)
+		return NONE;
+	flags = IS_REPLY | (flags & (OPCODE | RECURSION_DESIRED));
+	if (flags & OPCODE)
+		error = NOT_IMPLEMENTED;
+	else if (u16_at(m, 4) != 1 || !dns_question(m, &q))
+		error = FORMAT_ERROR;
+	else if (q.class != IN || !dns_answers(&q, &answers, &zone, &n))
+		error = NOT_OURS;
+	if (q.wire.n && dns_extended(m, &q, &limit))
+		opt_record = cat(S("\0"), u16(OPT), u16(DATAGRAM),
+		    S("\0\0\0\0" "\0\0"));
+	if (!error)
+		flags |= AUTHORITATIVE;
+	if (!error && n == 0)
+		soa = dns_soa(zone);
+	if (DNS_HEAD + q.wire.n + answers.n + opt_record.n > limit) {
+		flags |= TRUNCATED;
+		answers = NONE;
+		n = 0;
+	}
+	return cat(NONE, (Str){ m.p, 2 }, u16(flags | error),
+	    u16(q.wire.n > 0), u16(soa.n && q.type == SOA ? 1 : n),
+	    u16(soa.n && q.type != SOA), u16(opt_record.n > 0), q.wire,
+	    answers, soa, opt_record);
+}
+
+/* Over UDP (RFC 1035 4.2.1). */
+static void
+dns_datagram(int fd)
+{
+	unsigned char b[REQUEST];
+	struct sockaddr_storage peer;
+	socklen_t length = sizeof peer;
+	ssize_t n = recvfrom(fd, b, sizeof b, 0, (struct sockaddr *)&peer,
+	    &length);
+	Str s = n > 0 ? dns_answer((Str){ b, (size_t)n }, 512) : NONE;
+
+	if (s.n)
+		sendto(fd, s.p, s.n, 0, (struct sockaddr *)&peer, length);
+}
+
+/* Over TCP, messages behind their lengths (RFC 1035 4.2.2). */
+static void
+dns_serve(struct client *c)
+{
+	bool more = client_read(c);
+	size_t n;
+
+	while (c->fd >= 0 && c->n >= 2) {
+		Str s = { c->b, c->n };
+
+		n = u16_at(s, 0);
+		if (c->n < 2 + n)
+			break;
+		s = dns_answer((Str){ c->b + 2, n }, 65535);
+		if (s.n)
+			client_send(c, cat(NONE, u16(s.n), s));
+		c->n -= 2 + n;
+		memmove(c->b, c->b + 2 + n, c->n);
+	}
+	if (!more && c->fd >= 0)
+		client_close(c);
+}
+
+/* Who answers challenges of a type. */
+static const struct responder {
+	const char *type;
+	void (*begin)(struct client *);
+	void (*serve)(struct client *);
+	void (*datagram)(int);
+} responders[] = {
+	{ "http-01", NULL, http_serve, NULL },
+	{ "tls-alpn-01", tls_begin, tls_serve, NULL },
+	{ "dns-01", NULL, dns_serve, dns_datagram },
+	{ "dns-account-01", NULL, dns_serve, dns_datagram },
+	{ "dns-persist-01", NULL, dns_serve, dns_datagram },
+};
+
+static const struct responder *
+find_responder(const char *type)
+{
+	for (size_t i = 0; i < COUNT(responders); i++)
+		if (strcmp(type, responders[i].type) == 0)
+			return &responders[i];
+	usage("-l cannot answer challenges of the type %", str(type));
+	return NULL;
+}
+
+/* A peer takes a free place, or that of the one that was first. */
+static void
+client_accept(const struct responder *how, int listener)
+{
+	struct client *c = clients;
+	int fd = accept(listener, NULL, NULL);
+
+	if (fd < 0)
+		return;
+	for (struct client *d = clients; d < clients + CLIENTS; d++)
+		if (c->fd >= 0 && (d->fd < 0 || d->since < c->since))
+			c = d;
+	if (c->fd >= 0)
+		client_close(c);
+	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+	c->fd = fd;
+	c->since = now_ms();
+	c->answered = false;
+	c->n = 0;
+	if (how->begin)
+		how->begin(c);
+}
+
+/* Answer whoever comes, until the step that wanted it is gone. */
+static void
+answer_peers(const struct responder *how, int step_fd)
+{
+	struct pollfd p[1 + LISTENERS + CLIENTS] = { { step_fd, POLLIN, 0 } };
+	struct client *c;
+
+	memcpy(p + 1, listeners, sizeof listeners);
+	for (;;) {
+		for (size_t i = 0; i < CLIENTS; i++) {
+			c = &clients[i];
+			if (c->fd >= 0 && now_ms() - c->since >
+			    PATIENCE * 1000)
+				client_close(c);
+			p[1 + LISTENERS + i] = (struct pollfd){ c->fd, POLLIN,
+			    0 };
+		}
+		if (poll(p, COUNT(p), 1000) < 0)
+			continue;
+		if (p[0].revents)
+			return;
+		for (size_t i = 0; i < LISTENERS + CLIENTS; i++) {
+			size_t mark = used;
+
+			if (!p[1 + i].revents)
+				continue;
+			if (i >= LISTENERS)
+				how->serve(&clients[i - LISTENERS]);
+			else if (i % 2)
+				how->datagram(p[1 + i].fd);
+			else
+				client_accept(how, p[1 + i].fd);
+			used = mark;
+		}
+	}
+}
+
+static void
+stop_process(const struct doomed *d)
+{
+	kill(d->n, SIGKILL);
+	waitpid(d->n, NULL, 0);
+}
+
+/* The process that answers: it forgets what it has no use for. */
+static void
+run_responder(const struct responder *how, int step_fd)
+{
+	static const int end_with_step[] = { SIGHUP, SIGINT, SIGTERM };
+
+	ndoomed = 0;
+	tells = false;
+	close(0);
+	close(1);
+	close(conn.fd);
+	wipe(&conn, sizeof conn);
+	wipe(&account_key, sizeof account_key);
+	for (size_t i = 0; i < COUNT(end_with_step); i++)
+		signal(end_with_step[i], SIG_IGN);
+	for (size_t i = 0; i < CLIENTS; i++)
+		clients[i].fd = -1;
+	if (how->begin)
+		make_validations();
+	answer_peers(how, step_fd);
+	leave(DONE);
+}
+
+static void
+start_responder(const struct responder *how)
+{
+	int fds[2];
+	pid_t pid;
+
+	if (pipe(fds) != 0 || (pid = fork()) < 0)
+		die(FAULT, "cannot start a process: %", why());
+	if (pid == 0) {
+		close(fds[1]);
+		run_responder(how, fds[0]);
+	}
+	doom(stop_process, pid, NULL);
+	close(fds[0]);
+	fcntl(fds[1], F_SETFD, FD_CLOEXEC);
+	for (size_t i = 0; i < LISTENERS; i++)
+		if (listeners[i].fd >= 0)
+			close(listeners[i].fd);
+}
+
+/* A socket that is bound; -1 and errno. */
+static int
+bind_to(const struct addrinfo *a, int type)
+{
+	int fd = socket(a->ai_family, type, 0), on = 1;
+
+	if (fd < 0)
+		return -1;
+	fcntl(fd, F_SETFD, FD_CLOEXEC);
+	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, type == SOCK_STREAM ?
+	    sizeof on : 0);
+	if (a->ai_family == AF_INET6)
+		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+	if (bind(fd, a->ai_addr, a->ai_addrlen) == 0 &&
+	    (type != SOCK_STREAM || listen(fd, CLIENTS) == 0))
+		return fd;
+	on = errno;
+	close(fd);
+	errno = on;
+	return -1;
+}
+
+/*
+ * Listen at [HOST:]PORT, on each family that the machine has, before the
+ * CA hears of anything.
+ */
+static void
+listen_at(const struct responder *how, const char *where)
+{
+	struct addrinfo hint = { .ai_flags = AI_PASSIVE | AI_NUMERICSERV,
+	    .ai_socktype = SOCK_STREAM }, *a;
+	const char *colon = strrchr(where, ':');
+	const char *port = colon ? colon + 1 : where;
+	Str host = { (const unsigned char *)where, colon ?
+	    (size_t)(colon - where) : 0 };
+	bool any = false;
+
+	if (host.n > 1 && host.p[0] == '[' && host.p[host.n - 1] == ']')
+		host = (Str){ host.p + 1, host.n - 2 };
+	for (size_t i = 0; i < LISTENERS; i++)
+		listeners[i] = (struct pollfd){ -1, POLLIN, 0 };
+	if (!made_of(str(port), DIGIT) || getaddrinfo(host.n ? c_str(host) :
+	    NULL, port, &hint, &a) != 0)
+		usage("-l takes [HOST:]PORT, not %", str(where));
+	for (; a; a = a->ai_next) {
+		struct pollfd *l = &listeners[a->ai_family == AF_INET ? 0 : 2];
+
+		if (l->fd >= 0)
+			continue;
+		l[0].fd = bind_to(a, SOCK_STREAM);
+		if (l[0].fd >= 0 && how->datagram)
+			l[1].fd = bind_to(a, SOCK_DGRAM);
+		if (l[0].fd >= 0 && (!how->datagram || l[1].fd >= 0))
+			any = true;
+		else if (errno != EAFNOSUPPORT && errno != EADDRNOTAVAIL)
+			break;
+	}
+	if (a || !any)
+		die(NO_PLACE, "cannot listen at %: %", str(where), why());
+}
+
+/* ---------------------------------------------------------- 22. Hooks -- */
+
+/*
+ * With -x programs publish the challenges and take them down again, called
+ * as one of the conventions has it that people's scripts follow already.
+ */
+enum {
+	HOOK_ARGS = 8,		/* words of a call; uacme has 6 */
+	HOOK_VARS = 12,		/* variables that we add */
+	HOOK_ENV  = 1024,	/* variables in all */
+	HOOK_SAYS = 4096,	/* bytes of output that certbot passes on */
+	GRACE     = 15		/* seconds to take something down after -T */
+};
+
+static const struct hook_style *hook_style;
+static const char *hook_program, *hook_cleanup;	/* the latter: certbot's */
+static bool validated;		/* for uacme's done or failed */
+
+static struct hook {
+	const char *call[2][HOOK_ARGS];	/* to publish and to take down */
+	const char *vars[HOOK_VARS + 1];
+	size_t nvars;
+} hooks[NAMES];
+
+static char *hook_env[HOOK_ENV];
+extern char **environ;
+
+/* Add a variable to what a hook finds in its environment. */
+static void
+hook_var(struct hook *h, const char *name, Str value)
+{
+	h->vars[h->nvars++] = c_str(text("%=%", str(name), value));
+}
+
+/* Our own environment with a hook's variables in it. */
+static char **
+hook_environment(const struct hook *h)
+{
+	size_t n = 0;
+
+	for (size_t i = 0; i < h->nvars; i++)
+		hook_env[n++] = (char *)h->vars[i];
+	for (char **e = environ; *e; e++) {
+		size_t i = 0, length = strcspn(*e, "=") + 1;
+
+		while (i < h->nvars && strncmp(*e, h->vars[i], length) != 0)
+			i++;
+		if (n == HOOK_ENV - 1)
+			die(FAULT, "more than % environment variables",
+			    num(HOOK_ENV));
+		if (i == h->nvars)
+			hook_env[n++] = *e;
+	}
+	hook_env[n] = NULL;
+	return hook_env;
+}
+
+/* A call's words; what is missing in the middle would be a fault of ours. */
+#define words(call, ...)  set_words(call, STRS(__VA_ARGS__))
+
+static void
+set_words(const char **call, const Str *v, size_t nv)
+{
+	for (size_t i = 0; i < nv; i++)
+		call[i] = c_str(v[i]);
+	call[nv] = NULL;
+}
+
+/* An identifier without "*.": hooks know it by the name alone. */
+static Str
+bare(Str id)
+{
+	return from(id, starts(id, S("*.")) ? 2 : 0);
+}
+
+static void
+dehydrated_hook(struct hook *h, const struct challenge *c, Str token)
+{
+	words(h->call[0], str(hook_program), S("deploy_challenge"),
+	    bare(c->id), token, c->content);
+	words(h->call[1], str(hook_program), S("clean_challenge"),
+	    bare(c->id), token, c->content);
+}
+
+/* What is a digest there is in base64url, for tls-alpn-01 too. */
+static void
+uacme_hook(struct hook *h, const struct challenge *c, Str token)
+{
+	Str auth = same(c->type, S("tls-alpn-01")) ? b64(unhex(c->content)) :
+	    c->content;
+
+	words(h->call[0], str(hook_program), S("begin"), c->type, bare(c->id),
+	    token, auth);
+	words(h->call[1], str(hook_program), S("failed"), c->type,
+	    bare(c->id), token, auth);
+}
+
+static void
+lego_hook(struct hook *h, const struct challenge *c, Str token)
+{
+	Str name = text("%.", c->name);
+
+	(void)token;
+	if (!starts(c->type, S("dns-")))
+		usage("hooks of lego's are for DNS, not for %", c->type);
+	words(h->call[0], str(hook_program), S("present"), name, c->content);
+	words(h->call[1], str(hook_program), S("cleanup"), name, c->content);
+}
+
+static void
+certbot_hook(struct hook *h, const struct challenge *c, Str token)
+{
+	Str all = NONE;
+
+	(void)token;
+	for each_line(l, "identifier") {
+		Str value = l->value;
+
+		cut(&value, ' ');
+		all = text("%%%", all, all.n ? S(",") : NONE, value);
+	}
+	words(h->call[0], str(hook_program));
+	words(h->call[1], str(hook_cleanup));
+	hook_var(h, "CERTBOT_DOMAIN", bare(c->id));
+	hook_var(h, "CERTBOT_IDENTIFIER", bare(c->id));
+	hook_var(h, "CERTBOT_VALIDATION", c->content);
+	hook_var(h, "CERTBOT_ALL_DOMAINS", all);
+	hook_var(h, "CERTBOT_REMAINING_CHALLENGES",
+	    num(count_lines("challenge") - 1 - (size_t)(h - hooks)));
+	if (same(c->type, S("http-01")))
+		hook_var(h, "CERTBOT_TOKEN", c->name);
+}
+
+static const struct hook_style {
+	const char *name;
+	void (*make)(struct hook *, const struct challenge *, Str token);
+	bool token;		/* it wants the token of every challenge */
+	bool declines;		/* failure to publish means: not this one */
+	bool speaks;		/* what it prints is for its other half */
+} hook_styles[] = {
+	{ "dehydrated", dehydrated_hook, true, false, false },
+	{ "uacme", uacme_hook, true, true, false },
+	{ "lego", lego_hook, false, false, false },
+	{ "certbot", certbot_hook, false, false, true },
+};
+
+/* -x [STYLE:]PROGRAM; certbot's is two, AUTH,CLEANUP. */
+static void
+choose_hook(const char *option)
+{
+	Str s = str(option), name = cut(&s, ':');
+
+	hook_style = &hook_styles[0];
+	hook_program = option;
+	for (size_t i = 0; i < COUNT(hook_styles); i++)
+		if (same(name, str(hook_styles[i].name)) && s.n) {
+			hook_style = &hook_styles[i];
+			hook_program = (const char *)s.p;
+		}
+	if (!hook_style->speaks)
+		return;
+	name = cut(&s, ',');
+	if (!name.n || !s.n)
+		usage("certbot has two hooks: -x certbot:AUTH,CLEANUP");
+	hook_program = c_str(name);
+	hook_cleanup = (const char *)s.p;
+}
+
+/* In a new process: become the program. */
+static void
+hook_exec(const struct hook *h, const char *const *call, int says)
+{
+	sigset_t none;
+
+	ndoomed = 0;
+	tells = false;
+	setpgid(0, 0);
+	environ = hook_environment(h);
+	dup2(says, 1);
+	signal(SIGPIPE, SIG_DFL);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	execvp(call[0], (char *const *)call);
+	warn("cannot run the hook %: %", str(call[0]), why());
+	_exit(127);
+}
+
+static pid_t
+hook_start(const struct hook *h, const char *const *call, int says)
+{
+	pid_t pid = fork();
+
+	if (pid == 0)
+		hook_exec(h, call, says);
+	if (pid > 0)
+		setpgid(pid, pid);
+	return pid;
+}
+
+/* Take one down.  No signal ends this, so that it must end by itself. */
+static void
+hook_take_down(const struct doomed *d)
+{
+	const struct hook *h = d->p;
+	long long until = now_ms() + GRACE * 1000;
+	const struct timespec moment = { 0, 20000000 };
+	pid_t pid;
+	int status = -1;
+
+	if (validated && hook_style->declines)
+		hooks[h - hooks].call[1][1] = "done";
+	if (time_left() > GRACE * 1000)
+		until = deadline;
+	if ((pid = hook_start(h, h->call[1], 2)) < 0)
+		return;
+	while (waitpid(pid, &status, WNOHANG) == 0) {
+		if (now_ms() > until) {
+			kill(-pid, SIGKILL);
+			waitpid(pid, &status, 0);
+		} else
+			nanosleep(&moment, NULL);
+	}
+	if (status != 0)
+		warn("the hook % could not take down %", str(h->call[1][0]),
+		    str(h->vars[2] + sizeof "ACME_NAME"));
+}
+
+static void
+stop_group(const struct doomed *d)
+{
+	kill(-d->n, SIGKILL);
+	waitpid(d->n, NULL, 0);
+}
+
+/* All that a hook prints, up to a limit, for as long as it prints. */
+static Str
+hook_output(int fd)
+{
+	Str s = { heap + used, 0 };
+	unsigned char b[256];
+	size_t n;
+
+	while ((n = read_some(fd, b, sizeof b, "the hook's output")) > 0) {
+		if (s.n + n > HOOK_SAYS)
+			die(BAD, "the hook % prints more than % bytes",
+			    str(hook_program), num(HOOK_SAYS));
+		s = cat(s, (Str){ b, n });
+	}
+	while (s.n && s.p[s.n - 1] == '\n')
+		s.n--;
+	return s;
+}
+
+/* How a process ended, if it was not well. */
+static Str
+ending(int status)
+{
+	return WIFSIGNALED(status) ?
+	    text("was ended by signal %", num((unsigned)WTERMSIG(status))) :
+	    text("failed with status %", num((unsigned)WEXITSTATUS(status)));
+}
+
+/*
+ * Publish one challenge.  False where the hook declines it, as only some
+ * conventions allow.  What it publishes is taken down by leave() or undo().
+ */
+static bool
+hook_publish(struct hook *h, const struct challenge *c, Str token)
+{
+	int fds[2] = { -1, 2 }, status;
+	pid_t pid;
+
+	*h = (struct hook){ .nvars = 0 };
+	hook_var(h, "ACME_TYPE", c->type);
+	hook_var(h, "ACME_IDENTIFIER", c->id);
+	hook_var(h, "ACME_NAME", c->name);
+	hook_var(h, "ACME_CONTENT", c->content);
+	hook_style->make(h, c, token);
+	doing(LATER, "running the hook ", hook_program);
+	if (hook_style->speaks && pipe(fds) != 0)
+		die(FAULT, "cannot make a pipe: %", why());
+	if (fds[0] >= 0) {
+		fcntl(fds[0], F_SETFD, FD_CLOEXEC);
+		fcntl(fds[1], F_SETFD, FD_CLOEXEC);
+	}
+	doom(hook_take_down, 0, h);
+	pid = hook_start(h, h->call[0], fds[1]);
+	if (pid < 0)
+		die(FAULT, "cannot start a process: %", why());
+	doom(stop_group, pid, NULL);
+	if (fds[0] >= 0) {
+		close(fds[1]);
+		hook_var(h, "CERTBOT_AUTH_OUTPUT", hook_output(fds[0]));
+		close(fds[0]);
+	}
+	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+		continue;
+	spare();
+	if (status == 0)
+		return true;
+	if (WIFEXITED(status))
+		spare();
+	if (hook_style->declines && WIFEXITED(status) &&
+	    WEXITSTATUS(status) < 126)
+		return false;
+	die(NO_PLACE, "the hook % % for %", str(hook_program), ending(status),
+	    c->id);
+	return false;
+}
+
+/*
+ * The token of a challenge, which its line has only for http-01; the CA
+ * tells it again.
+ */
+static Str
+fetch_token(const struct challenge *c)
+{
+	struct reply r;
+	Str token;
+
+	if (same(c->type, S("http-01")) || !hook_style->token)
+		return c->name;
+	r = acme_post(c->url, NONE);
+	token = want(&r, json_body(&r), "token", '"');
+	if (token.n && !is_b64(token))
+		broken(&r, "has a token that is none: %", brief(token));
+	return token;
+}
+
+/* Does the record still have a challenge for it, before the line end? */
+static bool
+is_answered(Str id, const struct record_line *end)
+{
+	for each_line(l, "challenge")
+		if (l < end && same(challenge_read(l->value).id, id))
+			return true;
+	return false;
+}
+
+/*
+ * Publish by hooks what the record wants; of several challenges for one
+ * name the first that is not declined stays in it.
+ */
+static void
+publish_by_hooks(void)
+{
+	struct hook *h = hooks;
+
+	for each_line(l, "challenge") {
+		struct challenge c = challenge_read(l->value);
+
+		if (h == hooks + NAMES)
+			die(FAULT, "more than % challenges", num(NAMES));
+		if (!is_answered(c.id, l) &&
+		    hook_publish(h, &c, fetch_token(&c)))
+			h++;
+		else
+			l->word = NONE;
+	}
+	for (struct record_line *l = record; l < record + nrecord; l++)
+		if (!l->word.n && !is_answered(challenge_read(l->value).id,
+		    record + nrecord))
+			die(REFUSED, "the hook % declines all challenges for "
+			    "%", str(hook_program),
+			    challenge_read(l->value).id);
+	drop("");
+}
+
+/* --------------------------------------------------- 23. Finalization -- */
 
 /* Our own request for the record's names, in DER, and its public key. */
 static Str
@@ -4847,20 +5958,11 @@ send_request(Str csr)
 	return false;
 }
 
-/* ------------------------------------------------------ 22. Commands -- */
+/* ------------------------------------------------------- 24. Commands -- */
 
 static const char *opt[128];	/* by letter; "" where it has no value */
 static const char *contact[CONTACTS];	/* -m */
 static size_t ncontact;
-
-/* End the step for the way it was called. */
-#define usage(...)  (afterword = see_help(), die(USAGE, __VA_ARGS__))
-
-static Str
-see_help(void)
-{
-	return text(" (see acme-step help%%)", step.n ? S(" ") : NONE, step);
-}
 
 static const struct key_type *
 key_type(const char *name)
@@ -5495,34 +6597,85 @@ do_challenges(char **arg)
 	print_record();
 }
 
-/* respond [-t TYPE] [-w DIR] [-s SECONDS] [-n] (RFC 8555 7.5.1) */
+/* The one type of the record's challenges; NULL if there is no one type. */
+static const char *
+record_type(void)
+{
+	Str type = NONE;
+
+	for each_line(l, "challenge") {
+		Str t = challenge_read(l->value).type;
+
+		if (type.n && !same(type, t))
+			return NULL;
+		type = t;
+	}
+	return type.n ? c_str(type) : NULL;
+}
+
+/* What the options of respond say, and whether they go together. */
+static const char *
+respond_type(void)
+{
+	const char *type = opt['t'] ? opt['t'] : opt['w'] ? "http-01" :
+	    opt['l'] ? record_type() : NULL;
+
+	if (!!opt['w'] + !!opt['l'] + !!opt['x'] > 1)
+		usage("only one of -w, -l and -x");
+	if (opt['w'] && strcmp(type, "http-01") != 0)
+		usage("-w is for http-01, not for %", str(type));
+	if (opt['n'] && (opt['w'] || opt['l'] || opt['x']))
+		usage("-n would take down at once what is published");
+	if (opt['l'] && !type)
+		usage("choose with -t what -l is to answer");
+	return type;
+}
+
+/* Find the challenges to answer, one for each name but where a hook may
+ * decline some. */
+static void
+find_challenges(const char *type)
+{
+	if (!count_lines("challenge"))
+		fetch_challenges(type);
+	if (type || !hook_style || !hook_style->declines)
+		choose_challenges(type);
+	if (!count_lines("challenge") && field("order").n)
+		order_refresh();
+	if (!count_lines("challenge") && order_status() == PENDING)
+		die(REFUSED, "the CA offers no challenge that we know");
+}
+
+/*
+ * respond [-t TYPE] [-w DIR | -l ADDR | -x HOOK] [-s SECONDS] [-n]
+ * (RFC 8555 7.5.1)
+ */
 static void
 do_respond(char **arg)
 {
 	unsigned long settle = 0;
 	size_t before = ndoomed;
-	const char *type = opt['t'] ? opt['t'] : opt['w'] ? "http-01" : NULL;
+	const char *type = respond_type();
+	const struct responder *how = opt['l'] ? find_responder(type) : NULL;
 
 	(void)arg;
-	if (opt['w'] && strcmp(type, "http-01") != 0)
-		usage("-w is for http-01, not for %", str(type));
-	if (opt['w'] && opt['n'])
-		usage("-n would take down at once what -w publishes");
 	if (opt['s'] && !number(str(opt['s']), MAX_WAIT, &settle))
 		usage("-s takes a number of seconds, not %", str(opt['s']));
+	if (opt['x'])
+		choose_hook(opt['x']);
 	if (order_status() & (READY | VALID)) {
 		print_record();
 		return;
 	}
-	if (!count_lines("challenge"))
-		fetch_challenges(type);
-	choose_challenges(type);
-	if (!count_lines("challenge") && field("order").n)
-		order_refresh();
-	if (!count_lines("challenge") && order_status() == PENDING)
-		die(REFUSED, "the CA offers no challenge that we know");
+	if (how)
+		listen_at(how, opt['l']);
+	find_challenges(type);
 	if (opt['w'])
 		publish_files(opt['w']);
+	else if (how)
+		start_responder(how);
+	else if (opt['x'])
+		publish_by_hooks();
 	if (settle && !pause_for("settling", (long long)settle * 1000))
 		usage("-s leaves no time before -T");
 	tell_ca();
@@ -5530,8 +6683,9 @@ do_respond(char **arg)
 		order_await(PENDING, "waiting for the CA to validate", 0);
 	else if (!opt['n'])
 		authorizations_await("waiting for the CA to validate");
+	validated = order_status() != INVALID;
 	undo(before);
-	if (order_status() == INVALID)
+	if (!validated)
 		order_failed();
 	drop("challenge");
 	print_record();
@@ -5728,7 +6882,7 @@ do_version(char **arg)
 	print(S("acme-step " VERSION "\n"));
 }
 
-/* --------------------------------------------------------- 23. Table -- */
+/* ---------------------------------------------------------- 25. Table -- */
 
 enum {			/* what a command needs before it is called */
 	RECORD = 1,	/* a record on standard input */
@@ -5779,8 +6933,9 @@ static const struct command {
     "[-W]", "ask for the order, and perhaps wait for it" },
 { "challenges", do_challenges, "t:", "", 0, 0, TELLS | ORDER,
     "[-t TYPE]", "add the challenges that are to be answered" },
-{ "respond", do_respond, "t:w:s:n", "", 0, 0, TELLS | ORDER,
-    "[-t TYPE] [-w DIR] [-s SECONDS] [-n]", "answer the challenges" },
+{ "respond", do_respond, "t:w:l:x:s:n", "", 0, 0, TELLS | ORDER,
+    "[-t TYPE] [-w DIR | -l ADDR | -x HOOK] [-s SECONDS] [-n]",
+    "answer the challenges" },
 { "finalize", do_finalize, "K:r:i:", "", 0, 0, ORDER,
     "(-K KEY | -r CSR) [-i ISSUER]", "get the certificate" },
 { "certificate", do_certificate, "i:", "", 0, 0, ORDER,
@@ -5863,7 +7018,7 @@ do_help(char **arg)
 	print(s);
 }
 
-/* ---------------------------------------------------------- 24. main -- */
+/* ----------------------------------------------------------- 26. main -- */
 
 /* Descriptors 0 to 2 are ours alone, even where we were started without. */
 static void
