@@ -445,7 +445,8 @@ bench() {
 	acme-step key -o leaf.key
 	acme-step new-account -y -o account || exit
 	front=$(free_port)
-	server_start sh -c 'exec socat -v -lf connections -d -d "$@" 2>>traffic' \
+	server_start sh -c \
+	    'exec socat -v -lf connections -d -d "$@" 2>>traffic' \
 	    sh "TCP-LISTEN:$front,bind=127.0.0.1,fork,reuseaddr,nodelay" \
 	    "TCP:127.0.0.1:$pebble,nodelay"
 	up "$front"
@@ -518,7 +519,8 @@ measure() {
 		exit 1
 	}
 	mv next record
-	echo "$command, $names name(s): $(grep -c ' https:' requests) requests," \
+	echo "$command, $names name(s):" \
+	    "$(grep -c ' https:' requests) requests," \
 	    "$(round_trips <traffic) round trips," \
 	    "$(($(grep -c 'accepting connection' connections) - before))" \
 	    "connection(s), $(cut -d' ' -f2 usage) s," \
@@ -868,7 +870,7 @@ check 'bad bytes are refused' 'takes 65 %b <bad-bytes'
 check 'lone surrogates never become bad UTF-8' '
 	for s in "\ud800" "\udc00x" "\ud800\ud800" "\ud800A" "\ud83d\u0041"
 	do
-		printf "{\"a\":\"%s\"}" "$(printf %s "$s" | sed "s/./&/g")" >json
+		printf "{\"a\":\"%s\"}" "$s" >json
 		"$acme" json a json >out 2>err
 		case $? in 0|65) ;; *) echo "$s"; exit 1 ;; esac
 		iconv -f UTF-8 -t UTF-8 out >/dev/null || exit
@@ -1374,7 +1376,8 @@ while read -r method path rest; do
 	elif [ -e "$reply" ]; then
 		cat "$reply"
 	else
-		printf 'HTTP/1.1 404 Not Found\r\nContent-Length: 5\r\n\r\nnone\n'
+		printf 'HTTP/1.1 404 Not Found\r\n'
+		printf 'Content-Length: 5\r\n\r\nnone\n'
 	fi
 	[ ! -e "$reply.close" ] || exit 0
 	[ ! -e "$reply.drop" ] || { sleep 0.1; kill -9 "$PPID"; }
@@ -1694,7 +1697,8 @@ hello "${chunked}5\nhello\n0\n\n"
 hello 'HTTP/1.1 200 OK\r\ntransfer-encoding:Chunked\r\n\r\n5\r\nhello\r\n0\r
 \r\n'
 check 'chunk sizes are hexadecimal in either case' '
-	raw POST_it "${chunked}A\r\n0123456789\r\n0b\r\nabcdefghijk\r\n0\r\n\r\n"
+	raw POST_it "${chunked}A\r\n0123456789\r\n0b\r\nabcdefghijk\r\n\
+0\r\n\r\n"
 	is 0123456789abcdefghijk "get it"'
 check 'a reply of 200 kB, by its length' '
 	head -c 200000 /dev/zero | tr "\0" x >body
@@ -2145,7 +2149,8 @@ refuses 'not yours' "$no" '{"type":null,"status":null,"detail":"not yours"}'
 refuses 'malformed' "$no" "$(problem malformed ',"detail":null')"
 refuses 'malformed' "$no" "$(problem malformed ',"detail":7')"
 refuses 'about:blank' "$no" '{"type":"about:blank","detail":"x"}'
-refuses 'a is bad.*b.example.*b is bad' "$no" "$(problem compound ',"detail":"two",
+refuses 'a is bad.*b.example.*b is bad' "$no" \
+    "$(problem compound ',"detail":"two",
 "subproblems":[{"type":"urn:ietf:params:acme:error:dns","detail":"a is bad",
 "identifier":{"type":"dns","value":"a.example"}},{"detail":"b is bad",
 "identifier":{"type":"dns","value":"b.example"}},null,7]')"
