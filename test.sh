@@ -2989,10 +2989,11 @@ check 'each command has its paragraph in the README' '
 	    { echo "no $command"; exit 1; }
     done <a'
 check 'make install and uninstall' '
-    cd "$src" && unset MAKEFLAGS && make PREFIX=/usr DESTDIR="$tmp/d" install &&
-    cmp acme-step "$tmp/d/usr/bin/acme-step" &&
-    make PREFIX=/usr DESTDIR="$tmp/d" uninstall &&
-    find "$tmp/d" -type f | not grep .'
+    cd "$src" && unset MAKEFLAGS &&
+    make PREFIX=/usr DESTDIR="$tmp/inst" install &&
+    cmp acme-step "$tmp/inst/usr/bin/acme-step" &&
+    make PREFIX=/usr DESTDIR="$tmp/inst" uninstall &&
+    find "$tmp/inst" -type f | not grep .'
 check 'no line is over 80 columns' '
     cd "$src" && for file in acme.c Makefile test.sh README; do
 	expand "$file" | not grep -n ".\{81\}" || exit
