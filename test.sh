@@ -2983,9 +2983,9 @@ check 'the exit statuses are those of the code' '
     section "EXIT STATUS" | sed -n "s/^\([67][0-9]\)[ \t].*/\1/p" |
     sort -u | diff a -'
 check 'each command has its paragraph in the README' '
-    acme-step help | awk "{ print \$2 }" | grep "^[a-z]" | sort -u >a &&
+    acme-step help | awk "\$1 == \"acme-step\" { print \$2 }" >a &&
     [ -s a ] && while read -r command; do
-	section COMMANDS | grep "^$command\>" >/dev/null ||
+	section COMMANDS | grep -e "^$command\$" -e "^$command " >/dev/null ||
 	    { echo "no $command"; exit 1; }
     done <a'
 check 'make install and uninstall' '
