@@ -410,7 +410,15 @@ demo() {
 	pebble_start
 	quick_start >quick
 	[ -s quick ] || give_up "no commands in README"
-	echo "A CA is on loopback: ACME_DIRECTORY=$ACME_DIRECTORY"
+	cat <<-EOF
+	A CA and a web server are on loopback, until this ends.  Here are
+	the commands of the README, with this web server's directory; the
+	environment says which CA, and which root its TLS certificate has:
+
+	ACME_DIRECTORY=$ACME_DIRECTORY
+	ACME_CA_FILE=$ACME_CA_FILE
+
+	EOF
 	while IFS= read -r line <&3; do
 		command=${command:+$command
 }$line
@@ -418,10 +426,13 @@ demo() {
 		run "$command"
 		command=
 	done 3<quick
-	echo
+	printf '\nWhat they left, and what openssl says of it:\n\n'
+	run 'ls -l account.pem example.pem account fullchain.pem'
+	run 'cat account'
 	run 'openssl x509 -in fullchain.pem -noout -issuer -ext subjectAltName'
 	run 'openssl verify -CAfile root.pem \
     -untrusted fullchain.pem fullchain.pem'
+	printf '\nIt works.  All of it is removed now.\n'
 }
 
 run() {
