@@ -414,7 +414,15 @@ demo() {
 	pebble_start
 	quick_start >quick
 	[ -s quick ] || give_up "no commands in README"
-	echo "A CA is on loopback: ACME_DIRECTORY=$ACME_DIRECTORY"
+	cat <<-EOF
+	A CA and a web server are on loopback, until this ends.  Here are
+	the commands of the README, with this web server's directory; the
+	environment says which CA, and which root its TLS certificate has:
+
+	ACME_DIRECTORY=$ACME_DIRECTORY
+	ACME_CA_FILE=$ACME_CA_FILE
+
+	EOF
 	while IFS= read -r line <&3; do
 		command=${command:+$command
 }$line
@@ -422,10 +430,13 @@ demo() {
 		run "$command"
 		command=
 	done 3<quick
-	echo
+	printf '\nWhat they left, and what openssl says of it:\n\n'
+	run 'ls -l account.pem example.pem account fullchain.pem'
+	run 'cat account'
 	run 'openssl x509 -in fullchain.pem -noout -issuer -ext subjectAltName'
 	run 'openssl verify -CAfile root.pem \
     -untrusted fullchain.pem fullchain.pem'
+	printf '\nIt works.  All of it is removed now.\n'
 }
 
 run() {
@@ -449,7 +460,8 @@ bench() {
 	acme-step key -o leaf.key
 	acme-step new-account -y -o account || exit
 	front=$(free_port)
-	server_start sh -c 'exec socat -v -lf connections -d -d "$@" 2>>traffic' \
+	server_start sh -c \
+	    'exec socat -v -lf connections -d -d "$@" 2>>traffic' \
 	    sh "TCP-LISTEN:$front,bind=127.0.0.1,fork,reuseaddr,nodelay" \
 	    "TCP:127.0.0.1:$pebble,nodelay"
 	up "$front"
@@ -522,7 +534,8 @@ measure() {
 		exit 1
 	}
 	mv next record
-	echo "$command, $names name(s): $(grep -c ' https:' requests) requests," \
+	echo "$command, $names name(s):" \
+	    "$(grep -c ' https:' requests) requests," \
 	    "$(round_trips <traffic) round trips," \
 	    "$(($(grep -c 'accepting connection' connections) - before))" \
 	    "connection(s), $(cut -d' ' -f2 usage) s," \
@@ -872,7 +885,7 @@ check 'bad bytes are refused' 'takes 65 %b <bad-bytes'
 check 'lone surrogates never become bad UTF-8' '
 	for s in "\ud800" "\udc00x" "\ud800\ud800" "\ud800A" "\ud83d\u0041"
 	do
-		printf "{\"a\":\"%s\"}" "$(printf %s "$s" | sed "s/./&/g")" >json
+		printf "{\"a\":\"%s\"}" "$s" >json
 		"$acme" json a json >out 2>err
 		case $? in 0|65) ;; *) echo "$s"; exit 1 ;; esac
 		iconv -f UTF-8 -t UTF-8 out >/dev/null || exit
@@ -1461,7 +1474,8 @@ while read -r method path rest; do
 	elif [ -e "$reply" ]; then
 		cat "$reply"
 	else
-		printf 'HTTP/1.1 404 Not Found\r\nContent-Length: 5\r\n\r\nnone\n'
+		printf 'HTTP/1.1 404 Not Found\r\n'
+		printf 'Content-Length: 5\r\n\r\nnone\n'
 	fi
 	[ ! -e "$reply.close" ] || exit 0
 	[ ! -e "$reply.drop" ] || { sleep 0.1; kill -9 "$PPID"; }
@@ -1781,7 +1795,8 @@ hello "${chunked}5\nhello\n0\n\n"
 hello 'HTTP/1.1 200 OK\r\ntransfer-encoding:Chunked\r\n\r\n5\r\nhello\r\n0\r
 \r\n'
 check 'chunk sizes are hexadecimal in either case' '
-	raw POST_it "${chunked}A\r\n0123456789\r\n0b\r\nabcdefghijk\r\n0\r\n\r\n"
+	raw POST_it "${chunked}A\r\n0123456789\r\n0b\r\nabcdefghijk\r\n\
+0\r\n\r\n"
 	is 0123456789abcdefghijk "get it"'
 check 'a reply of 200 kB, by its length' '
 	head -c 200000 /dev/zero | tr "\0" x >body
@@ -2232,7 +2247,8 @@ refuses 'not yours' "$no" '{"type":null,"status":null,"detail":"not yours"}'
 refuses 'malformed' "$no" "$(problem malformed ',"detail":null')"
 refuses 'malformed' "$no" "$(problem malformed ',"detail":7')"
 refuses 'about:blank' "$no" '{"type":"about:blank","detail":"x"}'
-refuses 'a is bad.*b.example.*b is bad' "$no" "$(problem compound ',"detail":"two",
+refuses 'a is bad.*b.example.*b is bad' "$no" \
+    "$(problem compound ',"detail":"two",
 "subproblems":[{"type":"urn:ietf:params:acme:error:dns","detail":"a is bad",
 "identifier":{"type":"dns","value":"a.example"}},{"detail":"b is bad",
 "identifier":{"type":"dns","value":"b.example"}},null,7]')"
@@ -3337,16 +3353,17 @@ check 'the exit statuses are those of the code' '
     section "EXIT STATUS" | sed -n "s/^\([67][0-9]\)[ \t].*/\1/p" |
     sort -u | diff a -'
 check 'each command has its paragraph in the README' '
-    acme-step help | awk "{ print \$2 }" | grep "^[a-z]" | sort -u >a &&
+    acme-step help | awk "\$1 == \"acme-step\" { print \$2 }" >a &&
     [ -s a ] && while read -r command; do
-	section COMMANDS | grep "^$command\>" >/dev/null ||
+	section COMMANDS | grep -e "^$command\$" -e "^$command " >/dev/null ||
 	    { echo "no $command"; exit 1; }
     done <a'
 check 'make install and uninstall' '
-    cd "$src" && unset MAKEFLAGS && make PREFIX=/usr DESTDIR="$tmp/d" install &&
-    cmp acme-step "$tmp/d/usr/bin/acme-step" &&
-    make PREFIX=/usr DESTDIR="$tmp/d" uninstall &&
-    find "$tmp/d" -type f | not grep .'
+    cd "$src" && unset MAKEFLAGS &&
+    make PREFIX=/usr DESTDIR="$tmp/inst" install &&
+    cmp acme-step "$tmp/inst/usr/bin/acme-step" &&
+    make PREFIX=/usr DESTDIR="$tmp/inst" uninstall &&
+    find "$tmp/inst" -type f | not grep .'
 check 'no line is over 80 columns' '
     cd "$src" && for file in acme.c Makefile test.sh README; do
 	expand "$file" | not grep -n ".\{81\}" || exit
