@@ -2569,6 +2569,8 @@ find_anchors(const char *option)
 {
 	const char *env = getenv("SSL_CERT_FILE");
 
+	if (option && is_std(option))
+		usage("trust anchors are read more than once: -C FILE");
 	anchor_file = option ? option : env && *env ? env : NULL;
 	for (size_t i = 0; !anchor_file && i < COUNT(bundle); i++)
 		if (access(bundle[i], R_OK) == 0)
@@ -4372,7 +4374,10 @@ failures(size_t n)
 	return all;
 }
 
-/* End the step of an order that became invalid, with all reasons. */
+/*
+ * End the step of an order that became invalid.  What the challenges say
+ * is nearer to the cause than what the order says, if anything.
+ */
 static void
 order_failed(void)
 {
@@ -4380,10 +4385,10 @@ order_failed(void)
 	Str error = want(&r, json_body(&r), "error", '{');
 	Str seen = failures(fetch_authorizations());
 
-	die(REFUSED, "the order is invalid%%%%%", seen.n ? S(": ") : NONE,
-	    seen, error.n ? S(": ") : NONE,
-	    error.n ? problem_text(error) : NONE,
-	    seen.n || error.n ? NONE : S(", and the CA does not say why"));
+	if (!seen.n)
+		seen = error.n ? problem_text(error) :
+		    S("the CA does not say why");
+	die(REFUSED, "the order is invalid: %", seen);
 }
 
 /* End a step whose order is still pending: say which names lack what. */
@@ -5788,6 +5793,15 @@ publish_by_hooks(void)
 
 /* --------------------------------------------------- 23. Finalization -- */
 
+/* RFC 8555 11.1. */
+static void
+not_of_account(const char *file, Str key)
+{
+	if (same(key, public_key(signer())))
+		die(BAD, "% has the account's key: a certificate needs "
+		    "another (RFC 8555 11.1)", file_name(file));
+}
+
 /* Our own request for the record's names, in DER, and its public key. */
 static Str
 make_request(const char *key_file, Str *key)
@@ -5796,9 +5810,7 @@ make_request(const char *key_file, Str *key)
 
 	key_read(&certificate_key, key_file);
 	*key = public_key(&certificate_key);
-	if (same(*key, public_key(signer())))
-		die(BAD, "% is the account's key: a certificate needs another "
-		    "(RFC 8555 11.1)", str(key_file));
+	not_of_account(key_file, *key);
 	for each_line(l, "identifier") {
 		Str value = l->value, type = cut(&value, ' ');
 
@@ -5823,6 +5835,7 @@ read_request(const char *file, Str *key)
 	if (!request_key(block, key))
 		die(BAD, "% is no certificate request, PEM or DER",
 		    file_name(file));
+	not_of_account(file, *key);
 	return block;
 }
 
@@ -6661,6 +6674,8 @@ do_respond(char **arg)
 	(void)arg;
 	if (opt['s'] && !number(str(opt['s']), MAX_WAIT, &settle))
 		usage("-s takes a number of seconds, not %", str(opt['s']));
+	if (settle >= busy.limit)
+		usage("-s leaves no time before -T");
 	if (opt['x'])
 		choose_hook(opt['x']);
 	if (order_status() & (READY | VALID)) {
@@ -6677,7 +6692,7 @@ do_respond(char **arg)
 	else if (opt['x'])
 		publish_by_hooks();
 	if (settle && !pause_for("settling", (long long)settle * 1000))
-		usage("-s leaves no time before -T");
+		die(LATER, "-s leaves no time before -T");
 	tell_ca();
 	if (!opt['n'] && field("order").n)
 		order_await(PENDING, "waiting for the CA to validate", 0);
@@ -6984,6 +6999,14 @@ find_command(const char *name)
 	return NULL;
 }
 
+/* What people try first with a program that they do not know. */
+static const char *
+usual_name(const char *s)
+{
+	return strcmp(s, "-h") == 0 || strcmp(s, "--help") == 0 ? "help" :
+	    strcmp(s, "--version") == 0 ? "version" : s;
+}
+
 static Str
 synopsis(const struct command *c)
 {
@@ -7188,7 +7211,7 @@ main(int argc, char **argv)
 	tells = true;
 	if (argc < 2)
 		usage("which command?");
-	c = find_command(argv[1]);
+	c = find_command(usual_name(argv[1]));
 	step = str(c->name);
 	tells = c->needs & TELLS;
 	arg = read_options(c, argv + 2);
