@@ -7030,10 +7030,10 @@ do_help(char **arg)
 	s = text("%%for all commands:\n", s, arg[0] ? NONE : S("\n"));
 	for (size_t i = 0; i < COUNT(shared); i++) {
 		Str name = text("  -% %",
-		    (Str){ (const unsigned char *) &shared[i].letter, 1 },
+		    (Str){ (const unsigned char *)&shared[i].letter, 1 },
 		    str(shared[i].arg));
 
-		s = text("%%%%%%\n", s, name, from(S(" "), name.n),
+		s = text("%%%%%%\n", s, name, from(S("              "), name.n),
 		    str(shared[i].gist),
 		    shared[i].variable ? S(", or ") : NONE,
 		    str(shared[i].variable));
