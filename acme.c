@@ -45,6 +45,7 @@ enum {
 	WINDOW   = 32,		/* requests under way at once */
 	TRIES    = 3,		/* of a request that met a fault */
 	CONNECT  = 10,		/* seconds for each address of a name */
+	RESOLVED = 16,		/* -H, in all */
 	MAX_WAIT = 86400 * 30	/* seconds in -T and -s */
 };
 
@@ -95,14 +96,15 @@ static bool tells;		/* a pipe on our output learns of failure */
 
 /*
  * What must not outlive the step, last first: unfinished or published
- * files, what a hook has published, other processes.
+ * files, what a hook has published, other processes.  The first place is
+ * for the process behind the connection, which comes and goes.
  */
 static struct doomed {
 	void (*end)(const struct doomed *);
 	int n;			/* a directory or a process */
 	const void *p;		/* a file's name or a hook */
 } doomed[NAMES + 8];
-static volatile size_t ndoomed;
+static volatile size_t ndoomed = 1;
 
 static unsigned char heap[HEAP];	/* see 2; a secret can be anywhere */
 static size_t used, peak;		/* bytes of it; the most there were */
@@ -335,7 +337,8 @@ undo(size_t n)
 		struct doomed d = doomed[ndoomed - 1];
 
 		ndoomed--;
-		d.end(&d);
+		if (d.end)
+			d.end(&d);
 	}
 	sigprocmask(SIG_SETMASK, &old, NULL);
 }
@@ -1077,6 +1080,24 @@ json_member(Str o, const char *name)
 	return NONE;
 }
 
+/* A string of an object, in a message; nothing where it has none. */
+static Str
+text_of(Str o, const char *name)
+{
+	Str v = json_member(o, name);
+
+	return json_kind(v) == '"' ? json_text(v) : NONE;
+}
+
+/* An array of an object; nothing where it has none. */
+static Str
+list_of(Str o, const char *name)
+{
+	Str v = json_member(o, name);
+
+	return json_kind(v) == '[' ? v : NONE;
+}
+
 /* ------------------------------------------------------------- 6. DER -- */
 
 enum {			/* identifier octets (X.690 8.1.2) */
@@ -1402,6 +1423,13 @@ show_wait(const char *what, long long ms)
 }
 
 /*
+ * Where messages are carried by hand (-B) nobody waits: how many ms the
+ * CA would want to pass before the next.
+ */
+static bool boxed;
+static long long carrier_pause;
+
+/*
  * Wait.  Returns false at once where the step's time would end first:
  * the caller knows what to say then.  A little time is kept back for that.
  */
@@ -1411,6 +1439,9 @@ pause_for(const char *what, long long ms)
 	long long reserve = busy.limit * 100LL;
 	struct timespec t = { (time_t)(ms / 1000), ms % 1000 * 1000000 };
 
+	carrier_pause = ms;
+	if (boxed)
+		return true;
 	if (ms >= time_left() - (reserve < 3000 ? reserve : 3000))
 		return false;
 	doing(LATER, what, "");
@@ -1463,11 +1494,9 @@ read_some(int fd, void *p, size_t n, const char *name)
 	return (size_t)got;
 }
 
-/* All of a file; "-" is standard input. */
 static Str
-read_file(const char *name)
+read_all(int fd, const char *name)
 {
-	int fd = open_input(name);
 	Str s = { heap + used, 0 };
 	size_t n;
 
@@ -1481,6 +1510,16 @@ read_file(const char *name)
 			die(BAD, "% is larger than % KiB", file_name(name),
 			    num(INPUT >> 10));
 	} while (n > 0);
+	return s;
+}
+
+/* All of a file; "-" is standard input. */
+static Str
+read_file(const char *name)
+{
+	int fd = open_input(name);
+	Str s = read_all(fd, name);
+
 	if (fd > 2)
 		close(fd);
 	return s;
@@ -1551,6 +1590,20 @@ create(int dir, const char *name, mode_t mode)
 	return fd;
 }
 
+/*
+ * Create the file that will take the name of another in dir: *name is
+ * what it is called until then.
+ */
+static int
+create_temporary(int dir, const char **name, mode_t mode)
+{
+	unsigned char r[8];
+
+	random_bytes(r, sizeof r);
+	*name = c_str(text(".acme-step.%", hex((Str){ r, sizeof r })));
+	return create(dir, *name, mode);
+}
+
 /* The place that symbolic links show, so that it is replaced, not they. */
 static const char *
 follow(const char *file)
@@ -1579,7 +1632,6 @@ follow(const char *file)
 static void
 out_open(const char *file, bool key)
 {
-	unsigned char r[8];
 	struct stat st;
 	bool old;
 
@@ -1588,15 +1640,15 @@ out_open(const char *file, bool key)
 	old = lstat(file, &st) == 0;
 	if (old && key)
 		no_place(S("it exists, and keys are never replaced"));
-	if (old && S_ISLNK(st.st_mode)) {
-		file = follow(file);
-		old = stat(file, &st) == 0;
-	}
-	if (old && !S_ISREG(st.st_mode)) {
+	if (old && stat(file, &st) == 0 && !S_ISREG(st.st_mode)) {
 		out.fd = open(file, O_WRONLY | O_NOCTTY | O_CLOEXEC);
 		if (out.fd < 0)
 			no_place(why());
 		return;
+	}
+	if (old) {
+		file = follow(file);
+		old = stat(file, &st) == 0;
 	}
 	out.dir = open(split_path(file, &out.base),
 	    O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -1604,9 +1656,7 @@ out_open(const char *file, bool key)
 		no_place(why());
 	if (!*out.base)
 		no_place(S("it has no name"));
-	random_bytes(r, sizeof r);
-	out.temporary = c_str(text(".acme-step.%", hex((Str){ r, sizeof r })));
-	out.fd = create(out.dir, out.temporary, key ? 0600 : 0666);
+	out.fd = create_temporary(out.dir, &out.temporary, key ? 0600 : 0666);
 	if (out.fd < 0 || (key && fchmod(out.fd, 0600) != 0))
 		no_place(why());
 	if (old)
@@ -2787,13 +2837,39 @@ static struct {
 	int fd;
 	char host[HOSTNAME + 1], port[6];
 	bool clean;			/* the server ended it as TLS wants */
+	pid_t command;			/* the process behind it, or 0 */
+	const unsigned char *from;	/* what has been received: */
 	size_t at, have;
+	bool whole;			/* and no more will be */
 	unsigned char in[4096], tls_buffer[BR_SSL_BUFSIZE_BIDI];
 	br_sslio_context io;
 	br_ssl_client_context tls;
 } conn;
 
 static int family = AF_UNSPEC;		/* -4, -6 */
+
+/* A variable under the first of two names that is set and not empty. */
+static Str
+variable(const char *a, const char *b)
+{
+	Str s = str(getenv(a));
+
+	return s.n ? s : str(getenv(b));
+}
+
+/* In a new process: what the old one must clean up is not ours. */
+static void
+become_child(void)
+{
+	sigset_t none;
+
+	ndoomed = 0;
+	tells = false;
+	setpgid(0, 0);
+	signal(SIGPIPE, SIG_DFL);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+}
 
 /* poll(), which a stopped and continued process sees interrupted. */
 static int
@@ -2839,29 +2915,299 @@ connect_to(const struct addrinfo *a, int ms)
 	return fd;
 }
 
+/* -H HOST:PORT:ADDR, as it came; the next one for a host and port. */
+static Str resolved[RESOLVED];
+static size_t nresolved;
+
+/* Take HOST:PORT:ADDR apart; false if it is malformed. */
+static bool
+read_resolved(Str s, Str *host, Str *port, Str *address)
+{
+	unsigned long n;
+
+	if (starts(s, S("["))) {
+		s = from(s, 1);
+		*host = cut(&s, ']');
+		cut(&s, ':');
+	} else
+		*host = cut(&s, ':');
+	*port = cut(&s, ':');
+	if (starts(s, S("[")) && s.p[s.n - 1] == ']')
+		s = (Str){ s.p + 1, s.n - 2 };
+	*address = s;
+	return host->n && number(*port, 65535, &n) && ip_bytes(s).n;
+}
+
+static void
+add_resolved(Str s)
+{
+	Str host, port, address;
+
+	if (!read_resolved(s, &host, &port, &address))
+		usage("-H takes HOST:PORT:ADDR, not %", s);
+	if (nresolved == RESOLVED)
+		die(FAULT, "more than % addresses by -H", num(RESOLVED));
+	resolved[nresolved++] = s;
+}
+
 /*
- * A stream of bytes to host:port, as a file descriptor: here over TCP, to
- * the first address that answers.  The list is not given back: free()
- * alone would bring 8 KB of an allocator that nothing else wants.
+ * Connect to the first address of a name that answers; -1 and errno.  The
+ * list is not given back: free() alone would bring 8 KB of an allocator
+ * that nothing else wants.
  */
+static int
+dial_name(const char *name, const char *port, int flags)
+{
+	struct addrinfo hint = { .ai_family = family, .ai_flags = flags |
+	    AI_NUMERICSERV, .ai_socktype = SOCK_STREAM }, *a;
+	int fd = -1, err;
+
+	doing(CA_DOWN, "looking up the address of ", name);
+	if ((err = getaddrinfo(name, port, &hint, &a)) != 0)
+		die(CA_DOWN, "cannot find the address of %: %", str(name),
+		    str(gai_strerror(err)));
+	doing(CA_DOWN, "connecting to ", name);
+	for (; a && fd < 0; a = a->ai_next)
+		fd = connect_to(a, CONNECT * 1000);
+	return fd;
+}
+
+/* A TCP connection; -H goes before what the resolver knows. */
+static int
+dial_tcp(const char *name, const char *port)
+{
+	Str host, at, address;
+	bool any = false;
+	int fd = -1;
+
+	for (size_t i = 0; i < nresolved && fd < 0; i++) {
+		read_resolved(resolved[i], &host, &at, &address);
+		if (!same_word(host, str(name)) || !same(at, str(port)))
+			continue;
+		any = true;
+		fd = dial_name(c_str(address), port, AI_NUMERICHOST);
+	}
+	if (!any)
+		fd = dial_name(name, port, 0);
+	if (fd < 0)
+		die(CA_DOWN, "cannot connect to % port %: %", str(name),
+		    str(port), why());
+	return fd;
+}
+
+/* End a process and all that it has started. */
+static void
+stop_group(const struct doomed *d)
+{
+	kill(-d->n, SIGKILL);
+	waitpid(d->n, NULL, 0);
+}
+
+static const char *proxy_command;	/* -P */
+
+/* The command with %h, %p and %% filled in; the host has safe letters. */
+static const char *
+fill_command(const char *host, const char *port)
+{
+	Str s = str(proxy_command), all = text("exec ");
+
+	while (s.n) {
+		all = cat(NONE, all, cut(&s, '%'));
+		if (!s.n)
+			break;
+		if (!strchr("hp%", s.p[0]))
+			usage("-P knows %, no other", S("%h, %p and %%"));
+		all = cat(NONE, all, s.p[0] == 'h' ? str(host) :
+		    s.p[0] == 'p' ? str(port) : S("%"));
+		s = from(s, 1);
+	}
+	return c_str(all);
+}
+
+/* A stream through the standard input and output of a command (-P). */
+static int
+dial_command(const char *host, const char *port)
+{
+	const char *command = fill_command(host, port);
+	int fds[2];
+
+	doing(CA_DOWN, "connecting through ", proxy_command);
+	if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds) != 0 ||
+	    (conn.command = fork()) < 0)
+		die(FAULT, "cannot start a process: %", why());
+	if (conn.command == 0) {
+		become_child();
+		dup2(fds[1], 0);
+		dup2(fds[1], 1);
+		close(fds[0]);
+		close(fds[1]);
+		execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+		warn("cannot run /bin/sh for -P: %", why());
+		_exit(127);
+	}
+	setpgid(conn.command, conn.command);
+	doomed[0] = (struct doomed){ stop_group, conn.command, NULL };
+	close(fds[1]);
+	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
+	return fds[0];
+}
+
+/* Does no_proxy name the host: by itself, a domain above it, or "*"? */
+static bool
+needs_no_proxy(Str host)
+{
+	Str list = variable("no_proxy", "NO_PROXY"), ip = ip_bytes(host), s;
+
+	while (list.n) {
+		s = trim(cut(&list, ','));
+		if (same(s, S("*")) || same_word(s, host) ||
+		    (ip.n && same(ip_bytes(s), ip)))
+			return true;
+		if (starts(s, S(".")))
+			s = from(s, 1);
+		if (s.n && !ip.n && host.n > s.n &&
+		    host.p[host.n - s.n - 1] == '.' &&
+		    same_word(from(host, host.n - s.n), s))
+			return true;
+	}
+	return false;
+}
+
+/* http://[USER:PASSWORD@]HOST[:PORT][/], as https_proxy has it. */
+struct proxy {
+	Str user, password;		/* percent-encoded; NONE: neither */
+	Str host, port;
+};
+
+static void
+read_proxy(Str s, struct proxy *p)
+{
+	Str whole = s, rest;
+	unsigned long n;
+
+	*p = (struct proxy){ .port = S("80") };
+	if (starts(s, S("http://")))
+		s = from(s, 7);
+	s = cut(&s, '/');
+	if (contains(s, S("@"))) {
+		p->password = cut(&s, '@');
+		p->user = cut(&p->password, ':');
+	}
+	rest = s;
+	if (starts(s, S("["))) {
+		rest = from(s, 1);
+		p->host = cut(&rest, ']');
+		cut(&rest, ':');
+	} else
+		p->host = cut(&rest, ':');
+	if (rest.n)
+		p->port = rest;
+	if (!p->host.n || !number(p->port, 65535, &n) || n == 0 ||
+	    (!made_of(p->host, ALPHA DIGIT "-._") && !ip_bytes(p->host).n))
+		usage("https_proxy is no http://HOST:PORT: %", brief(whole));
+}
+
+/* Without its percent signs (RFC 3986 2.1). */
+static Str
+percent_decoded(Str s)
+{
+	size_t mark = used;
+	unsigned char *o = take(s.n);
+	size_t n = 0;
+
+	for (; s.n; s = from(s, 1)) {
+		o[n] = s.p[0];
+		if (s.p[0] == '%' && s.n > 2 && made_of((Str){ s.p + 1, 2 },
+		    DIGIT "abcdefABCDEF")) {
+			o[n] = unhex(lower((Str){ s.p + 1, 2 })).p[0];
+			s = from(s, 2);
+		}
+		n++;
+	}
+	return keep(mark, (Str){ o, n });
+}
+
+/* Base64 with its padding (RFC 4648 4), as HTTP wants it. */
+static Str
+base64(Str s)
+{
+	Str url = b64(s);
+	unsigned char *p = take(url.n + 2);
+	size_t n = 0;
+
+	for (; n < url.n; n++)
+		p[n] = url.p[n] == '-' ? '+' : url.p[n] == '_' ? '/' :
+		    url.p[n];
+	while (n % 4)
+		p[n++] = '=';
+	return (Str){ p, n };
+}
+
+/* A line from a proxy, before there is TLS; without its CR LF. */
+static Str
+proxy_line(int fd, size_t *room, Str name)
+{
+	Str s = { heap + used, 0 };
+	unsigned char c;
+
+	for (;;) {
+		ssize_t n = read(fd, &c, 1);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0 || --*room == 0)
+			die(CA_DOWN, "the proxy % gives no answer that can "
+			    "be read", name);
+		if (c == '\n')
+			break;
+		*take(1) = c;
+		s.n++;
+	}
+	if (s.n && s.p[s.n - 1] == '\r')
+		s.n--;
+	return s;
+}
+
+/* A stream through a proxy (RFC 9110 9.3.6). */
+static int
+dial_proxy(Str url, const char *host, const char *port)
+{
+	Str target = text(strchr(host, ':') ? "[%]:%" : "%:%", str(host),
+	    str(port)), status, code;
+	size_t room = HEAD;
+	struct proxy p;
+	int fd;
+
+	read_proxy(url, &p);
+	fd = dial_tcp(c_str(p.host), c_str(p.port));
+	doing(CA_DOWN, "waiting for the proxy ", c_str(p.host));
+	if (!write_all(fd, text("CONNECT % HTTP/1.1\r\nHost: %\r\n%%%\r\n",
+	    target, target, p.user.n ? S("Proxy-Authorization: Basic ") :
+	    NONE, p.user.n ? base64(text("%:%", percent_decoded(p.user),
+	    percent_decoded(p.password))) : NONE, p.user.n ? S("\r\n") :
+	    NONE)))
+		die(CA_DOWN, "cannot write to the proxy %: %", p.host, why());
+	code = status = proxy_line(fd, &room, p.host);
+	cut(&code, ' ');
+	if (!starts(status, S("HTTP/1.")) || !starts(code, S("2")))
+		die(CA_DOWN, "the proxy % does not connect to %: %", p.host,
+		    target, brief(status));
+	while (proxy_line(fd, &room, p.host).n)
+		continue;
+	return fd;
+}
+
+/* A stream of bytes to host:port, as a file descriptor. */
 static int
 dial(const char *host, const char *port)
 {
-	struct addrinfo hint = { .ai_family = family,
-	    .ai_socktype = SOCK_STREAM }, *list, *a;
-	int fd = -1, err;
+	Str proxy = variable("https_proxy", "HTTPS_PROXY");
 
-	doing(CA_DOWN, "looking up the address of ", host);
-	if ((err = getaddrinfo(host, port, &hint, &list)) != 0)
-		die(CA_DOWN, "cannot find the address of %: %", str(host),
-		    str(gai_strerror(err)));
-	doing(CA_DOWN, "connecting to ", host);
-	for (a = list; a && fd < 0; a = a->ai_next)
-		fd = connect_to(a, CONNECT * 1000);
-	if (fd < 0)
-		die(CA_DOWN, "cannot connect to % port %: %", str(host),
-		    str(port), why());
-	return fd;
+	if (proxy_command)
+		return dial_command(host, port);
+	if (proxy.n && !needs_no_proxy(str(host)))
+		return dial_proxy(proxy, host, port);
+	return dial_tcp(host, port);
 }
 
 static int
@@ -2921,6 +3267,29 @@ tls_engine(br_ssl_engine_context *e, void *buffer, size_t size, int duplex)
 	br_ssl_engine_inject_entropy(e, seed, sizeof seed);
 }
 
+/* How a process ended, if it was not well. */
+static Str
+ending(int status)
+{
+	return WIFSIGNALED(status) ?
+	    text("was ended by signal %", num((unsigned)WTERMSIG(status))) :
+	    text("failed with status %", num((unsigned)WEXITSTATUS(status)));
+}
+
+/* How the command behind the connection ended, where it has. */
+static Str
+command_fault(void)
+{
+	const struct timespec moment = { 0, 100000000 };
+	int status;
+
+	nanosleep(&moment, NULL);
+	if (waitpid(conn.command, &status, WNOHANG) != conn.command)
+		return text("the command % ended the connection",
+		    str(proxy_command));
+	return text("the command % %", str(proxy_command), ending(status));
+}
+
 /* Why there is no TLS with the server. */
 static Str
 tls_fault(int err)
@@ -2929,7 +3298,8 @@ tls_fault(int err)
 		return chain_fault(err);
 	switch (err) {
 	case BR_ERR_IO:
-		return S("the connection ended during the TLS handshake");
+		return conn.command ? command_fault() :
+		    S("the connection ended during the TLS handshake");
 	case BR_ERR_BAD_VERSION:
 	case BR_ERR_UNKNOWN_TYPE:
 		return S("it does not speak TLS");
@@ -2964,6 +3334,10 @@ conn_close(void)
 		br_ssl_engine_sendrec_ack(&conn.tls.eng, n);
 	close(conn.fd);
 	conn.fd = -1;
+	if (conn.command)
+		stop_group(&doomed[0]);
+	doomed[0].end = NULL;
+	conn.command = 0;
 }
 
 /* Be connected to the host of a URL; what is open already may do. */
@@ -2996,24 +3370,35 @@ conn_open(const struct url *u)
 		tls_failed(br_ssl_engine_last_error(&conn.tls.eng));
 }
 
+/* Receive more; false at the end of the connection. */
+static bool
+conn_fill(void)
+{
+	int n, err;
+
+	if (conn.whole)
+		return false;
+	n = br_sslio_read(&conn.io, conn.in, sizeof conn.in);
+	err = br_ssl_engine_last_error(&conn.tls.eng);
+	if (n <= 0) {
+		if (err != BR_ERR_OK && err != BR_ERR_IO)
+			tls_failed(err);
+		conn.clean = err == BR_ERR_OK;
+		return false;
+	}
+	conn.from = conn.in;
+	conn.have = (size_t)n;
+	conn.at = 0;
+	return true;
+}
+
 /* The next byte, or -1 at the end of the connection. */
 static int
 conn_byte(void)
 {
-	if (conn.at == conn.have) {
-		int n = br_sslio_read(&conn.io, conn.in, sizeof conn.in);
-		int err = br_ssl_engine_last_error(&conn.tls.eng);
-
-		if (n <= 0) {
-			if (err != BR_ERR_OK && err != BR_ERR_IO)
-				tls_failed(err);
-			conn.clean = err == BR_ERR_OK;
-			return -1;
-		}
-		conn.have = (size_t)n;
-		conn.at = 0;
-	}
-	return conn.in[conn.at++];
+	if (conn.at == conn.have && !conn_fill())
+		return -1;
+	return conn.from[conn.at++];
 }
 
 /* ----------------------------------------------------------- 16. HTTP -- */
@@ -3275,20 +3660,26 @@ http_receive(const struct message *q, struct reply *r)
 	return true;
 }
 
-/* A message as it goes out (RFC 9112 3, RFC 8555 6.1 and 6.2). */
+/*
+ * A message as it goes out (RFC 9112 3, RFC 8555 6.1 and 6.2), to the
+ * target in its first line.
+ */
 static Str
-http_text(const struct message *q, const struct url *u)
+http_text(const struct message *q, const struct url *u, Str target)
 {
-	Str host = from(u->origin, 8);
+	return text("% % HTTP/1.1\r\nHost: %\r\n"
+	    "User-Agent: acme-step/" VERSION "\r\n%\r\n%",
+	    str(q->method), target, from(u->origin, 8), q->body.n ?
+	    text("Content-Type: application/jose+json\r\n"
+	        "Content-Length: %\r\n", num(q->body.n)) : NONE, q->body);
+}
 
-	return cat(str(q->method), S(" "),
-	    u->path.n && u->path.p[0] == '/' ? NONE : S("/"), u->path,
-	    S(" HTTP/1.1\r\nHost: "), host,
-	    S("\r\nUser-Agent: acme-step/" VERSION "\r\n"),
-	    q->body.n ? text("Content-Type: "
-	    "application/jose+json\r\nContent-Length: %\r\n",
-	    num(q->body.n)) : NONE,
-	    S("\r\n"), q->body);
+/* The path and query of a URL; there is always a path (RFC 9112 3.2.1). */
+static Str
+url_target(const struct url *u)
+{
+	return u->path.n && u->path.p[0] == '/' ? u->path :
+	    text("/%", u->path);
 }
 
 /*
@@ -3300,7 +3691,7 @@ pipeline(const struct message *q, struct reply *r, size_t n)
 {
 	struct url u, v;
 	size_t mark = used, m = 0, got = 0;
-	Str text = NONE;
+	Str all = NONE;
 
 	url_read(q[0].url, &u);
 	conn_open(&u);
@@ -3309,10 +3700,11 @@ pipeline(const struct message *q, struct reply *r, size_t n)
 		url_read(q[m].url, &v);
 		if (!same(u.origin, v.origin))
 			break;
-		text = cat(text, http_text(&q[m], &v));
+		all = keep(mark, cat(NONE, all, http_text(&q[m], &v,
+		    url_target(&v))));
 	} while (++m < n);
 	doing(CA_DOWN, "sending to ", conn.host);
-	if (br_sslio_write_all(&conn.io, text.p, text.n) != 0 ||
+	if (br_sslio_write_all(&conn.io, all.p, all.n) != 0 ||
 	    br_sslio_flush(&conn.io) != 0)
 		m = 0;
 	used = mark;
@@ -3322,6 +3714,197 @@ pipeline(const struct message *q, struct reply *r, size_t n)
 	if (got == 0 || got < m || r[got - 1].last)
 		conn_close();
 	return got;
+}
+
+/*
+ * The box (-B): messages are files in it, N.request and N.response, in the
+ * order in which the step sends them.  Whoever has a network carries them;
+ * the step, called again in the same way, makes the same requests again,
+ * since its signatures have no randomness in them, and finds the replies.
+ */
+static struct {
+	const char *name;		/* NULL: there is none */
+	int dir;
+	unsigned long n;		/* messages so far */
+	size_t published;		/* ndoomed, before what must stay */
+} box;
+
+static const char *
+box_file(unsigned long n, const char *kind)
+{
+	return c_str(text("%.%", num(n), str(kind)));
+}
+
+/* A file in the box; false where there is none. */
+static bool
+box_read(const char *name, Str *s)
+{
+	int fd = openat(box.dir, name, O_RDONLY | O_NOCTTY | O_CLOEXEC |
+	    O_NONBLOCK);
+
+	if (fd < 0 && errno == ENOENT)
+		return false;
+	if (fd < 0)
+		die(MISSING, "cannot open % in %: %", str(name), str(box.name),
+		    why());
+	*s = read_all(fd, name);
+	close(fd);
+	return true;
+}
+
+/* A new file in the box, complete or absent. */
+static void
+box_write(const char *name, Str s)
+{
+	const char *temporary;
+	int fd = create_temporary(box.dir, &temporary, 0666);
+
+	if (fd < 0)
+		die(NO_PLACE, "cannot create a file in %: %", str(box.name),
+		    why());
+	if (!write_all(fd, s) || fsync(fd) != 0 || close(fd) != 0 ||
+	    renameat(box.dir, temporary, box.dir, name) != 0)
+		die(IO, "cannot write % in %: %", str(name), str(box.name),
+		    why());
+	spare();
+}
+
+/* What a part of a JWS says, for people, on one line. */
+static Str
+jws_part(Str body, const char *name)
+{
+	Str o, s = json_read(body, &o) ? unb64(text_of(o, name)) : NONE;
+	unsigned char *p = take(s.n);
+
+	for (size_t i = 0; i < s.n; i++)
+		p[i] = s.p[i] < ' ' ? ' ' : s.p[i];
+	return (Str){ p, s.n };
+}
+
+/*
+ * A request's file: what it says in plain text, in comments, and then the
+ * message itself, its URL in absolute form (RFC 9112 3.2.2).
+ */
+static Str
+box_request(const struct message *q)
+{
+	Str comments = q->body.n ? text("# protected: %\n# payload: %\n",
+	    jws_part(q->body, "protected"), jws_part(q->body, "payload")) :
+	    NONE;
+	struct url u;
+
+	url_read(q->url, &u);
+	return cat(NONE, comments, http_text(q, &u, q->url));
+}
+
+/* Ties a reply to its request: what is swapped, cut or edited shows. */
+static Str
+box_check(Str request, Str response)
+{
+	return b64(sha256(cat(NONE, sha256(request), sha256(response))));
+}
+
+/* A reply as it is kept: the header fields that a step uses, the body. */
+static Str
+box_response(const struct reply *r)
+{
+	Str head = text("HTTP/1.1 % \r\n", num((unsigned)r->status));
+
+	if (r->location.n)
+		head = text("%Location: %\r\n", head, r->location);
+	if (r->nonce.n)
+		head = text("%Replay-Nonce: %\r\n", head, r->nonce);
+	if (r->links.n)
+		head = text("%Link: %\r\n", head, r->links);
+	if (r->retry_after >= 0)
+		head = text("%Retry-After: %\r\n", head,
+		    num((unsigned long)r->retry_after));
+	return text("%Content-Length: %\r\n\r\n%", head, num(r->body.n),
+	    r->body);
+}
+
+#define BOX_CHECK "Acme-Step-Check: "
+
+/* Take the check off the end of a stored reply; false if it is wrong. */
+static bool
+box_open(Str request, Str *s)
+{
+	size_t tail = sizeof BOX_CHECK - 1 + 43 + 1;
+	Str check;
+
+	if (s->n < tail)
+		return false;
+	check = from(*s, s->n - tail);
+	s->n -= tail;
+	return same(check, text(BOX_CHECK "%\n", box_check(request, *s)));
+}
+
+static void
+box_refuse(const char *what)
+{
+	die(BAD, "% in % %", str(box_file(box.n, "response")), str(box.name),
+	    str(what));
+}
+
+/* The reply to the next message from the box; false if it is not there. */
+static bool
+box_exchange(const struct message *q, struct reply *r)
+{
+	const char *name = box_file(++box.n, "request");
+	size_t mark = used;
+	Str request = box_request(q), old, s;
+
+	if (!box_read(name, &old))
+		box_write(name, request);
+	else if (!same(old, request))
+		die(BAD, "% in % is of another step: each step has a box of "
+		    "its own", str(name), str(box.name));
+	if (!box_read(box_file(box.n, "response"), &s))
+		return false;
+	if (!box_open(request, &s))
+		box_refuse("is not the reply to that request");
+	s = keep(mark, s);
+	conn.from = s.p;
+	conn.at = 0;
+	conn.have = s.n;
+	conn.whole = conn.clean = true;
+	if (!http_receive(q, r) || conn.at != conn.have)
+		box_refuse("is not a whole reply");
+	return true;
+}
+
+/*
+ * All replies to a batch, or the step ends; what lacks one is written
+ * together.  What has been published stays so: the step will come back.
+ */
+static void
+box_batch(const struct message *q, struct reply *r, size_t n)
+{
+	size_t lack = 0;
+
+	for (size_t i = 0; i < n; i++)
+		lack += !box_exchange(&q[i], &r[i]);
+	if (lack == 0)
+		return;
+	if (box.published)
+		ndoomed = box.published;
+	die(LATER, "% in % want%: run acme-step send %, then this again%",
+	    lack == 1 ? S("a request") : text("% requests", num(lack)),
+	    str(box.name), lack == 1 ? S("s a reply") : S(" replies"),
+	    str(box.name), carrier_pause < 1000 ? NONE : text("; not before "
+	    "% s have passed", num((unsigned long long)carrier_pause / 1000)));
+}
+
+/* Use a directory as the box; where there is none, it is made. */
+static void
+open_box(const char *name, bool make)
+{
+	if (make && mkdir(name, 0777) != 0 && errno != EEXIST)
+		die(NO_PLACE, "cannot create %: %", str(name), why());
+	box.name = name;
+	box.dir = open(name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (box.dir < 0)
+		die(MISSING, "cannot open %: %", str(name), why());
 }
 
 /*
@@ -3335,6 +3918,10 @@ exchange(const struct message *q, struct reply *r, size_t n)
 {
 	size_t done = 0, window = WINDOW;
 
+	if (boxed) {
+		box_batch(q, r, n);
+		return;
+	}
 	for (int tries = 0; done < n; ) {
 		bool idle = conn.fd >= 0;
 		size_t want = n - done < window ? n - done : window;
@@ -3724,24 +4311,6 @@ static const struct {
 	    "new-account -y" },
 	{ ERROR "badSignatureAlgorithm", "; another key type may do: key -t" },
 };
-
-/* A string of an object, in a message; nothing where it has none. */
-static Str
-text_of(Str o, const char *name)
-{
-	Str v = json_member(o, name);
-
-	return json_kind(v) == '"' ? json_text(v) : NONE;
-}
-
-/* An array of an object; nothing where it has none. */
-static Str
-list_of(Str o, const char *name)
-{
-	Str v = json_member(o, name);
-
-	return json_kind(v) == '[' ? v : NONE;
-}
 
 /* A problem document in a line (RFC 7807 3.1, RFC 8555 6.7 and 6.7.1). */
 static Str
@@ -5595,16 +6164,9 @@ choose_hook(const char *option)
 static void
 hook_exec(const struct hook *h, const char *const *call, int says)
 {
-	sigset_t none;
-
-	ndoomed = 0;
-	tells = false;
-	setpgid(0, 0);
+	become_child();
 	environ = hook_environment(h);
 	dup2(says, 1);
-	signal(SIGPIPE, SIG_DFL);
-	sigemptyset(&none);
-	sigprocmask(SIG_SETMASK, &none, NULL);
 	execvp(call[0], (char *const *)call);
 	warn("cannot run the hook %: %", str(call[0]), why());
 	_exit(127);
@@ -5650,13 +6212,6 @@ hook_take_down(const struct doomed *d)
 		    str(h->vars[2] + sizeof "ACME_NAME"));
 }
 
-static void
-stop_group(const struct doomed *d)
-{
-	kill(-d->n, SIGKILL);
-	waitpid(d->n, NULL, 0);
-}
-
 /* All that a hook prints, up to a limit, for as long as it prints. */
 static Str
 hook_output(int fd)
@@ -5674,15 +6229,6 @@ hook_output(int fd)
 	while (s.n && s.p[s.n - 1] == '\n')
 		s.n--;
 	return s;
-}
-
-/* How a process ended, if it was not well. */
-static Str
-ending(int status)
-{
-	return WIFSIGNALED(status) ?
-	    text("was ended by signal %", num((unsigned)WTERMSIG(status))) :
-	    text("failed with status %", num((unsigned)WEXITSTATUS(status)));
 }
 
 /*
@@ -6682,6 +7228,9 @@ do_respond(char **arg)
 		print_record();
 		return;
 	}
+	if (how && boxed)
+		usage("nobody comes to -l where there is a box (-B)");
+	box.published = before;
 	if (how)
 		listen_at(how, opt['l']);
 	find_challenges(type);
@@ -6888,6 +7437,64 @@ do_post(char **arg)
 	post_and_print(arg[0], v, true);
 }
 
+/* A request's file, as box_request() made it; false if it is another. */
+static bool
+read_request_file(Str s, struct message *q)
+{
+	Str method, value, line_text;
+	unsigned long length = 0;
+
+	while (starts(s, S("# ")))
+		cut(&s, '\n');
+	method = cut(&s, ' ');
+	q->method = same(method, S("GET")) ? "GET" : same(method, S("HEAD")) ?
+	    "HEAD" : "POST";
+	q->url = cut(&s, ' ');
+	if (!same(method, str(q->method)) || !is_url(q->url))
+		return false;
+	cut(&s, '\n');
+	while (s.n && !same(line_text = cut(&s, '\n'), S("\r"))) {
+		value = line_text;
+		if (same_word(cut(&value, ':'), S("Content-Length")) &&
+		    !number(trim(cut(&value, '\r')), INPUT, &length))
+			return false;
+	}
+	q->body = s;
+	q->once = false;
+	return s.n == length;
+}
+
+/* send BOX: carry what has no reply yet, many at a time. */
+static void
+do_send(char **arg)
+{
+	static struct message q[WINDOW];
+	static struct reply r[WINDOW];
+	unsigned long next = 1, at[WINDOW];
+	Str request[WINDOW], s;
+	size_t n, mark = used;
+
+	open_box(arg[0], false);
+	do {
+		for (n = 0; n < WINDOW && box_read(box_file(next, "request"),
+		    &request[n]); next++) {
+			if (box_read(box_file(next, "response"), &s))
+				continue;
+			if (!read_request_file(request[n], &q[n]))
+				die(BAD, "% in % is no request", str(box_file(
+				    next, "request")), str(arg[0]));
+			at[n++] = next;
+		}
+		exchange(q, r, n);
+		for (size_t i = 0; i < n; i++) {
+			s = box_response(&r[i]);
+			box_write(box_file(at[i], "response"), text("%"
+			    BOX_CHECK "%\n", s, box_check(request[i], s)));
+		}
+		used = mark;
+	} while (n == WINDOW);
+}
+
 static void do_help(char **);
 
 static void
@@ -6906,7 +7513,8 @@ enum {			/* what a command needs before it is called */
 	KEY = 8,	/* the account's key */
 	RECORDED = 16,	/* the account's record, where there is one */
 	ACCOUNT = 48,	/* the account, found by its key if need be */
-	NOT_WITH_K = 64	/* with -K, neither of the two last */
+	NOT_WITH_K = 64, /* with -K, neither of the two last */
+	CARRY = 128	/* the CA, for requests that others have made */
 };
 
 #define ORDER (RECORD | NET | KEY | ACCOUNT)
@@ -6966,6 +7574,8 @@ static const struct command {
     "URL", "read a resource of the CA" },
 { "post", do_post, "", "", 1, 1, NET | KEY | ACCOUNT,
     "URL", "send JSON to a resource of the CA" },
+{ "send", do_send, "", "", 1, 1, CARRY,
+    "BOX", "carry the requests of an air-gapped step" },
 { "help", do_help, "", "", 0, 1, 0,
     "[COMMAND]", "say how to use it" },
 { "version", do_version, "", "", 0, 0, 0,
@@ -6982,6 +7592,9 @@ static const struct {
 	{ 'C', "FILE", "ACME_CA_FILE", "trust anchors (the system's)" },
 	{ 'o', "FILE", NULL, "output (standard output)" },
 	{ 'T', "SECONDS", "ACME_TIMEOUT", "the step's time limit (300)" },
+	{ 'H', "HOST:PORT:ADDR", "ACME_RESOLVE", "connect there instead" },
+	{ 'P', "COMMAND", "ACME_PROXY_COMMAND", "connect through a command" },
+	{ 'B', "DIR", "ACME_BOX", "exchange files, not messages" },
 	{ '4', NULL, NULL, "connect over IPv4 only" },
 	{ '6', NULL, NULL, "connect over IPv6 only" },
 	{ 'v', NULL, NULL, "one line for each request" },
@@ -7121,6 +7734,8 @@ read_options(const struct command *c, char **arg)
 				    (Str){ &letter, 1 });
 			if (letter == 'm')
 				add_contact(opt[letter]);
+			if (letter == 'H')
+				add_resolved(str(opt[letter]));
 			break;
 		}
 	}
@@ -7160,6 +7775,16 @@ choose_directory(void)
 		add_line(S("directory"), url ? str(url) : S(LETS_ENCRYPT));
 }
 
+/* ACME_RESOLVE: what -H takes, with spaces between. */
+static void
+resolve_list(Str s)
+{
+	Str one;
+
+	while ((one = take_word(&s)).n)
+		add_resolved(one);
+}
+
 /* All that comes before the first request, so that it fails before. */
 static void
 prepare(const struct command *c)
@@ -7176,6 +7801,9 @@ prepare(const struct command *c)
 	if (opt['4'] && opt['6'])
 		usage("-4 and -6 exclude each other");
 	account_file = option('k') ? option('k') : "account.pem";
+	proxy_command = option('P');
+	if (!nresolved)
+		resolve_list(str(option('H')));
 	if (needs & RECORD)
 		record_read(NULL, false);
 	if (needs & RECORDED && account)
@@ -7187,10 +7815,14 @@ prepare(const struct command *c)
 		usage("a key goes to a file: -o FILE");
 	if (needs & KEY)
 		signer();
+	boxed = needs & NET && option('B');
+	if (boxed)
+		open_box(option('B'), true);
+	else if (needs & (NET | CARRY))
+		find_anchors(option('C'));
 	if (!(needs & NET))
 		return;
 	choose_directory();
-	find_anchors(option('C'));
 	acme_start();
 	if ((needs & ACCOUNT) == ACCOUNT)
 		need_account();
