@@ -520,12 +520,13 @@ make_text(const char *template, ...)
 }
 
 /* End the step for the way it was called. */
-#define usage(...)  (afterword = see_help(), die(USAGE, __VA_ARGS__))
+#define usage(...)  (see_help(), die(USAGE, __VA_ARGS__))
 
-static Str
+static void
 see_help(void)
 {
-	return text(" (see acme-step help%%)", step.n ? S(" ") : NONE, step);
+	afterword = text(" (see acme-step help%%)", step.n ? S(" ") : NONE,
+	    step);
 }
 
 static bool
@@ -780,20 +781,6 @@ quote(Str s)
 	}
 	*o++ = '"';
 	return keep(mark, (Str){ out, (size_t)(o - out) });
-}
-
-/* An object of names and values in turn; the values are JSON already. */
-#define obj(...)  object(STRS(__VA_ARGS__))
-
-static Str
-object(const Str *v, size_t nv)
-{
-	size_t mark = used;
-	Str s = text("{");
-
-	for (size_t i = 0; i + 1 < nv; i += 2)
-		s = cat(s, i ? S(",") : NONE, quote(v[i]), S(":"), v[i + 1]);
-	return keep(mark, cat(s, S("}")));
 }
 
 /*
@@ -1107,7 +1094,6 @@ enum {			/* identifier octets (X.690 8.1.2) */
 	OCTETS    = 0x04,
 	OID       = 0x06,
 	UTF8      = 0x0c,
-	PRINTABLE = 0x13,
 	UTC_TIME  = 0x17,
 	TIME      = 0x18,
 	SEQUENCE  = 0x30,
@@ -1116,6 +1102,7 @@ enum {			/* identifier octets (X.690 8.1.2) */
 	IP_NAME   = 0x87,	/* GeneralName [7] */
 	VERSION_0 = 0xa0,	/* [0] of RFC 5280 4.1 */
 	ATTRS     = 0xa0,	/* [0] of RFC 2986 4.1 */
+	EC_PUBLIC = 0xa1,	/* [1] of RFC 5915 3 */
 	EXTS      = 0xa3	/* [3] of RFC 5280 4.1 */
 };
 
@@ -1159,19 +1146,31 @@ integer(Str s)
 	return der(INTEGER, s.n && s.p[0] & 0x80 ? S("\0") : NONE, s);
 }
 
-#define EC_PUBLIC_KEY  der(OID, S("\x2a\x86\x48\xce\x3d\x02\x01"))
-#define SECP256R1      der(OID, S("\x2a\x86\x48\xce\x3d\x03\x01\x07"))
-#define SECP384R1      der(OID, S("\x2b\x81\x04\x00\x22"))
-#define ECDSA_SHA256   der(OID, S("\x2a\x86\x48\xce\x3d\x04\x03\x02"))
-#define ECDSA_SHA384   der(OID, S("\x2a\x86\x48\xce\x3d\x04\x03\x03"))
-#define RSA_PUBLIC_KEY der(OID, S("\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01"))
-#define RSA_SHA256     der(OID, S("\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b"))
-#define EXTENSIONS     der(OID, S("\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e"))
-#define SUBJECT_ALT    der(OID, S("\x55\x1d\x11"))
-#define ACME_IDENTIFIER der(OID, S("\x2b\x06\x01\x05\x05\x07\x01\x1f"))
-#define COUNTRY        der(OID, S("\x55\x04\x06"))
-#define ORGANIZATION   der(OID, S("\x55\x04\x0a"))
-#define COMMON_NAME    der(OID, S("\x55\x04\x03"))
+/* Constant elements, whole: numbers, a yes, and object identifiers. */
+#define ZERO            S("\x02\x01\x00")
+#define ONE             S("\x02\x01\x01")
+#define TWO             S("\x02\x01\x02")
+#define TRUE            S("\x01\x01\xff")
+#define EXTENSIONS      S("\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x09\x0e")
+#define SUBJECT_ALT     S("\x06\x03\x55\x1d\x11")
+#define ACME_IDENTIFIER S("\x06\x08\x2b\x06\x01\x05\x05\x07\x01\x1f")
+#define COMMON_NAME     S("\x06\x03\x55\x04\x03")
+
+/*
+ * AlgorithmIdentifiers, whole: a sequence of an identifier and, where the
+ * algorithm has one, a parameter (RFC 5480 2.1.1, RFC 3279 2.3.1, RFC 5758
+ * 3.2, RFC 4055 5).
+ */
+#define ID_EC           "\x06\x07\x2a\x86\x48\xce\x3d\x02\x01"
+#define P256_KEY        S("\x30\x13" ID_EC \
+                          "\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07")
+#define P384_KEY        S("\x30\x10" ID_EC "\x06\x05\x2b\x81\x04\x00\x22")
+#define RSA_KEY         S("\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d" \
+                          "\x01\x01\x01\x05\x00")
+#define ECDSA_SHA256    S("\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02")
+#define ECDSA_SHA384    S("\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x03")
+#define RSA_SHA256      S("\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d" \
+                          "\x01\x01\x0b\x05\x00")
 
 /*
  * Take the element at the front of `in`: its contents, and all of it with
@@ -1839,62 +1838,11 @@ struct key {
 static struct key account_key, certificate_key;
 
 /*
- * The whole program's elliptic curves, portable and constant-time: X25519,
- * which only TLS uses, and the prime curves.  BearSSL's own choice of
- * all has faster code for P-256, at 9 KB more; a step uses it five times.
+ * The whole program's elliptic curves: P-256, P-384 and P-521, portable
+ * and constant-time.  BearSSL's own choice adds X25519, and faster code
+ * for P-256, at 13 KB; a step uses it five times, and no CA lacks P-256.
  */
-static const br_ec_impl *
-curve_code(int curve)
-{
-	return curve == BR_EC_curve25519 ? &br_ec_c25519_i31 :
-	    &br_ec_prime_i31;
-}
-
-static const unsigned char *
-curve_generator(int curve, size_t *n)
-{
-	return curve_code(curve)->generator(curve, n);
-}
-
-static const unsigned char *
-curve_order(int curve, size_t *n)
-{
-	return curve_code(curve)->order(curve, n);
-}
-
-static size_t
-curve_xoff(int curve, size_t *n)
-{
-	return curve_code(curve)->xoff(curve, n);
-}
-
-static uint32_t
-curve_mul(unsigned char *g, size_t ng, const unsigned char *x, size_t nx,
-    int curve)
-{
-	return curve_code(curve)->mul(g, ng, x, nx, curve);
-}
-
-static size_t
-curve_mulgen(unsigned char *r, const unsigned char *x, size_t nx, int curve)
-{
-	return curve_code(curve)->mulgen(r, x, nx, curve);
-}
-
-static uint32_t
-curve_muladd(unsigned char *a, const unsigned char *b, size_t n,
-    const unsigned char *x, size_t nx, const unsigned char *y, size_t ny,
-    int curve)
-{
-	return curve_code(curve)->muladd(a, b, n, x, nx, y, ny, curve);
-}
-
-static const br_ec_impl curves = {
-	1U << BR_EC_curve25519 | 1U << BR_EC_secp256r1 |
-	    1U << BR_EC_secp384r1 | 1U << BR_EC_secp521r1,
-	curve_generator, curve_order, curve_xoff, curve_mul, curve_mulgen,
-	curve_muladd
-};
+static const br_ec_impl *const curves = &br_ec_prime_i31;
 
 static Str
 hash(const br_hash_class *h, Str s)
@@ -1933,7 +1881,7 @@ hmac_sha256(Str key, Str s)
 static bool
 ec_complete(struct key *k)
 {
-	k->npublic = br_ec_compute_pub(&curves, &k->ec_public, k->public,
+	k->npublic = br_ec_compute_pub(curves, &k->ec_public, k->public,
 	    &k->ec);
 	return k->npublic == 1 + 2 * k->type->size;
 }
@@ -1994,12 +1942,11 @@ key_make(struct key *k, const struct key_type *type)
 	br_hmac_drbg_init(&rng, &br_sha256_vtable, seed, sizeof seed);
 	k->type = type;
 	if (type->curve)
-		ok = br_ec_keygen(&rng.vtable, &curves, &k->ec, k->secret,
+		ok = br_ec_keygen(&rng.vtable, curves, &k->ec, k->secret,
 		    type->curve) != 0;
 	else {
-		ok = br_rsa_keygen_get_default()(&rng.vtable, &k->rsa,
-		    k->secret, &public, k->public, (unsigned)type->size * 8,
-		    EXPONENT);
+		ok = br_rsa_i31_keygen(&rng.vtable, &k->rsa, k->secret,
+		    &public, k->public, (unsigned)type->size * 8, EXPONENT);
 		k->npublic = type->size;
 		k->exponent = EXPONENT;
 	}
@@ -2088,7 +2035,7 @@ static bool
 in_range(const struct key *k)
 {
 	size_t n;
-	const unsigned char *order = curves.order(k->type->curve, &n);
+	const unsigned char *order = curves->order(k->type->curve, &n);
 	unsigned any = 0;
 
 	for (size_t i = 0; i < k->ec.xlen; i++)
@@ -2143,28 +2090,6 @@ key_read(struct key *k, const char *name)
 	    bad ? S(": malformed PEM") : NONE);
 }
 
-static Str
-key_pem(const struct key *k)
-{
-	br_rsa_public_key rsa = { (unsigned char *)k->public, k->npublic,
-	    (unsigned char *)S("\1\0\1").p, 3 };
-	unsigned char d[512], *p;
-	size_t n, nd = 0;
-
-	if (k->type->curve)
-		n = br_encode_ec_pkcs8_der(NULL, &k->ec, &k->ec_public);
-	else {
-		nd = br_rsa_i31_compute_privexp(d, &k->rsa, k->exponent);
-		n = br_encode_rsa_pkcs8_der(NULL, &k->rsa, &rsa, d, nd);
-	}
-	p = take(n);
-	if (k->type->curve)
-		br_encode_ec_pkcs8_der(p, &k->ec, &k->ec_public);
-	else
-		br_encode_rsa_pkcs8_der(p, &k->rsa, &rsa, d, nd);
-	return pem((Str){ p, n }, BR_ENCODE_PEM_PKCS8);
-}
-
 /* As a JWK: exactly the members RFC 7638 3.2 hashes, in its order. */
 static Str
 jwk(const struct key *k)
@@ -2173,11 +2098,10 @@ jwk(const struct key *k)
 	Str x = { k->public + 1, n }, y = { k->public + 1 + n, n };
 
 	if (!k->type->curve)
-		return obj(S("e"), quote(b64(exponent(k))), S("kty"),
-		    quote(S("RSA")), S("n"),
-		    quote(b64((Str){ k->public, k->npublic })));
-	return obj(S("crv"), quote(str(k->type->crv)), S("kty"),
-	    quote(S("EC")), S("x"), quote(b64(x)), S("y"), quote(b64(y)));
+		return text("{\"e\":\"%\",\"kty\":\"RSA\",\"n\":\"%\"}",
+		    b64(exponent(k)), b64((Str){ k->public, k->npublic }));
+	return text("{\"crv\":\"%\",\"kty\":\"EC\",\"x\":\"%\",\"y\":\"%\"}",
+	    str(k->type->crv), b64(x), b64(y));
 }
 
 static Str
@@ -2186,17 +2110,59 @@ thumbprint(const struct key *k)
 	return b64(sha256(jwk(k)));
 }
 
+static Str
+key_algorithm(const struct key *k)
+{
+	return !k->type->curve ? RSA_KEY :
+	    k->type->size == 32 ? P256_KEY : P384_KEY;
+}
+
 /* SubjectPublicKeyInfo (RFC 5280 4.1.2.7, RFC 5480 2, RFC 8017 A.1). */
 static Str
 public_key(const struct key *k)
 {
 	Str p = { k->public, k->npublic };
 
-	if (!k->type->curve)
-		return seq(seq(RSA_PUBLIC_KEY, S("\5\0")),
-		    bits(seq(integer(p), integer(exponent(k)))));
-	return seq(seq(EC_PUBLIC_KEY, k->type->size == 32 ? SECP256R1 :
-	    SECP384R1), bits(p));
+	return seq(key_algorithm(k), bits(k->type->curve ? p :
+	    seq(integer(p), integer(exponent(k)))));
+}
+
+/* RSAPrivateKey (RFC 8017 A.1.2). */
+static Str
+rsa_private(const struct key *k)
+{
+	const br_rsa_private_key *r = &k->rsa;
+	unsigned char *d = take(512);
+	size_t n = br_rsa_i31_compute_privexp(d, r, k->exponent);
+
+	if (n == 0)
+		die(FAULT, "cannot make a key");
+	return seq(ZERO,
+	    integer((Str){ k->public, k->npublic }),
+	    integer(exponent(k)),
+	    integer((Str){ d, n }),
+	    integer((Str){ r->p, r->plen }), integer((Str){ r->q, r->qlen }),
+	    integer((Str){ r->dp, r->dplen }),
+	    integer((Str){ r->dq, r->dqlen }),
+	    integer((Str){ r->iq, r->iqlen }));
+}
+
+/* ECPrivateKey (RFC 5915 3), its public half included. */
+static Str
+ec_private(const struct key *k)
+{
+	return seq(ONE,
+	    der(OCTETS, (Str){ k->ec.x, k->ec.xlen }),
+	    der(EC_PUBLIC, bits((Str){ k->public, k->npublic })));
+}
+
+/* PKCS #8 (RFC 5208 5). */
+static Str
+key_pem(const struct key *k)
+{
+	return pem(seq(ZERO, key_algorithm(k),
+	    der(OCTETS, k->type->curve ? ec_private(k) : rsa_private(k))),
+	    "PRIVATE KEY");
 }
 
 /*
@@ -2213,7 +2179,7 @@ sign(const struct key *k, Str s, bool asn1)
 	size_t n = k->npublic;
 
 	if (k->type->curve)
-		n = ec(&curves, k->type->hash, h.p, &k->ec, o);
+		n = ec(curves, k->type->hash, h.p, &k->ec, o);
 	else if (!br_rsa_i31_pkcs1_sign(BR_HASH_OID_SHA256, h.p, h.n,
 	    &k->rsa, o))
 		n = 0;
@@ -2230,6 +2196,7 @@ struct cert {
 	Str der, serial, issuer, subject, public_key;
 	Str alt_names;			/* GeneralNames, NONE if absent */
 	Str key_id;			/* authority key identifier, or NONE */
+	bool issues;			/* others: cA of basicConstraints */
 	long long not_before, not_after;
 };
 
@@ -2313,7 +2280,7 @@ cert_validity(Str s, struct cert *c)
 	    x509_time(tag, body, &c->not_after) && s.n == 0;
 }
 
-/* The two extensions that we use, of the list (RFC 5280 4.2.1). */
+/* The three extensions that we use, of the list (RFC 5280 4.2.1). */
 static bool
 cert_extensions(Str list, struct cert *c)
 {
@@ -2329,6 +2296,9 @@ cert_extensions(Str list, struct cert *c)
 		if (same(id, S("\x55\x1d\x11")) &&
 		    !der_next(&value, SEQUENCE, &c->alt_names))
 			return false;
+		if (same(id, S("\x55\x1d\x13")) &&
+		    der_next(&value, SEQUENCE, &inner))
+			c->issues = der_next(&inner, BOOLEAN, &critical);
 		if (same(id, S("\x55\x1d\x23")) &&
 		    der_next(&value, SEQUENCE, &inner))
 			der_next(&inner, 0x80, &c->key_id);
@@ -2442,16 +2412,16 @@ request(const struct key *k, Str names, Str common_name)
 	Str subject = common_name.n ? seq(der(SET, seq(COMMON_NAME,
 	    der(UTF8, common_name)))) : seq(NONE);
 	Str info = seq(
-	    der(INTEGER, S("\0")),
+	    ZERO,
 	    subject,
 	    public_key(k),
 	    der(ATTRS,
 	        seq(EXTENSIONS,
 	            der(SET, seq(seq(SUBJECT_ALT,
-	                common_name.n ? NONE : der(BOOLEAN, S("\xff")),
+	                common_name.n ? NONE : TRUE,
 	                der(OCTETS, seq(names))))))));
-	Str algorithm = !k->type->curve ? seq(RSA_SHA256, S("\5\0")) :
-	    k->type->size == 32 ? seq(ECDSA_SHA256) : seq(ECDSA_SHA384);
+	Str algorithm = !k->type->curve ? RSA_SHA256 :
+	    k->type->size == 32 ? ECDSA_SHA256 : ECDSA_SHA384;
 
 	return seq(info, algorithm, bits(sign(k, info, true)));
 }
@@ -2490,24 +2460,68 @@ static const char *const bundle[] = {
 
 /*
  * The roots of Let's Encrypt: ISRG Root X1 (RSA, its modulus) and X2
- * (P-384, its point), base64url.
+ * (P-384, its point).
  */
-static const char isrg_x1[] =
-    "regkc_QUN_ObnitXKByHvty33ziQjG485legePd1wqL-9Wpu9gBPKNveaIZsRJO2"
-    "sWP9FBJrvx_S6jGbIX7RMzy6SPXded-zuP8S8SGaS8GKhnFpSmZmbI9-PHC_rSki"
-    "BvPkwOaAruJLj7eZfpQDn9NHl3yZSCNT6DiuTwpvgy7RSVeMgHS22i_QOI17A3Ah"
-    "G3XyMDz6j67d2mOr6xZPwo4RS37PC-j_tXcu9LJ7SuBMEiUMcI0DKaDhUyTsE9nu"
-    "Gb8Qs0qMP4mjYVHerIcHlPRjcewu4m9bmIHhiVw0eWx27zuQYnnm26SaLybF0BDh"
-    "Dt7ZEI4W-7f3qPfH5QIHmI82CJXn4jeWDTZ1nvsOcrEdm7wD-UkF2IHdBbQq1kHp"
-    "rAF2lQoP2N_VvRIfNS8oF2zSmMGoCWR3bkc3us6sWV5onX9y1onFBkEpPlk-3Sb1"
-    "JMkRp1qjTEAfRqGZtac6UW6GO559cqcSBXhZ7T5ReBULA4-N0C8Fsj57ShxLcwUS"
-    "_Mbq4FATfEOTdLPKdOeOHwEI0DDUW3E2tAe6wTAwXEi3gjuYpn1giqKjKYLMur2D"
-    "BBuigwNBodYF8RvCtvCofIY7RqhIKojcdpp2vx9qpT0Zj-s482TeyCsNCij_99vi"
-    "FULUItAnXeF5_hjncIitTubZizrG3SdRbv-8ZPUzQ08";
-static const char isrg_x2[] =
-    "BM2b1Z-AgwrsCUrzFko-XM93rN5nBQ0dB7bcFvtaixTb4nFgxLpFlRGJjuoG3_cq"
-    "FhykucXFMuAD4B6CGDiL10XYCmpu5gB3-wJRfSLYCm6aW3ff8PpB7DncdcpoBwwf"
-    "6g";
+static const unsigned char isrg_x1[] = {
+	0xad, 0xe8, 0x24, 0x73, 0xf4, 0x14, 0x37, 0xf3, 0x9b, 0x9e, 0x2b,
+	0x57, 0x28, 0x1c, 0x87, 0xbe, 0xdc, 0xb7, 0xdf, 0x38, 0x90, 0x8c,
+	0x6e, 0x3c, 0xe6, 0x57, 0xa0, 0x78, 0xf7, 0x75, 0xc2, 0xa2, 0xfe,
+	0xf5, 0x6a, 0x6e, 0xf6, 0x00, 0x4f, 0x28, 0xdb, 0xde, 0x68, 0x86,
+	0x6c, 0x44, 0x93, 0xb6, 0xb1, 0x63, 0xfd, 0x14, 0x12, 0x6b, 0xbf,
+	0x1f, 0xd2, 0xea, 0x31, 0x9b, 0x21, 0x7e, 0xd1, 0x33, 0x3c, 0xba,
+	0x48, 0xf5, 0xdd, 0x79, 0xdf, 0xb3, 0xb8, 0xff, 0x12, 0xf1, 0x21,
+	0x9a, 0x4b, 0xc1, 0x8a, 0x86, 0x71, 0x69, 0x4a, 0x66, 0x66, 0x6c,
+	0x8f, 0x7e, 0x3c, 0x70, 0xbf, 0xad, 0x29, 0x22, 0x06, 0xf3, 0xe4,
+	0xc0, 0xe6, 0x80, 0xae, 0xe2, 0x4b, 0x8f, 0xb7, 0x99, 0x7e, 0x94,
+	0x03, 0x9f, 0xd3, 0x47, 0x97, 0x7c, 0x99, 0x48, 0x23, 0x53, 0xe8,
+	0x38, 0xae, 0x4f, 0x0a, 0x6f, 0x83, 0x2e, 0xd1, 0x49, 0x57, 0x8c,
+	0x80, 0x74, 0xb6, 0xda, 0x2f, 0xd0, 0x38, 0x8d, 0x7b, 0x03, 0x70,
+	0x21, 0x1b, 0x75, 0xf2, 0x30, 0x3c, 0xfa, 0x8f, 0xae, 0xdd, 0xda,
+	0x63, 0xab, 0xeb, 0x16, 0x4f, 0xc2, 0x8e, 0x11, 0x4b, 0x7e, 0xcf,
+	0x0b, 0xe8, 0xff, 0xb5, 0x77, 0x2e, 0xf4, 0xb2, 0x7b, 0x4a, 0xe0,
+	0x4c, 0x12, 0x25, 0x0c, 0x70, 0x8d, 0x03, 0x29, 0xa0, 0xe1, 0x53,
+	0x24, 0xec, 0x13, 0xd9, 0xee, 0x19, 0xbf, 0x10, 0xb3, 0x4a, 0x8c,
+	0x3f, 0x89, 0xa3, 0x61, 0x51, 0xde, 0xac, 0x87, 0x07, 0x94, 0xf4,
+	0x63, 0x71, 0xec, 0x2e, 0xe2, 0x6f, 0x5b, 0x98, 0x81, 0xe1, 0x89,
+	0x5c, 0x34, 0x79, 0x6c, 0x76, 0xef, 0x3b, 0x90, 0x62, 0x79, 0xe6,
+	0xdb, 0xa4, 0x9a, 0x2f, 0x26, 0xc5, 0xd0, 0x10, 0xe1, 0x0e, 0xde,
+	0xd9, 0x10, 0x8e, 0x16, 0xfb, 0xb7, 0xf7, 0xa8, 0xf7, 0xc7, 0xe5,
+	0x02, 0x07, 0x98, 0x8f, 0x36, 0x08, 0x95, 0xe7, 0xe2, 0x37, 0x96,
+	0x0d, 0x36, 0x75, 0x9e, 0xfb, 0x0e, 0x72, 0xb1, 0x1d, 0x9b, 0xbc,
+	0x03, 0xf9, 0x49, 0x05, 0xd8, 0x81, 0xdd, 0x05, 0xb4, 0x2a, 0xd6,
+	0x41, 0xe9, 0xac, 0x01, 0x76, 0x95, 0x0a, 0x0f, 0xd8, 0xdf, 0xd5,
+	0xbd, 0x12, 0x1f, 0x35, 0x2f, 0x28, 0x17, 0x6c, 0xd2, 0x98, 0xc1,
+	0xa8, 0x09, 0x64, 0x77, 0x6e, 0x47, 0x37, 0xba, 0xce, 0xac, 0x59,
+	0x5e, 0x68, 0x9d, 0x7f, 0x72, 0xd6, 0x89, 0xc5, 0x06, 0x41, 0x29,
+	0x3e, 0x59, 0x3e, 0xdd, 0x26, 0xf5, 0x24, 0xc9, 0x11, 0xa7, 0x5a,
+	0xa3, 0x4c, 0x40, 0x1f, 0x46, 0xa1, 0x99, 0xb5, 0xa7, 0x3a, 0x51,
+	0x6e, 0x86, 0x3b, 0x9e, 0x7d, 0x72, 0xa7, 0x12, 0x05, 0x78, 0x59,
+	0xed, 0x3e, 0x51, 0x78, 0x15, 0x0b, 0x03, 0x8f, 0x8d, 0xd0, 0x2f,
+	0x05, 0xb2, 0x3e, 0x7b, 0x4a, 0x1c, 0x4b, 0x73, 0x05, 0x12, 0xfc,
+	0xc6, 0xea, 0xe0, 0x50, 0x13, 0x7c, 0x43, 0x93, 0x74, 0xb3, 0xca,
+	0x74, 0xe7, 0x8e, 0x1f, 0x01, 0x08, 0xd0, 0x30, 0xd4, 0x5b, 0x71,
+	0x36, 0xb4, 0x07, 0xba, 0xc1, 0x30, 0x30, 0x5c, 0x48, 0xb7, 0x82,
+	0x3b, 0x98, 0xa6, 0x7d, 0x60, 0x8a, 0xa2, 0xa3, 0x29, 0x82, 0xcc,
+	0xba, 0xbd, 0x83, 0x04, 0x1b, 0xa2, 0x83, 0x03, 0x41, 0xa1, 0xd6,
+	0x05, 0xf1, 0x1b, 0xc2, 0xb6, 0xf0, 0xa8, 0x7c, 0x86, 0x3b, 0x46,
+	0xa8, 0x48, 0x2a, 0x88, 0xdc, 0x76, 0x9a, 0x76, 0xbf, 0x1f, 0x6a,
+	0xa5, 0x3d, 0x19, 0x8f, 0xeb, 0x38, 0xf3, 0x64, 0xde, 0xc8, 0x2b,
+	0x0d, 0x0a, 0x28, 0xff, 0xf7, 0xdb, 0xe2, 0x15, 0x42, 0xd4, 0x22,
+	0xd0, 0x27, 0x5d, 0xe1, 0x79, 0xfe, 0x18, 0xe7, 0x70, 0x88, 0xad,
+	0x4e, 0xe6, 0xd9, 0x8b, 0x3a, 0xc6, 0xdd, 0x27, 0x51, 0x6e, 0xff,
+	0xbc, 0x64, 0xf5, 0x33, 0x43, 0x4f,
+};
+static const unsigned char isrg_x2[] = {
+	0x04, 0xcd, 0x9b, 0xd5, 0x9f, 0x80, 0x83, 0x0a, 0xec, 0x09, 0x4a,
+	0xf3, 0x16, 0x4a, 0x3e, 0x5c, 0xcf, 0x77, 0xac, 0xde, 0x67, 0x05,
+	0x0d, 0x1d, 0x07, 0xb6, 0xdc, 0x16, 0xfb, 0x5a, 0x8b, 0x14, 0xdb,
+	0xe2, 0x71, 0x60, 0xc4, 0xba, 0x45, 0x95, 0x11, 0x89, 0x8e, 0xea,
+	0x06, 0xdf, 0xf7, 0x2a, 0x16, 0x1c, 0xa4, 0xb9, 0xc5, 0xc5, 0x32,
+	0xe0, 0x03, 0xe0, 0x1e, 0x82, 0x18, 0x38, 0x8b, 0xd7, 0x45, 0xd8,
+	0x0a, 0x6a, 0x6e, 0xe6, 0x00, 0x77, 0xfb, 0x02, 0x51, 0x7d, 0x22,
+	0xd8, 0x0a, 0x6e, 0x9a, 0x5b, 0x77, 0xdf, 0xf0, 0xfa, 0x41, 0xec,
+	0x39, 0xdc, 0x75, 0xca, 0x68, 0x07, 0x0c, 0x1f, 0xea,
+};
 
 static void
 add_anchor(Str dn, unsigned flags, const br_x509_pkey *key)
@@ -2519,55 +2533,65 @@ add_anchor(Str dn, unsigned flags, const br_x509_pkey *key)
 	    { (unsigned char *)dn.p, dn.n }, flags, *key };
 }
 
-/* The name of one of the built-in roots. */
-static Str
-isrg_name(Str common_name)
-{
-	return seq(
-	    der(SET, seq(COUNTRY, der(PRINTABLE, S("US")))),
-	    der(SET, seq(ORGANIZATION, der(PRINTABLE,
-	        S("Internet Security Research Group")))),
-	    der(SET, seq(COMMON_NAME, der(PRINTABLE, common_name))));
-}
+/* Their names: C=US, O=Internet Security Research Group, CN=... */
+#define ISRG_NAME \
+    "\x30\x4f\x31\x0b\x30\x09\x06\x03\x55\x04\x06\x13\x02" "US" \
+    "\x31\x29\x30\x27\x06\x03\x55\x04\x0a\x13\x20" \
+    "Internet Security Research Group" \
+    "\x31\x15\x30\x13\x06\x03\x55\x04\x03\x13\x0c"
 
 static void
 built_in_anchors(void)
 {
-	Str x1 = unb64(S(isrg_x1)), x2 = unb64(S(isrg_x2));
 	br_x509_pkey rsa = { BR_KEYTYPE_RSA, { .rsa = {
-	    (unsigned char *)x1.p, x1.n,
-	    (unsigned char *)S("\1\0\1").p, 3 } } };
+	    (unsigned char *)isrg_x1, sizeof isrg_x1,
+	    (unsigned char *)"\1\0\1", 3 } } };
 	br_x509_pkey ec = { BR_KEYTYPE_EC, { .ec = {
-	    BR_EC_secp384r1, (unsigned char *)x2.p, x2.n } } };
+	    BR_EC_secp384r1, (unsigned char *)isrg_x2, sizeof isrg_x2 } } };
 
-	add_anchor(isrg_name(S("ISRG Root X1")), BR_X509_TA_CA, &rsa);
-	add_anchor(isrg_name(S("ISRG Root X2")), BR_X509_TA_CA, &ec);
+	add_anchor(S(ISRG_NAME "ISRG Root X1"), BR_X509_TA_CA, &rsa);
+	add_anchor(S(ISRG_NAME "ISRG Root X2"), BR_X509_TA_CA, &ec);
+}
+
+/*
+ * A SubjectPublicKeyInfo (RFC 5280 4.1.2.7) as BearSSL wants it, pointing
+ * into the certificate; false where it is of a kind that BearSSL lacks.
+ */
+static bool
+anchor_key(Str spki, br_x509_pkey *key)
+{
+	Str s, algorithm, public, skip, n, e;
+	int tag;
+
+	if (!der_next(&spki, SEQUENCE, &s) ||
+	    !der_any(&s, &tag, &skip, &algorithm) ||
+	    !der_next(&s, BITS, &public) || public.n < 2)
+		return false;
+	public = from(public, 1);
+	if (!same(algorithm, RSA_KEY)) {
+		*key = (br_x509_pkey){ BR_KEYTYPE_EC, { .ec = {
+		    same(algorithm, P256_KEY) ? BR_EC_secp256r1 :
+		    same(algorithm, P384_KEY) ? BR_EC_secp384r1 : 0,
+		    (unsigned char *)public.p, public.n } } };
+		return key->key.ec.curve != 0;
+	}
+	if (!der_next(&public, SEQUENCE, &s) || !der_next(&s, INTEGER, &n) ||
+	    !der_next(&s, INTEGER, &e))
+		return false;
+	*key = (br_x509_pkey){ BR_KEYTYPE_RSA, { .rsa = {
+	    (unsigned char *)n.p, n.n, (unsigned char *)e.p, e.n } } };
+	return true;
 }
 
 /* A certificate of the bundle becomes an anchor, if its key is usable. */
 static bool
 decode_anchor(const struct cert *c)
 {
-	static br_x509_decoder_context decoder;
-	const br_x509_pkey *key;
-	br_x509_pkey copy;
+	br_x509_pkey key;
 
-	br_x509_decoder_init(&decoder, NULL, NULL);
-	br_x509_decoder_push(&decoder, c->der.p, c->der.n);
-	key = br_x509_decoder_get_pkey(&decoder);
-	if (!key)
+	if (!anchor_key(c->public_key, &key))
 		return false;
-	copy = *key;
-	if (key->key_type == BR_KEYTYPE_RSA) {
-		copy.key.rsa.n = (unsigned char *)cat(NONE,
-		    (Str){ key->key.rsa.n, key->key.rsa.nlen }).p;
-		copy.key.rsa.e = (unsigned char *)cat(NONE,
-		    (Str){ key->key.rsa.e, key->key.rsa.elen }).p;
-	} else
-		copy.key.ec.q = (unsigned char *)cat(NONE,
-		    (Str){ key->key.ec.q, key->key.ec.qlen }).p;
-	add_anchor(c->subject,
-	    br_x509_decoder_isCA(&decoder) ? BR_X509_TA_CA : 0, &copy);
+	add_anchor(c->subject, c->issues ? BR_X509_TA_CA : 0, &key);
 	return true;
 }
 
@@ -2690,7 +2714,7 @@ chain_validate(void)
 
 	br_x509_minimal_init(x, &br_sha256_vtable, anchor, nanchor);
 	br_x509_minimal_set_rsa(x, br_rsa_i31_pkcs1_vrfy);
-	br_x509_minimal_set_ecdsa(x, &curves, br_ecdsa_i31_vrfy_asn1);
+	br_x509_minimal_set_ecdsa(x, curves, br_ecdsa_i31_vrfy_asn1);
 	br_x509_minimal_set_hash(x, br_sha256_ID, &br_sha256_vtable);
 	br_x509_minimal_set_hash(x, br_sha384_ID, &br_sha384_vtable);
 	br_x509_minimal_set_hash(x, br_sha512_ID, &br_sha512_vtable);
@@ -2817,7 +2841,7 @@ url_read(Str s, struct url *u)
 			return false;
 	}
 	u->port = authority.n ? authority : S("443");
-	return u->host.n > 0 && u->host.n <= HOSTNAME &&
+	return u->host.n > 0 && u->host.n <= HOSTNAME && u->port.n <= 5 &&
 	    number(u->port, 65535, &port) && port > 0;
 }
 
@@ -2836,13 +2860,12 @@ is_url(Str s)
 static struct {
 	int fd;
 	char host[HOSTNAME + 1], port[6];
-	bool clean;			/* the server ended it as TLS wants */
+	int error;			/* of TLS, once it has ended */
 	pid_t command;			/* the process behind it, or 0 */
 	const unsigned char *from;	/* what has been received: */
 	size_t at, have;
 	bool whole;			/* and no more will be */
-	unsigned char in[4096], tls_buffer[BR_SSL_BUFSIZE_BIDI];
-	br_sslio_context io;
+	unsigned char tls_buffer[BR_SSL_BUFSIZE_BIDI];
 	br_ssl_client_context tls;
 } conn;
 
@@ -3041,7 +3064,8 @@ dial_command(const char *host, const char *port)
 		dup2(fds[1], 1);
 		close(fds[0]);
 		close(fds[1]);
-		execl("/bin/sh", "sh", "-c", command, (char *)NULL);
+		execv("/bin/sh", (char *const []){ (char *)"sh", (char *)"-c",
+		    (char *)command, NULL });
 		warn("cannot run /bin/sh for -P: %", why());
 		_exit(127);
 	}
@@ -3210,23 +3234,58 @@ dial(const char *host, const char *port)
 	return dial_tcp(host, port);
 }
 
-static int
-tls_read(void *c, unsigned char *p, size_t n)
+/*
+ * Let the TLS engine send and receive until it is in one of the states.
+ * False where it will not be: then conn.error is BearSSL's word for why,
+ * BR_ERR_OK where the server ended the connection as TLS wants it.
+ */
+static bool
+tls_run(unsigned states)
 {
-	ssize_t got;
+	br_ssl_engine_context *e = &conn.tls.eng;
+	unsigned char *p;
+	ssize_t n = 1;
+	size_t room;
 
-	(void)c;
-	do
-		got = read(conn.fd, p, n);
-	while (got < 0 && errno == EINTR);
-	return got > 0 ? (int)got : -1;
+	while (n > 0 || (n < 0 && errno == EINTR)) {
+		unsigned now = br_ssl_engine_current_state(e);
+
+		conn.error = br_ssl_engine_last_error(e);
+		if (now & (states | BR_SSL_CLOSED))
+			return !(now & BR_SSL_CLOSED);
+		if (now & BR_SSL_SENDREC) {
+			p = br_ssl_engine_sendrec_buf(e, &room);
+			if ((n = write(conn.fd, p, room)) > 0)
+				br_ssl_engine_sendrec_ack(e, (size_t)n);
+		} else {
+			p = br_ssl_engine_recvrec_buf(e, &room);
+			if ((n = read(conn.fd, p, room)) > 0)
+				br_ssl_engine_recvrec_ack(e, (size_t)n);
+		}
+	}
+	conn.error = BR_ERR_IO;
+	return false;
 }
 
-static int
-tls_write(void *c, const unsigned char *p, size_t n)
+/* Send all of it; false where the connection ends before. */
+static bool
+conn_write(Str s)
 {
-	(void)c;
-	return write_all(conn.fd, (Str){ p, n }) ? (int)n : -1;
+	br_ssl_engine_context *e = &conn.tls.eng;
+	unsigned char *p;
+	size_t n;
+
+	while (s.n > 0) {
+		if (!tls_run(BR_SSL_SENDAPP))
+			return false;
+		p = br_ssl_engine_sendapp_buf(e, &n);
+		n = n < s.n ? n : s.n;
+		memcpy(p, s.p, n);
+		br_ssl_engine_sendapp_ack(e, n);
+		s = from(s, n);
+	}
+	br_ssl_engine_flush(e, 0);
+	return tls_run(BR_SSL_SENDAPP);
 }
 
 /* TLS 1.2 with the suites of RFC 9325 4.2; nothing that is not needed. */
@@ -3234,8 +3293,6 @@ static void
 tls_engine(br_ssl_engine_context *e, void *buffer, size_t size, int duplex)
 {
 	static const uint16_t suites[] = {
-		BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
-		BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 		BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
 		BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
 		BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
@@ -3251,17 +3308,13 @@ tls_engine(br_ssl_engine_context *e, void *buffer, size_t size, int duplex)
 	br_ssl_engine_set_hash(e, br_sha512_ID, &br_sha512_vtable);
 	br_ssl_engine_set_prf_sha256(e, &br_tls12_sha256_prf);
 	br_ssl_engine_set_prf_sha384(e, &br_tls12_sha384_prf);
-	br_ssl_engine_set_ec(e, &curves);
+	br_ssl_engine_set_ec(e, curves);
 	br_ssl_engine_set_ecdsa(e, br_ecdsa_i31_vrfy_asn1);
 	br_ssl_engine_set_rsavrfy(e, br_rsa_i31_pkcs1_vrfy);
 	br_ssl_engine_set_gcm(e, &br_sslrec_in_gcm_vtable,
 	    &br_sslrec_out_gcm_vtable);
 	br_ssl_engine_set_aes_ctr(e, &br_aes_ct_ctr_vtable);
 	br_ssl_engine_set_ghash(e, br_ghash_ctmul);
-	br_ssl_engine_set_chapol(e, &br_sslrec_in_chapol_vtable,
-	    &br_sslrec_out_chapol_vtable);
-	br_ssl_engine_set_chacha20(e, br_chacha20_ct_run);
-	br_ssl_engine_set_poly1305(e, br_poly1305_ctmul_run);
 	br_ssl_engine_set_buffer(e, buffer, size, duplex);
 	random_bytes(seed, sizeof seed);
 	br_ssl_engine_inject_entropy(e, seed, sizeof seed);
@@ -3315,9 +3368,10 @@ tls_fault(int err)
 }
 
 static void
-tls_failed(int err)
+tls_failed(void)
 {
-	die(CA_DOWN, "cannot talk to %: %", str(conn.host), tls_fault(err));
+	die(CA_DOWN, "cannot talk to %: %", str(conn.host),
+	    tls_fault(conn.error));
 }
 
 static void
@@ -3330,7 +3384,7 @@ conn_close(void)
 		return;
 	br_ssl_engine_close(&conn.tls.eng);
 	while ((p = br_ssl_engine_sendrec_buf(&conn.tls.eng, &n)) &&
-	    tls_write(NULL, p, n) > 0)
+	    write_all(conn.fd, (Str){ p, n }))
 		br_ssl_engine_sendrec_ack(&conn.tls.eng, n);
 	close(conn.fd);
 	conn.fd = -1;
@@ -3354,7 +3408,6 @@ conn_open(const struct url *u)
 	memcpy(conn.host, c_str(host), host.n + 1);
 	memcpy(conn.port, c_str(u->port), u->port.n + 1);
 	conn.at = conn.have = 0;
-	conn.clean = false;
 	chain.ip = ip_bytes(host);
 	name = chain.ip.n ? NULL : conn.host;
 	conn.fd = dial(conn.host, conn.port);
@@ -3364,32 +3417,28 @@ conn_open(const struct url *u)
 	chain.vtable = &chain_vtable;
 	br_ssl_engine_set_x509(&conn.tls.eng, &chain.vtable);
 	br_ssl_client_reset(&conn.tls, name, 0);
-	br_sslio_init(&conn.io, &conn.tls.eng, tls_read, NULL, tls_write,
-	    NULL);
-	if (br_sslio_flush(&conn.io) != 0)
-		tls_failed(br_ssl_engine_last_error(&conn.tls.eng));
+	if (!tls_run(BR_SSL_SENDAPP))
+		tls_failed();
 }
 
 /* Receive more; false at the end of the connection. */
 static bool
 conn_fill(void)
 {
-	int n, err;
+	br_ssl_engine_context *e = &conn.tls.eng;
 
 	if (conn.whole)
 		return false;
-	n = br_sslio_read(&conn.io, conn.in, sizeof conn.in);
-	err = br_ssl_engine_last_error(&conn.tls.eng);
-	if (n <= 0) {
-		if (err != BR_ERR_OK && err != BR_ERR_IO)
-			tls_failed(err);
-		conn.clean = err == BR_ERR_OK;
-		return false;
+	if (conn.have)
+		br_ssl_engine_recvapp_ack(e, conn.have);
+	conn.at = conn.have = 0;
+	if (tls_run(BR_SSL_RECVAPP)) {
+		conn.from = br_ssl_engine_recvapp_buf(e, &conn.have);
+		return true;
 	}
-	conn.from = conn.in;
-	conn.have = (size_t)n;
-	conn.at = 0;
-	return true;
+	if (conn.error != BR_ERR_OK && conn.error != BR_ERR_IO)
+		tls_failed();
+	return false;
 }
 
 /* The next byte, or -1 at the end of the connection. */
@@ -3416,8 +3465,13 @@ struct reply {
 	bool last;		/* the connection ends with it */
 };
 
-#define broken(r, ...) \
-    (foreword = text("the reply from % ", (r)->url), die(BROKEN, __VA_ARGS__))
+#define broken(r, ...)  (blame(r), die(BROKEN, __VA_ARGS__))
+
+static void
+blame(const struct reply *r)
+{
+	foreword = text("the reply from % ", r->url);
+}
 
 static bool verbose;		/* -v */
 
@@ -3651,7 +3705,7 @@ http_receive(const struct message *q, struct reply *r)
 			conn.at--;
 			http_bytes(r, 1);
 		}
-		if (!conn.clean)
+		if (conn.error != BR_ERR_OK)
 			cut_off(r);
 	}
 	if (verbose)
@@ -3704,8 +3758,7 @@ pipeline(const struct message *q, struct reply *r, size_t n)
 		    url_target(&v))));
 	} while (++m < n);
 	doing(CA_DOWN, "sending to ", conn.host);
-	if (br_sslio_write_all(&conn.io, all.p, all.n) != 0 ||
-	    br_sslio_flush(&conn.io) != 0)
+	if (!conn_write(all))
 		m = 0;
 	used = mark;
 	while (got < m && http_receive(&q[got], &r[got]))
@@ -3867,7 +3920,8 @@ box_exchange(const struct message *q, struct reply *r)
 	conn.from = s.p;
 	conn.at = 0;
 	conn.have = s.n;
-	conn.whole = conn.clean = true;
+	conn.whole = true;
+	conn.error = BR_ERR_OK;
 	if (!http_receive(q, r) || conn.at != conn.have)
 		box_refuse("is not a whole reply");
 	return true;
@@ -3999,7 +4053,7 @@ is_name(Str type, Str s)
 		return false;
 	if (starts(s, S("*.")))
 		s = from(s, 2);
-	if (!made_of(s, ALPHA DIGIT "-_."))
+	if (!made_of(s, ALPHA DIGIT "-._"))
 		return false;
 	while (s.n) {
 		Str label = cut(&s, '.');
@@ -4196,7 +4250,7 @@ record_read(const char *file, bool account_only)
 		word = cut(&value, ' ');
 		if (same(word, S("failed")))
 			pass_failure(value);
-		if (!made_of(word, ALPHA DIGIT "-_"))
+		if (!is_b64(word))
 			bad_record(file, n, "no keyword");
 		if (account_only && !same(word, S("account")) &&
 		    !same(word, S("directory")) && !same(word, S("new-nonce")))
@@ -4304,12 +4358,12 @@ must(const struct reply *r, Str o, const char *name, int kind)
 static const struct {
 	const char *type, *hint;
 } hints[] = {
-	{ ERROR "accountDoesNotExist", "; run new-account first" },
-	{ ERROR "externalAccountRequired", "; this CA wants external account "
+	{ "accountDoesNotExist", "; run new-account first" },
+	{ "externalAccountRequired", "; this CA wants external account "
 	    "binding: new-account -e FILE" },
-	{ ERROR "userActionRequired", "; its terms of service want consent: "
+	{ "userActionRequired", "; its terms of service want consent: "
 	    "new-account -y" },
-	{ ERROR "badSignatureAlgorithm", "; another key type may do: key -t" },
+	{ "badSignatureAlgorithm", "; another key type may do: key -t" },
 };
 
 /* A problem document in a line (RFC 7807 3.1, RFC 8555 6.7 and 6.7.1). */
@@ -4331,7 +4385,7 @@ problem_text(Str o)
 		if (json_kind(value) == '"')
 			s = text("%; it takes %", s, json_text(value));
 	for (size_t i = 0; i < COUNT(hints); i++)
-		if (same(type, str(hints[i].type)))
+		if (same(type, text(ERROR "%", str(hints[i].type))))
 			s = cat(NONE, s, str(hints[i].hint));
 	return s;
 }
@@ -4583,10 +4637,8 @@ jws(Str input, Str signature)
 {
 	Str payload = input, protected = cut(&payload, '.');
 
-	return obj(
-	    S("protected"), quote(protected),
-	    S("payload"), quote(payload),
-	    S("signature"), quote(b64(signature)));
+	return text("{\"protected\":\"%\",\"payload\":\"%\","
+	    "\"signature\":\"%\"}", protected, payload, b64(signature));
 }
 
 /* A request's body (RFC 8555 6.2). */
@@ -4595,12 +4647,11 @@ signed_text(const struct post *p)
 {
 	size_t mark = used;
 	const struct key *k = p->key ? p->key : signer();
-	Str input = jws_input(obj(
-	    S("alg"), quote(str(k->type->alg)),
-	    p->jwk ? S("jwk") : S("kid"),
-	    p->jwk ? jwk(k) : quote(field("account")),
-	    S("nonce"), quote(nonce_take()),
-	    S("url"), quote(p->url)), p->payload);
+	Str input = jws_input(text("{\"alg\":\"%\",%,\"nonce\":\"%\","
+	    "\"url\":%}", str(k->type->alg), p->jwk ?
+	    with(NONE, "jwk", jwk(k)) :
+	    with(NONE, "kid", quote(field("account"))),
+	    nonce_take(), quote(p->url)), p->payload);
 
 	return keep(mark, jws(input, sign(k, input, false)));
 }
@@ -4687,7 +4738,7 @@ ask_account(const struct key *k, Str payload)
 static struct reply
 find_account(const struct key *k)
 {
-	return ask_account(k, obj(S("onlyReturnExisting"), S("true")));
+	return ask_account(k, S("{\"onlyReturnExisting\":true}"));
 }
 
 /* The account that a reply is about becomes the record's. */
@@ -5453,9 +5504,9 @@ validation_certificate(const struct challenge *c)
 	const struct key *k = &certificate_key;
 	Str name = seq(der(SET, seq(COMMON_NAME, der(UTF8, S("acme-step")))));
 	Str info = seq(
-	    der(VERSION_0, der(INTEGER, S("\2"))),
-	    der(INTEGER, S("\1")),
-	    seq(ECDSA_SHA256),
+	    der(VERSION_0, TWO),
+	    ONE,
+	    ECDSA_SHA256,
 	    name,
 	    seq(der(UTC_TIME, S("700101000000Z")),
 	        der(UTC_TIME, S("491231235959Z"))),
@@ -5464,10 +5515,10 @@ validation_certificate(const struct challenge *c)
 	    der(EXTS, seq(
 	        seq(SUBJECT_ALT, der(OCTETS, seq(general_name(c->id_type,
 	            c->id)))),
-	        seq(ACME_IDENTIFIER, der(BOOLEAN, S("\xff")),
+	        seq(ACME_IDENTIFIER, TRUE,
 	            der(OCTETS, der(OCTETS, unhex(c->content)))))));
 
-	return seq(info, seq(ECDSA_SHA256), bits(sign(k, info, true)));
+	return seq(info, ECDSA_SHA256, bits(sign(k, info, true)));
 }
 
 static void
@@ -5500,57 +5551,77 @@ find_validation(Str sni)
 	return NULL;
 }
 
-/* BearSSL's choice, once the name and the protocol are what they must. */
-static const br_ssl_server_policy_class *usual_policy;
-
+/*
+ * The first suite that both sides have for our kind of key, once the name
+ * and the protocol are what they must be.
+ */
 static int
 alpn_choose(const br_ssl_server_policy_class **policy,
     const br_ssl_server_context *tls, br_ssl_server_choices *choices)
 {
-	br_ssl_server_policy_ec_context *ec = (void *)policy;
 	const char *sni = br_ssl_engine_get_server_name(&tls->eng);
 	const br_x509_certificate *v = find_validation(str(sni));
+	const br_suite_translated *suite;
+	size_t n;
 
-	if (!v || !br_ssl_engine_get_selected_protocol(
+	(void)policy;
+	suite = br_ssl_server_get_client_suites(tls, &n);
+	while (n > 0 && (*suite)[1] >> 12 != BR_SSLKEYX_ECDHE_ECDSA) {
+		suite++;
+		n--;
+	}
+	if (!v || n == 0 || !br_ssl_engine_get_selected_protocol(
 	    (br_ssl_engine_context *)&tls->eng))
 		return 0;
-	ec->chain = v;
-	return usual_policy->choose(policy, tls, choices);
+	choices->cipher_suite = (*suite)[0];
+	choices->algo_id = 0xff00 + br_sha256_ID;	/* as BearSSL has it */
+	choices->chain = v;
+	choices->chain_len = 1;
+	return 1;
 }
 
+/* No suite of ours has a static key for this. */
 static uint32_t
 alpn_keyx(const br_ssl_server_policy_class **policy, unsigned char *p,
     size_t *n)
 {
-	return usual_policy->do_keyx(policy, p, n);
+	(void)policy;
+	(void)p;
+	(void)n;
+	return 0;
 }
 
+/* Sign the hash at p in its place. */
 static size_t
 alpn_sign(const br_ssl_server_policy_class **policy, unsigned id,
     unsigned char *p, size_t n, size_t room)
 {
-	return usual_policy->do_sign(policy, id, p, n, room);
+	unsigned char h[br_sha256_SIZE];
+
+	(void)policy;
+	if (id != 0xff00 + br_sha256_ID || n != sizeof h || room < 72)
+		return 0;
+	memcpy(h, p, n);
+	return br_ecdsa_i31_sign_asn1(curves, &br_sha256_vtable, h,
+	    &certificate_key.ec, p);
 }
 
 static const br_ssl_server_policy_class alpn_policy = {
-	sizeof(br_ssl_server_policy_ec_context), alpn_choose, alpn_keyx,
+	sizeof(br_ssl_server_policy_class *), alpn_choose, alpn_keyx,
 	alpn_sign
 };
 
 static void
 tls_begin(struct client *c)
 {
+	static const br_ssl_server_policy_class *policy = &alpn_policy;
 	static const char *protocol[] = { "acme-tls/1" };
 
 	br_ssl_server_zero(&c->tls);
 	tls_engine(&c->tls.eng, c->tls_buffer, sizeof c->tls_buffer, 0);
 	br_ssl_engine_add_flags(&c->tls.eng, BR_OPT_FAIL_ON_ALPN_MISMATCH);
 	br_ssl_engine_set_protocol_names(&c->tls.eng, protocol, 1);
-	br_ssl_server_set_single_ec(&c->tls, validation, 1,
-	    &certificate_key.ec, BR_KEYTYPE_SIGN, 0, &curves,
-	    br_ecdsa_i31_sign_asn1);
-	usual_policy = c->tls.chain_handler.vtable;
-	c->tls.chain_handler.vtable = &alpn_policy;
+	br_ssl_server_set_policy(&c->tls, &policy);
 	br_ssl_server_reset(&c->tls);
 }
 
@@ -6498,7 +6569,7 @@ static bool
 send_request(Str csr)
 {
 	struct post p = { .url = need("finalize"),
-	    .payload = obj(S("csr"), quote(b64(csr))) };
+	    .payload = text("{\"csr\":\"%\"}", b64(csr)) };
 	struct reply r;
 
 	acme_batch(&p, &r, 1);
@@ -6818,9 +6889,8 @@ account_binding(const char *file)
 		die(BAD, "external account binding: %", kid.n ?
 		    S("the HMAC key is not base64url") :
 		    S("there is a key, but no ACME_EAB_KID"));
-	input = jws_input(obj(S("alg"), quote(S("HS256")), S("kid"),
-	    quote(kid), S("url"), quote(need_endpoint("newAccount"))),
-	    jwk(signer()));
+	input = jws_input(text("{\"alg\":\"HS256\",\"kid\":%,\"url\":%}",
+	    quote(kid), quote(need_endpoint("newAccount"))), jwk(signer()));
 	return jws(input, hmac_sha256(mac_key, input));
 }
 
@@ -6924,10 +6994,11 @@ static Str
 change_text(Str url)
 {
 	const struct key *k = &certificate_key;
-	Str input = jws_input(obj(S("alg"), quote(str(k->type->alg)),
-	    S("jwk"), jwk(k), S("url"), quote(url)),
-	    obj(S("account"), quote(field("account")),
-	    S("oldKey"), jwk(signer())));
+	Str input = jws_input(
+	    text("{\"alg\":\"%\",\"jwk\":%,\"url\":%}",
+	        str(k->type->alg), jwk(k), quote(url)),
+	    text("{\"account\":%,\"oldKey\":%}",
+	        quote(field("account")), jwk(signer())));
 
 	return jws(input, sign(k, input, false));
 }
@@ -6971,6 +7042,13 @@ do_key_change(char **arg)
 	    str(account_file));
 }
 
+/* RFC 8555 9.7.7. */
+static Str
+identifier(Str type, Str value)
+{
+	return text("{\"type\":%,\"value\":%}", quote(type), quote(value));
+}
+
 /* The payload's identifiers (RFC 8555 7.4). */
 static Str
 identifiers(void)
@@ -6980,8 +7058,8 @@ identifiers(void)
 	for each_line(l, "identifier") {
 		Str value = l->value, type = cut(&value, ' ');
 
-		s = cat(NONE, s, s.n ? S(",") : S("["), obj(S("type"),
-		    quote(type), S("value"), quote(value)));
+		s = text("%%%", s, s.n ? S(",") : S("["),
+		    identifier(type, value));
 	}
 	return text("%]", s);
 }
@@ -6996,8 +7074,8 @@ do_new_authz(char **arg)
 	take_names(arg);
 	value = field("identifier");
 	type = cut(&value, ' ');
-	r = acme_post(need_endpoint("newAuthz"), obj(S("identifier"),
-	    obj(S("type"), quote(type), S("value"), quote(value))));
+	r = acme_post(need_endpoint("newAuthz"),
+	    text("{\"identifier\":%}", identifier(type, value)));
 	put("authorization", location(&r), r.url);
 	print_record();
 }
@@ -7017,8 +7095,7 @@ do_deactivate_authz(char **arg)
 	for (size_t i = 0; i < n; i++)
 		if (is_usable(&authorization[i]))
 			p[m++] = (struct post){ .url = authorization[i].url,
-			    .payload = obj(S("status"),
-			        quote(S("deactivated"))) };
+			    .payload = S("{\"status\":\"deactivated\"}") };
 	acme_batch(p, r, m);
 	for (size_t i = 0; i < m; i++)
 		accept_reply(&r[i]);
