@@ -3032,19 +3032,21 @@ static const char *proxy_command;	/* -P */
 static const char *
 fill_command(const char *host, const char *port)
 {
-	Str s = str(proxy_command), all = text("exec ");
+	Str s = str(proxy_command), all = S("exec "), head;
 
-	while (s.n) {
-		all = cat(NONE, all, cut(&s, '%'));
-		if (!s.n)
-			break;
-		if (!strchr("hp%", s.p[0]))
+	for (;;) {
+		size_t n = s.n;
+
+		head = cut(&s, '%');
+		all = cat(NONE, all, head);
+		if (head.n == n)
+			return c_str(all);
+		if (!s.n || !strchr("hp%", s.p[0]))
 			usage("-P knows %, no other", S("%h, %p and %%"));
 		all = cat(NONE, all, s.p[0] == 'h' ? str(host) :
 		    s.p[0] == 'p' ? str(port) : S("%"));
 		s = from(s, 1);
 	}
-	return c_str(all);
 }
 
 /* A stream through the standard input and output of a command (-P). */
@@ -3126,7 +3128,7 @@ read_proxy(Str s, struct proxy *p)
 		p->host = cut(&rest, ':');
 	if (rest.n)
 		p->port = rest;
-	if (!p->host.n || !number(p->port, 65535, &n) || n == 0 ||
+	if (!p->host.n || starts(whole, S("https:")) || !number(p->port, 65535, &n) || n == 0 ||
 	    (!made_of(p->host, ALPHA DIGIT "-._") && !ip_bytes(p->host).n))
 		usage("https_proxy is no http://HOST:PORT: %", brief(whole));
 }
@@ -3800,7 +3802,7 @@ box_read(const char *name, Str *s)
 	if (fd < 0)
 		die(MISSING, "cannot open % in %: %", str(name), str(box.name),
 		    why());
-	*s = read_all(fd, name);
+	*s = read_all(fd, c_str(text("%/%", str(box.name), str(name))));
 	close(fd);
 	return true;
 }
