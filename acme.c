@@ -2058,6 +2058,7 @@ warn_if_shared(const char *name)
 static void
 key_read(struct key *k, const char *name)
 {
+	size_t mark = used;
 	Str s = read_file(name), text = s, label, block;
 	const char *fault;
 	bool bad;
@@ -2082,6 +2083,8 @@ key_read(struct key *k, const char *name)
 		    !rsa_works(k))
 			die(BAD, "the numbers of the key in % make no key",
 			    file_name(name));
+		wipe(heap + mark, peak - mark);
+		used = mark;
 		return;
 	}
 	if (bad && contains(text, S("ENCRYPTED")))
@@ -3328,7 +3331,8 @@ ending(int status)
 {
 	return WIFSIGNALED(status) ?
 	    text("was ended by signal %", num((unsigned)WTERMSIG(status))) :
-	    text("failed with status %", num((unsigned)WEXITSTATUS(status)));
+	    text("failed with status %%", num((unsigned)WEXITSTATUS(status)),
+	        WEXITSTATUS(status) == 127 ? S(" (not found?)") : NONE);
 }
 
 /* How the command behind the connection ended, where it has. */
@@ -6241,7 +6245,6 @@ hook_exec(const struct hook *h, const char *const *call, int says)
 	environ = hook_environment(h);
 	dup2(says, 1);
 	execvp(call[0], (char *const *)call);
-	warn("cannot run the hook %: %", str(call[0]), why());
 	_exit(127);
 }
 
@@ -6295,7 +6298,7 @@ hook_output(int fd)
 
 	while ((n = read_some(fd, b, sizeof b, "the hook's output")) > 0) {
 		if (s.n + n > HOOK_SAYS)
-			die(BAD, "the hook % prints more than % bytes",
+			die(FAULT, "the hook % prints more than % bytes",
 			    str(hook_program), num(HOOK_SAYS));
 		s = cat(s, (Str){ b, n });
 	}
@@ -6889,7 +6892,7 @@ account_binding(const char *file)
 	mac_key = unb64_any(mac_key);
 	if (!kid.n || !mac_key.n)
 		die(BAD, "external account binding: %", kid.n ?
-		    S("the HMAC key is not base64url") :
+		    S("the HMAC key is missing or not base64url") :
 		    S("there is a key, but no ACME_EAB_KID"));
 	input = jws_input(text("{\"alg\":\"HS256\",\"kid\":%,\"url\":%}",
 	    quote(kid), quote(need_endpoint("newAccount"))), jwk(signer()));
@@ -7621,7 +7624,7 @@ static const struct command {
     "", "print what the CA offers" },
 { "new-account", do_new_account, "ym:e:", "", 0, 0, TELLS | NET | KEY,
     "[-y] [-m CONTACT]... [-e EABFILE]", "create an account, or find it" },
-{ "account", do_account, "m:D", "", 0, 0, TELLS | NET | KEY,
+{ "account", do_account, "m:D", "", 0, 0, TELLS | NET | KEY | RECORDED,
     "[-m CONTACT]... [-D]", "show, update or deactivate the account" },
 { "key-change", do_key_change, "K:", "K", 0, 0, TELLS | NET | KEY | RECORDED,
     "-K NEWKEY", "give the account another key" },
@@ -7642,7 +7645,7 @@ static const struct command {
     "(-K KEY | -r CSR) [-i ISSUER]", "get the certificate" },
 { "certificate", do_certificate, "i:", "", 0, 0, ORDER,
     "[-i ISSUER]", "get the certificate again" },
-{ "renewal-info", do_renewal_info, "", "", 1, 1, NET,
+{ "renewal-info", do_renewal_info, "", "", 1, 1, NET | RECORDED,
     "CERT", "ask the CA when to renew" },
 { "revoke-cert", do_revoke_cert, "K:c:", "", 1, 1,
     NET | KEY | ACCOUNT | NOT_WITH_K,
@@ -7725,7 +7728,7 @@ do_help(char **arg)
 		    (Str){ (const unsigned char *)&shared[i].letter, 1 },
 		    str(shared[i].arg));
 
-		s = text("%%%%%%\n", s, name, from(S("              "), name.n),
+		s = text("%%%%%%\n", s, name, from(S("                     "), name.n),
 		    str(shared[i].gist),
 		    shared[i].variable ? S(", or ") : NONE,
 		    str(shared[i].variable));

@@ -51,6 +51,8 @@ needs() {
 	mount				mount
 	openssl				openssl
 	setpriv				util-linux
+	tinyproxy			tinyproxy-bin
+	pgrep				procps
 	socat				socat
 	/etc/ssl/certs/ca-certificates.crt			ca-certificates
 	/usr/share/keyrings/debian-archive-keyring.gpg	debian-archive-keyring
@@ -2784,7 +2786,7 @@ check 'respond -t without -w, published by itself' '
     publish <own && acme-step respond <own >own2 &&
     grep -x "status ready" own2; got=$?
     rm -f "$www"/*; [ $got = 0 ]'
-dies 64 '-w' 'acme-step respond -n -w "$www" <ch'
+dies 64 '-n' 'acme-step respond -n -w "$www" <ch'
 dies 65 '' 'acme-step order -d "https://127.0.0.1:$pebble/dir" <rec'
 dies 65 '' 'acme-step order </dev/null'
 dies 65 '' 'echo nonsense | acme-step order'
@@ -3301,6 +3303,245 @@ check 'and the certificate is not lost' '
     acme-step finalize -K one.key.pem <chain.order | diff - chain0.pem'
 ACME_KEY=$tmp/account.key.pem
 unset ACME_ACCOUNT
+
+group 'ways to the CA'
+pebble_stop
+pebble_start
+unset ACME_ACCOUNT
+acme-step new-account -y -o account
+ACME_ACCOUNT=$tmp/account
+export ACME_ACCOUNT
+check '-H: a name that no resolver knows' '
+    acme-step directory -d "https://pebble.test:$pebble/dir" \
+	-H "pebble.test:$pebble:127.0.0.1" |
+    grep "^new-order https://pebble.test:$pebble/"'
+check '-H: several, the first that answers' '
+    acme-step directory -d "https://PEBBLE.test:$pebble/dir" \
+	-H "other.test:$pebble:127.0.0.9" -H "pebble.test:1:127.0.0.9" \
+	-H "pebble.test:$pebble:[::1]" -H "pebble.test:$pebble:127.0.0.1"'
+check 'ACME_RESOLVE' '
+    ACME_RESOLVE="a.test:1:::1 pebble.test:$pebble:127.0.0.1" \
+    acme-step directory -d "https://pebble.test:$pebble/dir"'
+dies 69 'another name' '
+    acme-step directory -d "https://other.test:$pebble/dir" \
+	-H "other.test:$pebble:127.0.0.1"'
+dies 69 'refused' '
+    acme-step directory -d "https://pebble.test:1/dir" \
+	-H "pebble.test:1:127.0.0.1" -H "pebble.test:1:::1"'
+for wrong in x a:1 a:b:127.0.0.1 a:1:b :1:127.0.0.1 a:70000:127.0.0.1 a:1: \
+    a:1:1.2.3; do
+	dies 64 'HOST:PORT:ADDR' "acme-step directory -H '$wrong'"
+	dies 64 'HOST:PORT:ADDR' "ACME_RESOLVE='$wrong' acme-step directory"
+done
+
+check '-P: through a command' '
+    acme-step directory -P "socat - TCP:%h:%p" |
+    grep "^new-order https://localhost:$pebble/"'
+check 'ACME_PROXY_COMMAND, for a whole order' '
+    ACME_PROXY_COMMAND="socat - TCP:127.0.0.1:%p"
+    export ACME_PROXY_COMMAND
+    acme-step new-order piped.test |
+    acme-step respond -t http-01 -w "$www" |
+    acme-step finalize -K one.key.pem -o piped.pem &&
+    issued one.key.pem piped.pem DNS:piped.test'
+check '%% and an address' '
+    acme-step directory -d "https://127.0.0.1:$pebble/dir" \
+	-P "sh -c \"echo %h %p %% >seen; exec socat - TCP:%h:%p\"" &&
+    grep -x "127.0.0.1 $pebble %" seen'
+dies 69 'false.* failed with status 1' 'acme-step directory -P false'
+check 'a command that cannot be run' '
+    acme-step directory -P "nosuch %h" 2>err
+    [ $? = 69 ] && grep "the command nosuch %h failed with status 127" err'
+dies 69 'ended by signal 9' "acme-step directory -P 'sh -c \"kill -9 \\\$\\\$\"'"
+dies 69 'TLS' 'acme-step directory -P "echo hello"'
+dies 69 'time limit of 2 s.*' 'acme-step directory -T 2 -P "sleep 300"'
+check 'the command is gone with the step' '
+    not pgrep -f "^sleep 300$"'
+for wrong in '%' '%x' 'a %h %'; do
+	dies 64 'knows %h, %p and %%' "acme-step directory -P '$wrong'"
+done
+
+# proxy [LINE]...: a real one, with more configuration.
+proxy_start() {
+	proxy=$(free_port)
+	{
+		printf '%s\n' "Port $proxy" 'Listen 127.0.0.1' 'Timeout 20' \
+		    'Allow 127.0.0.1' "ConnectPort $pebble" \
+		    "PidFile \"$tmp/proxy.pid\"" "LogFile \"$tmp/proxy.log\""
+		printf '%s\n' "$@"
+	} >proxy.conf
+	server_start tinyproxy -d -c proxy.conf
+	up "$proxy"
+}
+proxy_start
+check 'https_proxy' '
+    : >proxy.log
+    https_proxy=http://127.0.0.1:$proxy/ acme-step directory |
+    grep "^new-order https://localhost:$pebble/" &&
+    grep "CONNECT localhost:$pebble" proxy.log'
+check 'HTTPS_PROXY, without http://, over one connection' '
+    : >proxy.log
+    HTTPS_PROXY=localhost:$proxy acme-step new-order proxied.test |
+    grep "^order " && [ "$(grep -c "Request.*CONNECT" proxy.log)" = 1 ]'
+for list in localhost 'a.test, localhost' '*' LOCALHOST; do
+	check "no_proxy=$list" "
+	    https_proxy=http://127.0.0.1:1 no_proxy='$list' acme-step directory"
+done
+for list in 127.0.0.1 '::1,127.0.0.1'; do
+	check "no_proxy=$list" "
+	    https_proxy=http://127.0.0.1:1 no_proxy='$list' \
+	    acme-step directory -d https://127.0.0.1:$pebble/dir"
+done
+for list in test .test 'x, .test'; do
+	check "no_proxy=$list" "
+	    https_proxy=http://127.0.0.1:1 NO_PROXY='$list' \
+	    acme-step directory -d https://pebble.test:$pebble/dir \
+		-H pebble.test:$pebble:127.0.0.1"
+done
+for list in '' host ocalhost localhos .localhost x.localhost; do
+	dies 69 '127.0.0.1 port 1' "
+	    https_proxy=http://127.0.0.1:1 no_proxy='$list' acme-step directory"
+done
+check '-P goes before a proxy' '
+    https_proxy=http://127.0.0.1:1 acme-step directory \
+	-P "socat - TCP:%h:%p"'
+dies 69 'does not connect to localhost:1: HTTP/1.. 403' '
+    https_proxy=http://127.0.0.1:$proxy \
+    acme-step directory -d https://localhost:1/dir'
+proxy_start 'BasicAuth user pAss'
+check 'a user and a password, percent-encoded' '
+    https_proxy=http://user:p%41ss@127.0.0.1:$proxy acme-step directory'
+dies 69 '407' 'https_proxy=http://127.0.0.1:$proxy acme-step directory'
+dies 69 '40[17]' '
+    https_proxy=http://user:wrong@127.0.0.1:$proxy acme-step directory'
+check 'an IPv6 literal' '
+    server_start socat "TCP-LISTEN:$proxy,pf=ip6,bind=[::1],fork,reuseaddr" \
+	"TCP:127.0.0.1:$proxy"
+    await listening "$proxy" && sleep 0.3 &&
+    https_proxy="http://user:p%41ss@[::1]:$proxy/" acme-step directory'
+for wrong in https://127.0.0.1:1 http:// 'http://a b' http://a:b \
+    http://a:99999 http://a:0; do
+	dies 64 'https_proxy' "https_proxy='$wrong' acme-step directory"
+done
+# answers CODE: what a proxy says is the shell's CODE.
+answers() {
+	echo "$1" >proxy.sh
+	proxy=$(free_port)
+	cp proxy.sh "proxy.$proxy"
+	server_start socat "TCP-LISTEN:$proxy,bind=127.0.0.1,fork,reuseaddr" \
+	    "EXEC:sh proxy.$proxy"
+	up "$proxy"
+}
+through() { https_proxy=http://127.0.0.1:$proxy acme-step directory "$@"; }
+answers 'read -r x; echo SSH-2.0-x'
+dies 69 'SSH-2.0-x' through
+answers 'read -r x; printf "HTTP/1.1 502 \033[31mno\r\n\r\n"'
+dies 69 '502 ?\[31mno' through
+answers 'read -r x; echo "HTTP/1.1 200 OK"'
+dies 69 'no answer' through
+answers 'yes "HTTP/1.1 200 OK"'
+dies 69 'no answer' through
+answers 'head -c 100000 /dev/zero | tr "\0" x'
+dies 69 'no answer' through
+answers 'cat >/dev/null'
+dies 69 'time limit of 2 s' 'through -T 2'
+
+group 'the air gap'
+# isolated COMMAND...: where there is no network at all.
+isolated() {
+	own=-rn
+	[ "$(id -u)" != 0 ] || own=-n
+	unshare $own "$@"
+}
+unset ACME_ACCOUNT
+check 'there is no network there' '
+    not isolated acme-step directory -T 2'
+pebble_stop
+pebble_start PEBBLE_WFE_NONCEREJECT=50
+mkdir gap && cp one.key.pem gap/key.pem
+cat >gap/issue <<'END'
+acme-step new-account -B box.account -y -o account >/dev/null &&
+acme-step new-order -B box.order -a account gap.test gap2.test |
+acme-step respond -B box.respond -t http-01 -w "$www" |
+acme-step finalize -B box.finalize -K key.pem -o chain.pem
+END
+check 'a courier of three lines' '
+    cd gap
+    acme-step key -o account.pem; ACME_KEY=account.pem; export www
+    rounds=0
+    until isolated sh issue 2>err; do
+	[ $? = 75 ] && grep "acme-step send" err || exit
+	for box in box.*; do acme-step send "$box" || exit; done
+	[ $((rounds += 1)) -lt 60 ] || exit
+    done
+    echo "$rounds rounds" && cd .. &&
+    issued one.key.pem gap/chain.pem DNS:gap.test DNS:gap2.test'
+check 'what was published is taken down at the end' '[ -z "$(ls "$www")" ]'
+check 'run again, it finds all replies' '
+    cd gap; ACME_KEY=account.pem; export www
+    mv chain.pem chain0.pem && isolated sh issue && cmp chain0.pem chain.pem'
+check 'send with nothing to do' '
+    for box in gap/box.*; do acme-step send -d https://localhost:1/ "$box" ||
+	exit; done'
+check 'a request can be read: the message, and what it says' '
+    set -- $(grep -l "^POST https://localhost:$pebble/[^ ]* HTTP/1.1" \
+	gap/box.order/*.request) && cat "$1" &&
+    grep "^# protected: {\"alg\":\"ES256\",\"kid\":\"https:" "$1" &&
+    grep "^# payload: {\"identifiers\":\[{\"type\":\"dns\"" "$1"'
+check 'a key was never in a box' '
+    not grep -rl -e "PRIVATE KEY" gap/box.*'
+again() { isolated acme-step new-order -B "$1" -a gap/account \
+    -k gap/account.pem gap.test gap2.test; }
+check 'an order in a new box' '
+    again gap/o 2>err; [ $? = 75 ] && acme-step send gap/o &&
+    until again gap/o >gap/record 2>err; do acme-step send gap/o || exit; done
+    grep "^order " gap/record'
+respond_again() { isolated acme-step respond -B gap/r -k gap/account.pem \
+    -t http-01 -w "$www" <gap/record; }
+check 'requests of a batch are written together' '
+    until respond_again 2>err; [ "$(ls gap/r | grep -c request)" -gt 2 ]; do
+	acme-step send gap/r || exit
+    done; cat err; ls gap/r
+    grep "^acme-step: respond: 2 requests in gap/r want replies" err &&
+    [ -e gap/r/3.request ] && [ -e gap/r/2.request ]'
+cp -r gap/o gap/kept
+# spoil CODE...: the box after that is refused; the good one still works.
+spoil() {
+	rm -rf gap/o && cp -r gap/kept gap/o
+	dies 65 'gap/o' "(cd gap/o; $*); again gap/o"
+	check 'nothing is lost' 'rm -rf gap/o && cp -r gap/kept gap/o
+	    again gap/o | diff - gap/record'
+}
+spoil 'cp 1.response x; mv 2.response 1.response; mv x 2.response'
+spoil 'head -c 100 2.response >x; mv x 2.response'
+spoil 'sed -i s/200/201/ 1.response'
+spoil 'sed -i s/Nonce/nonce/ 1.response'
+spoil ': >1.response'
+spoil 'head -c 300000 /dev/zero >1.response'
+spoil 'echo >>1.response'
+spoil 'sed -i s/a/b/ 1.request'
+dies 65 'another step' '
+    isolated acme-step new-order -B gap/o -k gap/account.pem other.test'
+dies 66 'gap/none' 'acme-step send gap/none'
+dies 65 '1.request.*no request' '
+    mkdir gap/bad && echo nonsense >gap/bad/1.request
+    acme-step send gap/bad'
+dies 65 '1.request.*no request' '
+    printf "GET http://localhost/ HTTP/1.1\r\n\r\n" >gap/bad/1.request
+    acme-step send gap/bad'
+dies 73 'one.pem/box' 'acme-step directory -B one.pem/box'
+dies 64 'box' 'isolated acme-step respond -B gap/l -t http-01 -l 8080 \
+    -k gap/account.pem <gap/record'
+check 'ACME_BOX; commands without network take no notice' '
+    ACME_BOX=gap/e isolated acme-step thumbprint -k gap/account.pem &&
+    [ ! -e gap/e ] && ACME_BOX=gap/e isolated acme-step directory 2>err
+    [ $? = 75 ] && [ -s gap/e/1.request ] &&
+    ACME_BOX=gap/e acme-step send gap/e && [ -s gap/e/1.response ]'
+dies 69 'localhost' '
+    ACME_BOX=gap/f acme-step directory -d https://localhost:1/ 2>/dev/null
+    acme-step send gap/f'
+pebble_stop
+pebble_start
 
 group 'authorizations that are valid already'
 pebble_stop
