@@ -1,3 +1,39 @@
+/*
+ * acme-step - one step of ACME (RFC 8555) at a time
+ *
+ *	acme-step COMMAND [OPTION...] [ARGUMENT...]
+ *
+ *	acme-step new-order -a account example.com |
+ *	acme-step respond -t http-01 -w /var/www/acme |
+ *	acme-step finalize -K example.pem -o fullchain.pem
+ *
+ * A command reads the files it is given and a record on standard input,
+ * makes a few requests over one connection, writes its result once it has
+ * all of it, and exits with a status that a script can act on (see the
+ * second enum).  Nothing is remembered but what the caller keeps.
+ *
+ * Contents:
+ *	 1. Failure	10. Keys		19. Orders
+ *	 2. Memory	11. Certificates	20. Challenges
+ *	 3. Strings	12. Requests		21. Responders
+ *	 4. Encodings	13. Trust anchors	22. Hooks
+ *	 5. JSON	14. Validation		23. Finalization
+ *	 6. DER		15. Connections		24. Commands
+ *	 7. Time	16. HTTP		25. Table
+ *	 8. Files	17. Record		26. Main
+ *	 9. PEM		18. ACME
+ *
+ * All data is a Str: bytes with a length, that never change.  Sections 3
+ * to 6 make new ones from old ones: cat() joins, text() fills a template,
+ * b64() and quote() encode, der() nests.  Memory is taken from one static
+ * heap and never given back.  What fails, ends the step by die(), from
+ * wherever it is; leave() then undoes what must not stay.  Each section
+ * needs only those above it.
+ *
+ * To understand the rest, read the table in section 25, one command that
+ * you know, do_new_order() say, and acme_batch() in section 18, through
+ * which all of them speak to the CA.
+ */
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE		/* getentropy */
 #include <sys/types.h>
@@ -7736,7 +7772,7 @@ do_help(char **arg)
 	print(s);
 }
 
-/* ----------------------------------------------------------- 26. main -- */
+/* ----------------------------------------------------------- 26. Main -- */
 
 /* Descriptors 0 to 2 are ours alone, even where we were started without. */
 static void

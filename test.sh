@@ -52,6 +52,7 @@ needs() {
 	openssl				openssl
 	setpriv				util-linux
 	tinyproxy			tinyproxy-bin
+	xxd				xxd
 	pgrep				procps
 	socat				socat
 	/etc/ssl/certs/ca-certificates.crt			ca-certificates
@@ -1405,6 +1406,61 @@ main(void)
 	return bad != 0;
 }
 END
+cat >roots.c <<'END'
+#define main acme_main
+#include "acme.c"
+#undef main
+static void
+show(const char *what, const unsigned char *p, size_t n)
+{
+	printf("%s ", what);
+	while (n-- > 0)
+		printf("%02x", *p++);
+	printf("\n");
+}
+int
+main(void)
+{
+	built_in_anchors();
+	for (size_t i = 0; i < nanchor; i++) {
+		const br_x509_trust_anchor *a = &anchor[i];
+
+		show("name", a->dn.data, a->dn.len);
+		if (a->pkey.key_type == BR_KEYTYPE_RSA) {
+			show("n", a->pkey.key.rsa.n, a->pkey.key.rsa.nlen);
+			show("e", a->pkey.key.rsa.e, a->pkey.key.rsa.elen);
+		} else
+			show("q", a->pkey.key.ec.q, a->pkey.key.ec.qlen);
+	}
+	return 0;
+}
+END
+# The fingerprints are those that Let's Encrypt publishes.
+check 'the built-in roots are those of ca-certificates, by fingerprint' '
+	dir=/etc/ssl/certs
+	for root in X1:96BCEC06264976F37460779ACF28C5A7CFE8A3C0AAE11A8FFCEE05C0\
+BDDF08C6 X2:69729B8E15A86EFC177A57AFB7171DFC64ADD28C2FCA8CF1507E34453CCB1470
+	do
+		file=$dir/ISRG_Root_${root%:*}.pem
+		openssl x509 -in "$file" -noout -fingerprint -sha256 |
+		    tr -d : | grep "=${root#*:}$" || exit
+		openssl x509 -in "$file" -outform DER -out root.der
+		openssl asn1parse -inform DER -in root.der -strparse \
+		    "$(openssl asn1parse -inform DER -in root.der |
+		    awk -F: "/cons: SEQUENCE/ && /d=2/ && ++n == 2 {
+			print \$1 + 0 }")" -noout -out name.der
+		echo "name $(xxd -p name.der | tr -d "\n")"
+		openssl x509 -in "$file" -noout -pubkey | openssl pkey -pubin \
+		    -outform DER -out pub.der
+		case ${root%:*} in
+		X1)	echo "n $(openssl x509 -in "$file" -noout -modulus |
+			    cut -d= -f2 | tr A-F a-f)"
+			echo "e 010001" ;;
+		*)	echo "q $(tail -c 97 pub.der | xxd -p | tr -d "\n")" ;;
+		esac
+	done >want; cat want
+	${CC:-cc} -w -I"$src" roots.c -o roots -lbearssl && ./roots >got &&
+	grep -v "^subject\|ingerprint" want | diff - got'
 check 'base64url, JSON strings and DER' \
     '${CC:-cc} -w -I"$src" unit.c -o unit -lbearssl && ./unit'
 
@@ -3605,6 +3661,12 @@ check 'make install and uninstall' '
     cmp acme-step "$tmp/inst/usr/bin/acme-step" &&
     make PREFIX=/usr DESTDIR="$tmp/inst" uninstall &&
     find "$tmp/inst" -type f | not grep .'
+check 'the contents of acme.c are its sections' '
+    sed -n "s/^\/\* -* \([0-9]*\. .*\) -- \*\//\1/p" "$src/acme.c" |
+    sort >a && [ "$(grep -c . a)" -gt 20 ] &&
+    sed -n "/^ \* Contents:/,/^ \*$/p" "$src/acme.c" |
+    grep -o "[0-9][0-9]*\. [A-Z][A-Za-z ]*" | sed "s/ *$//" | sort |
+    diff a -'
 check 'no line is over 80 columns' '
     cd "$src" && for file in acme.c Makefile test.sh README; do
 	expand "$file" | not grep -n ".\{81\}" || exit
