@@ -73,6 +73,11 @@ bench: deps
 	@$(MAKE) acme-step
 	@sh ./test.sh bench
 
+image: acme-step.tar
+
+acme-step.tar: acme-step image.sh
+	sh ./image.sh acme-step $@
+
 install: acme-step
 	mkdir -p '$(DESTDIR)$(BINDIR)' '$(DESTDIR)$(DOCDIR)'
 	cp acme-step '$(DESTDIR)$(BINDIR)/'
@@ -83,6 +88,6 @@ uninstall:
 	rm -rf '$(DESTDIR)$(DOCDIR)'
 
 clean:
-	rm -rf acme-step acme-step-san .cache
+	rm -rf acme-step acme-step-san acme-step.tar .cache
 
-.PHONY: all deps demo check check-san bench install uninstall clean
+.PHONY: all deps demo check check-san bench image install uninstall clean

@@ -55,6 +55,16 @@ needs() {
 	/etc/ssl/certs/ca-certificates.crt			ca-certificates
 	/usr/share/keyrings/debian-archive-keyring.gpg	debian-archive-keyring
 	EOF
+	case $task in
+	check)
+		cat <<-'EOF'
+		make				make
+		runc				runc
+		skopeo				skopeo
+		umoci				umoci
+		EOF
+		;;
+	esac
 }
 
 missing() {
@@ -532,6 +542,82 @@ measure() {
 round_trips() {
 	grep -ao '[<>] [0-9/]\{10\} [0-9:.]*  length=' | cut -c1 | uniq |
 	grep -c '<'
+}
+
+# ---------------------------------------------------------------- image --
+
+# Two builds, as different as two people's, and what container tools say.
+image() {
+	check 'two builds give the same bytes' '
+	    unset MAKEFLAGS SOURCE_DATE_EPOCH
+	    made 022 here && made 077 else/where TZ=Asia/Tokyo &&
+	    cmp here/acme-step else/where/acme-step &&
+	    cmp here/acme-step.tar else/where/acme-step.tar'
+	check 'its times are those of SOURCE_DATE_EPOCH' '
+	    SOURCE_DATE_EPOCH=86399 sh "$src/image.sh" "$acme" dated.tar &&
+	    TZ=UTC0 tar tvf dated.tar >list && cat list &&
+	    grep "1970-01-01 23:59" list >dated && diff list dated'
+	mkdir bundle
+	check 'skopeo reads it as what docker load takes' '
+	    unpacked docker-archive:here/acme-step.tar'
+	check 'and as what OCI tools take' '
+	    unpacked oci-archive:here/acme-step.tar'
+	check 'umoci unpacks it: one file' '
+	    own=--rootless
+	    [ "$(id -u)" != 0 ] || own=
+	    mkdir layout && tar xf here/acme-step.tar -C layout &&
+	    umoci unpack $own --image "layout:$(version)" bundle &&
+	    find bundle/rootfs -mindepth 1 >list && cat list &&
+	    echo bundle/rootfs/acme-step | diff - list &&
+	    cmp here/acme-step bundle/rootfs/acme-step'
+	check 'runc runs it' '
+	    contained "\"version\"" >out && acme-step version | diff - out &&
+	    contained "\"help\"" >out && acme-step help | diff - out'
+	check 'and it makes a key in a directory of the host' '
+	    contained "\"key\", \"-o\", \"/data/key.pem\"" &&
+	    openssl pkey -in data/key.pem -noout -check &&
+	    [ "$(stat -c %a data/key.pem)" = 600 ]'
+	check 'its exit status comes through' '
+	    contained "\"thumbprint\"" 2>err; got=$?; cat err; [ $got = 66 ]'
+}
+
+# made UMASK DIRECTORY [VARIABLE=VALUE]: build it there, from the source.
+made() (
+	umask "$1"
+	mkdir -p "$2" && cd "$2" &&
+	cp "$src/acme.c" "$src/Makefile" "$src/image.sh" . &&
+	env ${3+"$3"} make image
+)
+
+version() {
+	sed -n 's/^#define VERSION "\(.*\)"/\1/p' "$src/acme.c"
+}
+
+# unpacked IMAGE: skopeo checks all hashes of it; the layer has one file.
+unpacked() {
+	rm -rf copy
+	skopeo inspect --config "$1" >config && cat config &&
+	grep -q '"/acme-step"' config &&
+	skopeo --insecure-policy copy "$1" dir:copy || return
+	for file in copy/*; do
+		tar tf "$file" 2>/dev/null
+	done >list
+	echo acme-step | diff - list
+}
+
+# contained ARGUMENTS, in JSON: run the container with them, and with the
+# directory data of ours as its /data.
+contained() {
+	mkdir -p data
+	[ -e bundle/made.json ] || cp bundle/config.json bundle/made.json
+	mounted="{\"destination\": \"/data\", \"type\": \"bind\",
+	    \"source\": \"$tmp/data\", \"options\": [\"rbind\"]},"
+	awk -v arguments="$1" -v mounted="$mounted" '
+	    /"terminal":/		{ sub(/true/, "false") }
+	    /^[ \t]*"\/acme-step"$/	{ $0 = $0 ", " arguments }
+	    /"mounts": \[/		{ $0 = $0 mounted }
+	    { print }' bundle/made.json >bundle/config.json
+	runc --root "$tmp/runc" run --bundle bundle "acme-step-$$"
 }
 
 case $task in
@@ -3348,9 +3434,17 @@ check 'make install and uninstall' '
     make PREFIX=/usr DESTDIR="$tmp/d" uninstall &&
     find "$tmp/d" -type f | not grep .'
 check 'no line is over 80 columns' '
-    cd "$src" && for file in acme.c Makefile test.sh README; do
+    cd "$src" && for file in acme.c Makefile image.sh test.sh README; do
 	expand "$file" | not grep -n ".\{81\}" || exit
     done'
+
+case $acme in
+*-san)	# not what an image is made of
+	;;
+*)	group 'the image'
+	cd "$tmp" && image || exit
+	;;
+esac
 
 echo "$((n - bad)) passed, $bad failed"
 [ "$bad" = 0 ]
