@@ -1340,7 +1340,8 @@ static bool
 pause_for(const char *what, long long ms)
 {
 	long long reserve = busy.limit * 100LL;
-	struct timespec t = { (time_t)(ms / 1000), ms % 1000 * 1000000 };
+	struct timespec t = { (time_t)(ms / 1000),
+	    (long)(ms % 1000 * 1000000) };
 
 	if (ms >= time_left() - (reserve < 3000 ? reserve : 3000))
 		return false;
