@@ -36,7 +36,7 @@ FIND     = set -e; if [ "$(BEARSSL)" ]; then \
 		    CC='$(CC)' LD='$(CC)'; \
 	else \
 		inc=/usr/include/bearssl; \
-		for lib in /usr/lib/`uname -m`-linux-gnu*/libbearssl.a \
+		for lib in /usr/lib/`$(CC) -print-multiarch`/libbearssl.a \
 		    /usr/lib/libbearssl.a; do \
 			[ ! -f "$$lib" ] || break; \
 		done; \
@@ -69,6 +69,9 @@ check-san: deps
 	@$(MAKE) acme-step-san
 	@sh ./test.sh check ./acme-step-san
 
+check-cross:
+	@sh ./test.sh cross
+
 bench: deps
 	@$(MAKE) acme-step
 	@sh ./test.sh bench
@@ -90,4 +93,5 @@ uninstall:
 clean:
 	rm -rf acme-step acme-step-san acme-step.tar .cache
 
-.PHONY: all deps demo check check-san bench image install uninstall clean
+.PHONY: all deps demo check check-san check-cross bench image \
+        install uninstall clean

@@ -1,5 +1,7 @@
 #!/bin/sh
 # test.sh [check] [ACME-STEP]   test the program, from the outside
+# test.sh offline [ACME-STEP]   the tests that need no network
+# test.sh cross                 these, and an issuance, on other processors
 # test.sh demo [ACME-STEP]      issue a certificate as the README does it
 # test.sh bench [ACME-STEP]     report size, memory, round trips and time
 # test.sh deps                  see to it that what these need is there
@@ -13,7 +15,9 @@
 # shellcheck disable=SC2016	# check and dies evaluate their arguments
 
 task=check
-case ${1-} in check|demo|bench|deps) task=$1; shift ;; esac
+case ${1-} in
+check|offline|cross|demo|bench|deps) task=$1; shift ;;
+esac
 src=$(cd "$(dirname "$0")" && pwd)
 acme=${1:-$src/acme-step}
 case $acme in /*) ;; *) acme=$PWD/$acme ;; esac
@@ -62,6 +66,16 @@ needs() {
 		runc				runc
 		skopeo				skopeo
 		umoci				umoci
+		EOF
+		;;
+	cross)
+		cat <<-'EOF'
+		make				make
+		aarch64-linux-gnu-gcc		gcc-aarch64-linux-gnu
+		arm-linux-gnueabihf-gcc		gcc-arm-linux-gnueabihf
+		i686-linux-gnu-gcc		gcc-i686-linux-gnu
+		s390x-linux-gnu-gcc		gcc-s390x-linux-gnu
+		qemu-s390x-static		qemu-user-static
 		EOF
 		;;
 	esac
@@ -127,20 +141,86 @@ fetch_pebble() (
 	mv -T "$new" "$cache/pebble" || [ -x "$cache/pebble/usr/bin/pebble" ]
 )
 
+# Those of cross: what Debian calls it, its compiler, what qemu calls it.
+processors() {
+	cat <<-'EOF'
+	arm64	aarch64-linux-gnu	aarch64
+	armhf	arm-linux-gnueabihf	arm
+	i386	i686-linux-gnu		i386
+	s390x	s390x-linux-gnu		s390x
+	EOF
+}
+
+# unpack DIRECTORY ARCHITECTURE PACKAGE...: those of this machine's
+# release.
+unpack() {
+	mkdir "$1" && cd "$1" || return
+	cpu=$2 own=$PWD; shift 2
+	mkdir -p lists/partial "$cache/archives/partial"
+	# shellcheck disable=SC1091	# the system's
+	release=$(. /etc/os-release && echo "$VERSION_CODENAME")
+	keys=/usr/share/keyrings/debian-archive-keyring.gpg
+	echo "deb [arch=$cpu signed-by=$keys] $site $release main" \
+	    >release.list
+	release_apt() {
+		private_apt -o Dir::State::lists="$own/lists" \
+		    -o Dir::Etc::sourcelist="$own/release.list" \
+		    -o Dir::Etc::sourceparts=/dev/null \
+		    -o APT::Architectures="$cpu" "$@"
+	}
+	release_apt update || return
+	for package; do
+		release_apt download "$package:$cpu" || return
+	done
+	for deb in *.deb; do
+		dpkg-deb -x "$deb" . || return
+	done
+	rm -rf lists release.list ./*.deb
+	cd ..
+}
+
+# musl and BearSSL for these processors: the compilers build against them.
+# BearSSL is laid out as its source tree would be once built.
+fetch_foreign() (
+	new=$(mktemp -d "$cache/new.XXXXXX") && cd "$new" || exit
+	chmod 755 .
+	site=$(mirror)
+	for cpu in $(processors | cut -f 1); do
+		unpack "$cpu" "$cpu" musl-dev libbearssl-dev &&
+		mkdir "$cpu/build" &&
+		mv "$cpu"/usr/lib/*/libbearssl.a "$cpu/build" &&
+		mv "$cpu/usr/include/bearssl" "$cpu/inc" &&
+		mv "$cpu"/usr/lib/*/musl-gcc.specs "$cpu/specs" || exit
+	done
+	mv -T "$new" "$cache/foreign" || [ -e "$cache/foreign/s390x/specs" ]
+)
+
+# fetched FILE WHAT: it is in the cache, or is put there.
+fetched() {
+	[ -e "$cache/$1" ] && return
+	echo "test.sh: fetching $2"
+	case $2 in
+	pebble)		fetch_pebble ;;
+	foreign)	fetch_foreign ;;
+	esac >"$cache/$2.log" 2>&1 || {
+		cat "$cache/$2.log" >&2
+		give_up "cannot fetch $2"
+	}
+}
+
 deps() {
 	mkdir -p "$cache" || exit
 	packages
-	[ -x "$cache/pebble/usr/bin/pebble" ] && return
-	echo "test.sh: fetching pebble"
-	fetch_pebble >"$cache/pebble.log" 2>&1 || {
-		cat "$cache/pebble.log" >&2
-		give_up "cannot fetch pebble"
-	}
+	case $task in
+	offline)	return ;;
+	cross)		fetched foreign/s390x/specs foreign ;;
+	esac
+	fetched pebble/usr/bin/pebble pebble
 }
 
 deps
 [ "$task" = deps ] && exit
-[ -x "$acme" ] || give_up "no $acme: run make"
+[ -x "$acme" ] || [ "$task" = cross ] || give_up "no $acme: run make"
 
 # ------------------------------------------------------------- helpers --
 
@@ -620,8 +700,81 @@ contained() {
 	runc --root "$tmp/runc" run --bundle bundle "acme-step-$$"
 }
 
+# ---------------------------------------------------------------- cross --
+
+cross() {
+	chmod 755 "$tmp"
+	world_start
+	pebble_start
+	runs=''
+	processors >processors
+	while read -r cpu compiler emulator <&3; do
+		group "$cpu"
+		mkdir "$cpu"
+		there=$cache/foreign/$cpu
+		sed "s|/usr/|$there/usr/|g" "$there/specs" >"$cpu/specs"
+		cc="$compiler-gcc -specs $tmp/$cpu/specs"
+		check "$cpu: it builds, static and without a warning" built
+		printf '#!/bin/sh\nexec %s %s "$@"\n' "qemu-$emulator-static" \
+		    "$tmp/$cpu/made/acme-step" >"$cpu/acme-step"
+		chmod +x "$cpu/acme-step"
+		check "$cpu: a certificate from Pebble" issues
+		CC="$cc -static -isystem $there/inc -L$there/build $(defsyms)" \
+		    RUN="qemu-$emulator-static" sh "$src/test.sh" offline \
+		    "$cpu/acme-step" >"$cpu/offline" 2>&1 &
+		runs="$runs $!" pids="$pids $!"
+	done 3<processors
+	# shellcheck disable=SC2086	# one word a process
+	wait $runs
+	while read -r cpu _ <&3; do
+		group "$cpu: the tests that need no network"
+		awk -v n="$n" -v cpu="$cpu" '
+		    /^(not )?ok /	{ sub(/[0-9]+ - /, ++n " - " cpu ": ") }
+		    !/^[0-9]+ passed/	{ print }' "$cpu/offline"
+		n=$((n + $(grep -c -e '^ok' -e '^not ok' "$cpu/offline")))
+		bad=$((bad + $(grep -c '^not ok' "$cpu/offline")))
+		check "$cpu: they came to their end" \
+		    'tail -n 1 "$cpu/offline" | grep " passed, "'
+	done 3<processors
+	finish
+}
+
+# In the way that the README shows.
+built() {
+	mkdir "$cpu/made" && cd "$cpu/made" &&
+	cp "$src/acme.c" "$src/Makefile" . && unset MAKEFLAGS &&
+	make CC="$cc" BEARSSL="$there" >log 2>&1
+	got=$?
+	cat log
+	[ "$got" = 0 ] && not grep warning log &&
+	readelf -lW acme-step | not grep INTERP
+}
+
+issues() (
+	PATH=$tmp/$cpu:$PATH
+	cd "$cpu" && cp ../root.pem . &&
+	acme-step key -o account.pem &&
+	acme-step key -o leaf.pem &&
+	acme-step new-account -y -o account &&
+	acme-step new-order -a account "$cpu.test" 127.0.0.1 |
+	acme-step respond -t http-01 -w "$www" |
+	acme-step finalize -K leaf.pem -o chain.pem &&
+	issued leaf.pem chain.pem "DNS:$cpu.test" 'IP Address:127.0.0.1'
+)
+
+defsyms() {
+	sed -n 's/^.*\(-Wl,--defsym=[a-z_=]*\).*/\1/p' "$src/Makefile" |
+	tr '\n' ' '
+}
+
+finish() {
+	echo "$((n - bad)) passed, $bad failed"
+	[ "$bad" = 0 ]
+	exit
+}
+
 case $task in
-demo|bench)
+demo|bench|cross)
 	"$task"
 	exit
 	;;
@@ -1477,7 +1630,9 @@ main(void)
 }
 END
 check 'base64url, JSON strings and DER' \
-    '${CC:-cc} -w -I"$src" unit.c -o unit -lbearssl && ./unit'
+    '${CC:-cc} -w -I"$src" unit.c -o unit -lbearssl &&
+    ${RUN-} ./unit'
+[ "$task" != offline ] || finish
 
 group 'the canned server'
 
@@ -3446,5 +3601,4 @@ case $acme in
 	;;
 esac
 
-echo "$((n - bad)) passed, $bad failed"
-[ "$bad" = 0 ]
+finish
