@@ -72,6 +72,10 @@ check-san: deps
 check-cross:
 	@sh ./test.sh cross
 
+check-initramfs: deps
+	@$(MAKE) acme-step
+	@sh ./test.sh initramfs
+
 bench: deps
 	@$(MAKE) acme-step
 	@sh ./test.sh bench
@@ -93,5 +97,5 @@ uninstall:
 clean:
 	rm -rf acme-step acme-step-san acme-step.tar .cache
 
-.PHONY: all deps demo check check-san check-cross bench image \
-        install uninstall clean
+.PHONY: all deps demo check check-san check-cross check-initramfs bench \
+        image install uninstall clean

@@ -2,6 +2,7 @@
 # test.sh [check] [ACME-STEP]   test the program, from the outside
 # test.sh offline [ACME-STEP]   the tests that need no network
 # test.sh cross                 these, and an issuance, on other processors
+# test.sh initramfs [ACME-STEP]  an issuance before there is a system
 # test.sh demo [ACME-STEP]      issue a certificate as the README does it
 # test.sh bench [ACME-STEP]     report size, memory, round trips and time
 # test.sh deps                  see to it that what these need is there
@@ -16,7 +17,7 @@
 
 task=check
 case ${1-} in
-check|offline|cross|demo|bench|deps) task=$1; shift ;;
+check|offline|cross|initramfs|demo|bench|deps) task=$1; shift ;;
 esac
 src=$(cd "$(dirname "$0")" && pwd)
 acme=${1:-$src/acme-step}
@@ -77,6 +78,9 @@ needs() {
 		s390x-linux-gnu-gcc		gcc-s390x-linux-gnu
 		qemu-s390x-static		qemu-user-static
 		EOF
+		;;
+	initramfs)
+		echo 'qemu-system-x86_64	qemu-system-x86'
 		;;
 	esac
 }
@@ -152,7 +156,7 @@ processors() {
 }
 
 # unpack DIRECTORY ARCHITECTURE PACKAGE...: those of this machine's
-# release.
+# release.  A package that has no files stands for the first it depends on.
 unpack() {
 	mkdir "$1" && cd "$1" || return
 	cpu=$2 own=$PWD; shift 2
@@ -171,6 +175,12 @@ unpack() {
 	release_apt update || return
 	for package; do
 		release_apt download "$package:$cpu" || return
+		case $package in
+		linux-image-*)
+			package=$(dpkg-deb -f "$package"_*.deb Depends)
+			release_apt download "${package%% *}:$cpu" || return
+			;;
+		esac
 	done
 	for deb in *.deb; do
 		dpkg-deb -x "$deb" . || return
@@ -195,6 +205,27 @@ fetch_foreign() (
 	mv -T "$new" "$cache/foreign" || [ -e "$cache/foreign/s390x/specs" ]
 )
 
+# A kernel, its driver of qemu's network card, and a shell.
+fetch_machine() (
+	new=$(mktemp -d "$cache/new.XXXXXX") && cd "$new" || exit
+	site=$(mirror)
+	unpack all amd64 linux-image-cloud-amd64 busybox-static &&
+	mv all/boot/vmlinuz-* vmlinuz &&
+	mv all/bin/busybox . 2>/dev/null || mv all/usr/bin/busybox . || exit
+	release=$(basename all/lib/modules/* all/usr/lib/modules/* | head -n 1)
+	mkdir -p "modules/$release" || exit
+	find all -name 'virtio*.ko*' -o -name '*failover.ko*' |
+	grep -e /net -e /drivers/virtio/ |
+	while read -r module; do
+		mv "$module" "modules/$release" || exit
+	done || exit
+	for module in "modules/$release"/*.xz; do
+		[ ! -e "$module" ] || busybox unxz "$module" || exit
+	done
+	rm -rf all
+	mv -T "$new" "$cache/machine" || [ -e "$cache/machine/vmlinuz" ]
+)
+
 # fetched FILE WHAT: it is in the cache, or is put there.
 fetched() {
 	[ -e "$cache/$1" ] && return
@@ -202,6 +233,7 @@ fetched() {
 	case $2 in
 	pebble)		fetch_pebble ;;
 	foreign)	fetch_foreign ;;
+	machine)	fetch_machine ;;
 	esac >"$cache/$2.log" 2>&1 || {
 		cat "$cache/$2.log" >&2
 		give_up "cannot fetch $2"
@@ -214,6 +246,7 @@ deps() {
 	case $task in
 	offline)	return ;;
 	cross)		fetched foreign/s390x/specs foreign ;;
+	initramfs)	fetched machine/vmlinuz machine ;;
 	esac
 	fetched pebble/usr/bin/pebble pebble
 }
@@ -349,7 +382,8 @@ up() {
 certificates() {
 	cat >server.ext <<-EOF
 	basicConstraints = CA:FALSE
-	subjectAltName = DNS:localhost,DNS:pebble.test,IP:127.0.0.1,IP:::1
+	subjectAltName = DNS:localhost,DNS:pebble.test,IP:127.0.0.1,IP:::1,\
+	    IP:10.0.2.2
 	EOF
 	new='-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes'
 	# shellcheck disable=SC2086	# options
@@ -773,8 +807,78 @@ finish() {
 	exit
 }
 
+# ------------------------------------------------------------ initramfs --
+
+# The machine sees the host's loopback at 10.0.2.2, and what asks the host
+# for $web is sent to its port 80.
+initramfs() {
+	world_start
+	web=$(free_port)
+	pebble_start
+	modules=$cache/machine/modules
+	mkdir -p root/bin root/lib root/www/.well-known/acme-challenge
+	cp "$acme" root/bin/acme-step
+	cp "$cache/machine/busybox" root/bin
+	cp ca.pem root
+	cp -R "$modules" root/lib
+	cat >root/init <<-EOF
+	#!/bin/busybox sh
+	/bin/busybox --install -s /bin
+	mkdir /proc && mount -t proc none /proc
+	depmod
+	modprobe -a virtio_pci virtio_net
+	ip link set eth0 up
+	udhcpc -q -n -i eth0 -s /address
+	httpd -h /www
+	ACME_DIRECTORY=https://10.0.2.2:$pebble/dir ACME_CA_FILE=/ca.pem /issue
+	poweroff -f
+	EOF
+	cat >root/address <<-'EOF'
+	#!/bin/sh
+	[ "$1" != bound ] || ip addr add "$ip/$mask" dev "$interface"
+	EOF
+	cat >root/issue <<-'EOF'
+	#!/bin/sh
+	acme-step key -o account.pem && acme-step key -o leaf.pem &&
+	acme-step new-account -y -o account &&
+	acme-step new-order -a account boot.test |
+	acme-step respond -t http-01 -w /www/.well-known/acme-challenge |
+	acme-step finalize -K leaf.pem
+	echo "exit status $?"
+	EOF
+	chmod +x root/init root/address root/issue
+	(cd root && find . | busybox cpio -o -H newc) >initramfs 2>>servers.log
+
+	group 'a machine with a kernel, an init, busybox and acme-step'
+	machine now -nic "user,model=virtio-net-pci,\
+hostfwd=tcp:127.0.0.1:$web-:80" & now=$!
+	machine 1970 -nic user,model=virtio-net-pci -rtc base=1970-01-01 &
+	wait "$now" "$!"
+	check 'it obtained a certificate' '
+	    cat now && grep -x "exit status 0" now'
+	check 'which is one' '
+	    sed -n "/^-----BEGIN/,/^-----END/p" now >chain.pem &&
+	    openssl verify -CAfile root.pem -untrusted chain.pem chain.pem &&
+	    names_in chain.pem >names && echo DNS:boot.test | diff - names'
+	check 'in 1970 it says what is wrong: the clock' '
+	    cat 1970 && grep -x "exit status 69" 1970 &&
+	    grep "^acme-step: new-account: .*clock" 1970'
+	finish
+}
+
+# machine FILE OPTION...: boot one; what it says is written to the file,
+# without the lines that are for a person who waits.
+machine() {
+	said=$1; shift
+	timeout 300 qemu-system-x86_64 -m 256 -cpu max -no-reboot \
+	    -display none -monitor none -serial stdio \
+	    -kernel "$cache/machine/vmlinuz" -initrd initramfs \
+	    -append 'console=ttyS0 quiet panic=-1' "$@" </dev/null 2>&1 |
+	sed -e 's/\r$//' -e 's/.*\x1b\[K//' >"$said"
+}
+
 case $task in
-demo|bench|cross)
+demo|bench|cross|initramfs)
 	"$task"
 	exit
 	;;
