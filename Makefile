@@ -37,7 +37,7 @@ FIND     = set -e; if [ "$(BEARSSL)" ]; then \
 		    CC='$(CC)' LD='$(CC)'; \
 	else \
 		inc=/usr/include/bearssl; \
-		for lib in /usr/lib/`uname -m`-linux-gnu*/libbearssl.a \
+		for lib in /usr/lib/`$(CC) -print-multiarch`/libbearssl.a \
 		    /usr/lib/libbearssl.a; do \
 			[ ! -f "$$lib" ] || break; \
 		done; \
@@ -70,9 +70,21 @@ check-san: deps
 	@$(MAKE) acme-step-san
 	@sh ./test.sh check ./acme-step-san
 
+check-cross:
+	@sh ./test.sh cross
+
+check-initramfs: deps
+	@$(MAKE) acme-step
+	@sh ./test.sh initramfs
+
 bench: deps
 	@$(MAKE) acme-step
 	@sh ./test.sh bench
+
+image: acme-step.tar
+
+acme-step.tar: acme-step image.sh
+	sh ./image.sh acme-step $@
 
 install: acme-step
 	mkdir -p '$(DESTDIR)$(BINDIR)' '$(DESTDIR)$(DOCDIR)'
@@ -84,6 +96,7 @@ uninstall:
 	rm -rf '$(DESTDIR)$(DOCDIR)'
 
 clean:
-	rm -rf acme-step acme-step-san .cache
+	rm -rf acme-step acme-step-san acme-step.tar .cache
 
-.PHONY: all deps demo check check-san bench install uninstall clean
+.PHONY: all deps demo check check-san check-cross check-initramfs bench \
+        image install uninstall clean

@@ -1472,7 +1472,8 @@ static bool
 pause_for(const char *what, long long ms)
 {
 	long long reserve = busy.limit * 100LL;
-	struct timespec t = { (time_t)(ms / 1000), ms % 1000 * 1000000 };
+	struct timespec t = { (time_t)(ms / 1000),
+	    (long)(ms % 1000 * 1000000) };
 
 	carrier_pause = ms;
 	if (boxed)
