@@ -83,8 +83,8 @@ bench: deps
 
 image: acme-step.tar
 
-acme-step.tar: acme-step image.sh
-	sh ./image.sh acme-step $@
+acme-step.tar: acme-step test.sh
+	sh ./test.sh image acme-step $@
 
 install: acme-step
 	mkdir -p '$(DESTDIR)$(BINDIR)' '$(DESTDIR)$(DOCDIR)'
