@@ -40,6 +40,7 @@ enum {
 	CERT     = 16 << 10,	/* a certificate; one with 250 names */
 	ANCHORS  = 16,		/* that one server's chain can name */
 	HOSTNAME = 255,		/* RFC 1035 2.3.4 */
+	PORT     = 5,		/* digits of one */
 	TOKEN    = 200,		/* a challenge's token: it is a file name */
 	NONCE    = 250,		/* RFC 8555 6.5 sets none; Boulder's have 43 */
 	WINDOW   = 32,		/* requests under way at once */
@@ -2818,6 +2819,7 @@ url_read(Str s, struct url *u)
 	}
 	u->port = authority.n ? authority : S("443");
 	return u->host.n > 0 && u->host.n <= HOSTNAME &&
+	    u->port.n <= PORT &&
 	    number(u->port, 65535, &port) && port > 0;
 }
 
@@ -2835,7 +2837,7 @@ is_url(Str s)
 /* The connection; at most one is open. */
 static struct {
 	int fd;
-	char host[HOSTNAME + 1], port[6];
+	char host[HOSTNAME + 1], port[PORT + 1];
 	bool clean;			/* the server ended it as TLS wants */
 	pid_t command;			/* the process behind it, or 0 */
 	const unsigned char *from;	/* what has been received: */
@@ -3674,6 +3676,14 @@ http_text(const struct message *q, const struct url *u, Str target)
 	        "Content-Length: %\r\n", num(q->body.n)) : NONE, q->body);
 }
 
+/* A message's URL taken apart; whoever made it has read it before. */
+static void
+message_url(const struct message *q, struct url *u)
+{
+	if (!url_read(q->url, u))
+		die(FAULT, "this is no https URL to ask: %", brief(q->url));
+}
+
 /* The path and query of a URL; there is always a path (RFC 9112 3.2.1). */
 static Str
 url_target(const struct url *u)
@@ -3693,11 +3703,11 @@ pipeline(const struct message *q, struct reply *r, size_t n)
 	size_t mark = used, m = 0, got = 0;
 	Str all = NONE;
 
-	url_read(q[0].url, &u);
+	message_url(&q[0], &u);
 	conn_open(&u);
 	mark = used;
 	do {
-		url_read(q[m].url, &v);
+		message_url(&q[m], &v);
 		if (!same(u.origin, v.origin))
 			break;
 		all = keep(mark, cat(NONE, all, http_text(&q[m], &v,
@@ -3793,7 +3803,7 @@ box_request(const struct message *q)
 	    NONE;
 	struct url u;
 
-	url_read(q->url, &u);
+	message_url(q, &u);
 	return cat(NONE, comments, http_text(q, &u, q->url));
 }
 
@@ -6857,11 +6867,15 @@ do_new_account(char **arg)
 
 /* The account's orders as lines, where the CA lists them (7.1.2.1). */
 static Str
-list_orders(Str url)
+list_orders(const struct reply *account)
 {
-	Str all = NONE, v, list, none, links;
+	Str all = NONE, v, list, none, links, url;
 	struct reply r;
 
+	url = want(account, json_body(account), "orders", '"');
+	url = absolute(account->url, url);
+	if (url.n && !is_url(url))
+		broken(account, "has no https URL for orders: %", brief(url));
 	while (url.n) {
 		r = acme_post(url, NONE);
 		if (!json_read(r.body, &v))
@@ -6869,9 +6883,11 @@ list_orders(Str url)
 		list = json_kind(v) == '[' ? v : want(&r, json_body(&r),
 		    "orders", '[');
 		for (all = cat(NONE, all); json_each(&list, &none, &v); ) {
-			if (json_kind(v) != '"' || !is_url(json_text(v)))
+			v = absolute(r.url, json_kind(v) == '"' ?
+			    json_text(v) : NONE);
+			if (!is_url(v))
 				broken(&r, "has an order that is no URL");
-			all = text("%account-order %\n", all, json_text(v));
+			all = cat(all, S("account-order "), v, S("\n"));
 		}
 		links = r.links;
 		url = next_link(&r, &links, S("next"));
@@ -6894,7 +6910,7 @@ do_account(char **arg)
 		r = acme_post(field("account"), braces(change));
 	account_store(&r);
 	if (!opt['D'])
-		orders = list_orders(want(&r, json_body(&r), "orders", '"'));
+		orders = list_orders(&r);
 	if (nnonce)
 		add_line(S("nonce"), nonce_take());
 	print(cat(NONE, record_text(), orders));

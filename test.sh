@@ -595,6 +595,7 @@ done
 misuse 'ACME_TIMEOUT=x "$acme" directory'
 misuse '"$acme" directory -d http://localhost/'
 misuse '"$acme" directory -d nonsense'
+misuse '"$acme" directory -d "https://localhost:$(printf %0900d 443)/"'
 check 'a refused command line makes no file' '[ ! -e none.pem ]'
 
 group 'offline: JSON'
@@ -2131,6 +2132,7 @@ changed '"pending"' '""'
 changed ',"finalize.*' '}'
 for url in null 7 '[]' '""' '"http://localhost/f"' '"ftp://localhost/f"' \
     '"f"' '"https://"' '"https://localhost/a b"' \
+    '"https://localhost:000443/f"' '"https://localhost:65536/f"' \
     '"https://localhost/a\\nfailed 0 x y"' '"https://localhost/\\u0000"' \
     '"https://localhost/\\u001b[31m"' '"https://localhost/\\u007f"'; do
 	changed '"finalize":.*"' "\"finalize\":$url"
