@@ -1315,7 +1315,7 @@ time_offset(Str s, long long *t)
 	*t = 0;
 	if (same_word(s, S("Z")))
 		return true;
-	if (s.n != 6 || !strchr("+-", s.p[0]) || s.p[3] != ':')
+	if (s.n != 6 || (s.p[0] != '+' && s.p[0] != '-') || s.p[3] != ':')
 		return false;
 	sign = s.p[0] == '-' ? -60 : 60;
 	s = from(s, 1);
@@ -1343,12 +1343,13 @@ rfc3339(Str s, long long *t)
 	m = digits_off(&s, 2);
 	s = from(s, 1);
 	d = digits_off(&s, 2);
-	if (m < 1 || m > 12 || d < 1 || d > 31 || !s.n ||
-	    !strchr("Tt ", s.p[0]))
+	if (m < 1 || m > 12 || d < 1 || d > 31 ||
+	    !made_of((Str){ s.p, s.n > 0 }, "Tt "))
 		return false;
 	s = from(s, 1);
 	clock = time_of_day(&s, ':');
-	if (s.n > 1 && s.p[0] == '.' && digits_off(&(Str){ s.p + 1, 1 }, 1) >= 0)
+	if (s.n > 1 && s.p[0] == '.' && digits_off(&(Str){ s.p + 1, 1 },
+	    1) >= 0)
 		for (s = from(s, 2); s.n && s.p[0] >= '0' && s.p[0] <= '9'; )
 			s = from(s, 1);
 	if (clock < 0 || !time_offset(s, &offset))
@@ -1382,14 +1383,14 @@ date(long long t)
 {
 	int s = (int)(((t % 86400) + 86400) % 86400);
 	long long days = (t - s) / 86400;
-	int y = 1970 + (int)(days / 366), m = 1;
+	int y = 1970 + (int)(days < 0 ? days / 365 - 1 : days / 366), m = 1;
 
 	while (moment(y + 1, 1, 1, 0, 0, 0) <= t)
 		y++;
 	while (m < 12 && moment(y, m + 1, 1, 0, 0, 0) <= t)
 		m++;
 	days -= moment(y, m, 1, 0, 0, 0) / 86400;
-	return text("%-%-%T%:%:%Z", num((unsigned)y), two(m),
+	return text("%-%-%T%:%:%Z", from(num(10000U + (unsigned)y), 1), two(m),
 	    two((int)days + 1), two(s / 3600), two(s / 60 % 60), two(s % 60));
 }
 
@@ -2367,8 +2368,9 @@ cert_read(Str der, struct cert *c)
 }
 
 /*
- * Take the next name off a certificate's alternative names, as TYPE VALUE;
- * names that are neither DNS names nor addresses have no TYPE.
+ * Take the next name off a certificate's alternative names, as TYPE VALUE.
+ * Names that are neither DNS names nor addresses have a type of their own,
+ * or an e-mail address "ip 192.0.2.1" would pass for one of the others.
  */
 static bool
 cert_name(Str *list, Str *name)
@@ -2381,7 +2383,8 @@ cert_name(Str *list, Str *name)
 	if (tag == IP_NAME && (body.n == 4 || body.n == 16))
 		*name = text("ip %", ip_text(body));
 	else
-		*name = cat(tag == DNS_NAME ? S("dns ") : NONE, lower(body));
+		*name = text("% %", tag == DNS_NAME ? S("dns") : S("other"),
+		    lower(body));
 	return true;
 }
 

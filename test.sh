@@ -1375,6 +1375,7 @@ int
 main(void)
 {
 	static const unsigned char ones[300] = { 1 };
+	long long t;
 	Str big;
 
 	IS(b64(S("")), "");				/* RFC 4648 10 */
@@ -1401,10 +1402,24 @@ main(void)
 	IS(((Str){ big.p, 3 }), "\x04\x81\x80");
 	big = der(4, (Str){ ones, 256 });
 	IS(((Str){ big.p, 4 }), "\x04\x82\x01\x00");
+	IS(date(-1), "1969-12-31T23:59:59Z");
+	IS(date(0), "1970-01-01T00:00:00Z");
+	IS(date(951782400), "2000-02-29T00:00:00Z");
+	IS(date(-30000000000), "1019-05-04T18:40:00Z");
+	for (int y = -700; y < 8000; y++, used = 0)
+		for (int d = -1; d < 2; d++) {
+			long long u, t = moment(1970 + y, 1, 1, 0, 0, 0) + d;
+
+			if (!rfc3339(date(t), &u) || u != t)
+				bad = printf("%lld\n", t);
+		}
+	if (rfc3339(S("2026-01-01\00000:00:00Z"), &t) ||
+	    rfc3339(S("2026-01-01T00:00:00\00001:00"), &t))
+		bad = puts("a NUL passed for another character");
 	return bad != 0;
 }
 END
-check 'base64url, JSON strings and DER' \
+check 'base64url, JSON strings, DER and times' \
     '${CC:-cc} -w -I"$src" unit.c -o unit -lbearssl && ./unit'
 
 group 'the canned server'
@@ -1697,6 +1712,7 @@ issue future root "$here" -startdate 20480101000000Z \
     -enddate 20490101000000Z
 issue other root subjectAltName=DNS:other.example,DNS:localhost.other.example
 issue nameless root subjectAltName=DNS:localhost
+issue mail root 'subjectAltName=DNS:localhost,email:ip 127.0.0.1'
 issue strange stranger "$here"
 issue pretender root "$here,DNS:x" # an end entity that issues
 issue forged pretender "$here"
@@ -1718,8 +1734,11 @@ strange authority
 deep authority
 forged-chain .
 END
-serve nameless
-dies 69 127.0.0.1 'step directory -d "https://127.0.0.1:$port/dir"'
+for name in nameless mail; do
+	serve "$name"
+	dies 69 127.0.0.1 ": $name
+	    step directory -d https://127.0.0.1:$port/dir"
+done
 dies 69 . 'step directory -C stranger.pem -d "$ca/dir"'
 serve server openssl-min-proto-version=TLS1.3
 dies 69 'TLS 1.2' 'step directory -d "https://localhost:$port/dir"'
