@@ -568,6 +568,24 @@ cut(Str *s, int c)
 	return head;
 }
 
+/* The same, but for what stands in quotes (RFC 9110 5.6.4). */
+static Str
+cut_unquoted(Str *s, int c)
+{
+	bool quoted = false;
+	size_t n = 0;
+	Str head;
+
+	for (; n < s->n && (quoted || s->p[n] != c); n++)
+		if (s->p[n] == '"')
+			quoted = !quoted;
+		else if (quoted && s->p[n] == '\\' && n + 1 < s->n)
+			n++;
+	head = (Str){ s->p, n };
+	*s = from(*s, n + 1);
+	return head;
+}
+
 static unsigned char
 lower_case(unsigned char c)
 {
@@ -4439,9 +4457,9 @@ next_link(const struct reply *r, Str *links, Str relation)
 
 		cut(links, '<');
 		url = cut(links, '>');
-		params = cut(links, ',');
+		params = cut_unquoted(links, ',');
 		while (params.n) {
-			value = cut(&params, ';');
+			value = cut_unquoted(&params, ';');
 			name = trim(cut(&value, '='));
 			value = trim(value);
 			if (value.n > 1 && value.p[0] == '"')
