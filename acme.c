@@ -4350,13 +4350,14 @@ problem_text(Str o)
 	Str type = text_of(o, "type"), detail = text_of(o, "detail");
 	Str subs = list_of(o, "subproblems"), none, sub;
 	Str list = list_of(o, "algorithms"), value, id, s;
+	size_t mark = used;
 
 	s = cat(NONE, type.n ? type : S("a problem without a type"),
 	    detail.n ? S(": ") : NONE, detail);
 	while (json_each(&subs, &none, &sub)) {
 		id = json_member(sub, "identifier");
-		s = text("%; %: %: %", s, text_of(id, "value"),
-		    text_of(sub, "type"), text_of(sub, "detail"));
+		s = keep(mark, text("%; %: %: %", s, text_of(id, "value"),
+		    text_of(sub, "type"), text_of(sub, "detail")));
 	}
 	while (json_each(&list, &none, &value))
 		if (json_kind(value) == '"')
@@ -4947,6 +4948,7 @@ static Str
 failures(size_t n)
 {
 	Str all = NONE, none, c, error, status, type;
+	size_t mark = used;
 
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
@@ -4970,6 +4972,7 @@ failures(size_t n)
 			all = text("%%%: its authorization is %", all,
 			    all.n ? S("; ") : NONE, name,
 			    want(r, o, "status", '"'));
+		all = keep(mark, all);
 	}
 	return all;
 }
@@ -4995,7 +4998,7 @@ order_failed(void)
 static void
 order_lacks(void)
 {
-	size_t n = fetch_authorizations();
+	size_t n = fetch_authorizations(), mark = used;
 	Str all = NONE, none, c, type;
 
 	for (size_t i = 0; i < n; i++) {
@@ -5008,6 +5011,7 @@ order_lacks(void)
 		all = text("%; % lacks one of", all, name);
 		while (json_each(&list, &none, &c))
 			all = text("% %", all, text_of(c, "type"));
+		all = keep(mark, all);
 	}
 	die(LATER, "the order is still pending%", all);
 }
@@ -6132,24 +6136,37 @@ lego_hook(struct hook *h, const struct challenge *c, Str token)
 	words(h->call[1], str(hook_program), S("cleanup"), name, c->content);
 }
 
-static void
-certbot_hook(struct hook *h, const struct challenge *c, Str token)
+/* The record's names, with commas. */
+static Str
+all_names(void)
 {
 	Str all = NONE;
+	size_t mark = used;
 
-	(void)token;
 	for each_line(l, "identifier") {
 		Str value = l->value;
 
 		cut(&value, ' ');
-		all = text("%%%", all, all.n ? S(",") : NONE, value);
+		all = keep(mark, text("%%%", all, all.n ? S(",") : NONE,
+		    value));
 	}
+	return all;
+}
+
+static void
+certbot_hook(struct hook *h, const struct challenge *c, Str token)
+{
+	static const char *all;		/* the same for each: it is long */
+
+	(void)token;
 	words(h->call[0], str(hook_program));
 	words(h->call[1], str(hook_cleanup));
 	hook_var(h, "CERTBOT_DOMAIN", bare(c->id));
 	hook_var(h, "CERTBOT_IDENTIFIER", bare(c->id));
 	hook_var(h, "CERTBOT_VALIDATION", c->content);
-	hook_var(h, "CERTBOT_ALL_DOMAINS", all);
+	if (!all)
+		all = c_str(text("CERTBOT_ALL_DOMAINS=%", all_names()));
+	h->vars[h->nvars++] = all;
 	hook_var(h, "CERTBOT_REMAINING_CHALLENGES",
 	    num(count_lines("challenge") - 1 - (size_t)(h - hooks)));
 	if (same(c->type, S("http-01")))
@@ -6379,21 +6396,30 @@ not_of_account(const char *file, Str key)
 		    "another (RFC 8555 11.1)", file_name(file));
 }
 
+/* The record's names as GeneralNames. */
+static Str
+record_names(void)
+{
+	Str names = NONE;
+	size_t mark = used;
+
+	for each_line(l, "identifier") {
+		Str value = l->value, type = cut(&value, ' ');
+
+		names = keep(mark, cat(NONE, names, general_name(type,
+		    value)));
+	}
+	return names;
+}
+
 /* Our own request for the record's names, in DER, and its public key. */
 static Str
 make_request(const char *key_file, Str *key)
 {
-	Str names = NONE;
-
 	key_read(&certificate_key, key_file);
 	*key = public_key(&certificate_key);
 	not_of_account(key_file, *key);
-	for each_line(l, "identifier") {
-		Str value = l->value, type = cut(&value, ' ');
-
-		names = cat(NONE, names, general_name(type, value));
-	}
-	return request(&certificate_key, names, NONE);
+	return request(&certificate_key, record_names(), NONE);
 }
 
 /* Somebody's request, PEM or DER. */
@@ -6600,16 +6626,9 @@ take_names(char **arg)
 static void
 do_csr(char **arg)
 {
-	Str names = NONE;
-
 	take_names(arg);
 	key_read(&certificate_key, opt['K']);
-	for each_line(l, "identifier") {
-		Str value = l->value, type = cut(&value, ' ');
-
-		names = cat(NONE, names, general_name(type, value));
-	}
-	print(pem(request(&certificate_key, names, str(opt['N'])),
+	print(pem(request(&certificate_key, record_names(), str(opt['N'])),
 	    "CERTIFICATE REQUEST"));
 }
 
@@ -6739,7 +6758,7 @@ json_step(Str v, Str name)
 static void
 do_json(char **arg)
 {
-	Str text = read_file(arg[1]), v, path = str(arg[0]), none, s = NONE;
+	Str text = read_file(arg[1]), v, path = str(arg[0]), none, s;
 
 	if (!json_read(text, &v))
 		die(BAD, "% is not JSON", file_name(arg[1]));
@@ -6749,12 +6768,14 @@ do_json(char **arg)
 		while (path.n && v.n);
 	if (!v.n)
 		die(NO, "no % in %", str(arg[0]), file_name(arg[1]));
-	if (json_kind(v) == '[')
+	if (json_kind(v) != '[')
+		print(text("%\n", plain(v)));
+	else {		/* line upon line on top of the heap */
+		s = (Str){ heap + used, 0 };
 		while (json_each(&v, &none, &text))
-			s = text("%%\n", s, plain(text));
-	else
-		s = text("%\n", plain(v));
-	print(s);
+			s.n += cat(plain(text), S("\n")).n;
+		print(s);
+	}
 }
 
 /* directory (RFC 8555 7.1.1) */
@@ -7013,12 +7034,13 @@ static Str
 identifiers(void)
 {
 	Str s = NONE;
+	size_t mark = used;
 
 	for each_line(l, "identifier") {
 		Str value = l->value, type = cut(&value, ' ');
 
-		s = cat(NONE, s, s.n ? S(",") : S("["), obj(S("type"),
-		    quote(type), S("value"), quote(value)));
+		s = keep(mark, cat(NONE, s, s.n ? S(",") : S("["),
+		    obj(S("type"), quote(type), S("value"), quote(value))));
 	}
 	return text("%]", s);
 }

@@ -2507,6 +2507,57 @@ check 'and nothing was asked' '
 dies 66 none.key 'step finalize -K none.key <record'
 dies 64 . 'step finalize <record'
 
+group 'the limits (canned replies)'
+
+l=$(head -c 63 /dev/zero | tr '\0' a)
+set --
+while [ $# -lt 250 ]; do
+	set -- "$@" "n$#.$l.$l.$l.$(echo "$l" | head -c 48)"
+done
+printf '%s\n' "$@" >long-names
+set --
+check '250 names, 245 bytes each: csr' '
+	"$acme" csr -K leaf.key $(cat long-names) >csr.pem &&
+	openssl req -in csr.pem -noout -verify &&
+	is 250 "openssl req -in csr.pem -noout -text | grep -o DNS:n | wc -l"'
+fresh
+error newOrder malformed ''
+dies 77 malformed ': 250 long names
+    step new-order -a account $(cat long-names)'
+check 'and they were all in it' '
+	is 250 "part www/body.POST_newOrder.1 payload | unb64 |
+	    grep -o value | wc -l"'
+error finalize malformed ''
+dies 77 malformed ': 250 long names
+    { grep -v identifier record; sed "s/^/identifier dns /" long-names
+    } | step finalize -K leaf.key'
+# Two hundred and fifty authorizations that never come to anything.
+{ grep -v -e identifier -e authorization pending
+sed "s/^/identifier dns /" long-names
+seq 250 | sed "s|.*|authorization $ca/authz|"; } >long-record
+long=$(head -n 1 long-names)
+answer POST_authz '200 OK' '{"status":"pending","identifier":{"type":"dns",
+"value":"'"$long"'"},"challenges":[{"type":"http-01"},{"type":"dns-01"}]}'
+answer POST_order '200 OK' "{\"status\":\"pending\",\"finalize\":\"$ca/x\"}" \
+    'Retry-After: 9999'
+later lacking 'step finalize -T 60 -K leaf.key <long-record'
+answer POST_lost '200 OK' "{\"status\":\"invalid\"}"
+answer POST_refused '200 OK' '{"status":"invalid","identifier":{"type":"dns",
+"value":"'"$long"'"},"challenges":[{"error":{"detail":"nothing there"}}]}'
+later losing 'sed "s/authz/refused/; s/order\$/lost/" long-record |
+    step order -W -T 60'
+check 'an array of ten thousand elements' '
+	{ echo "[0"; yes ",\"a\\/b\"" | head -n 10000; echo "]"; } >json
+	is 10001 "\"\$acme\" json . json | grep -c -e ^0 -e ^a/b"'
+sed 's/^identifier dns \(.*\)/&\
+challenge dns-01 dns \1 https:\/\/localhost:1\/c _x content/' long-record |
+    awk '/^identifier/ && n++ > 40 { getline; next } { print }' >hooked
+later hooking 'step respond -T 20 -x certbot:true,true <hooked'
+settle
+dies 75 'lacks one of.*lacks one of' ': 250 are pending; replay lacking'
+dies 77 'nothing there.*nothing there' ': 250 failed; replay losing'
+dies 69 'connect to localhost' ': 40 certbot hooks; replay hooking'
+
 group 'records'
 
 fresh
