@@ -4942,7 +4942,8 @@ is_usable(const struct reply *r)
 /*
  * What the CA saw fail, name by name; NONE if nothing did.  A challenge
  * that is pending and has an error was tried (some CAs leave it so); one
- * that is processing is being tried again (RFC 8555 8.2).
+ * that is processing is being tried again (RFC 8555 8.2).  What failed
+ * before another challenge made the authorization valid does not count.
  */
 static Str
 failures(size_t n)
@@ -4954,18 +4955,21 @@ failures(size_t n)
 		const struct reply *r = &authorization[i];
 		Str o = json_body(r), list = want(r, o, "challenges", '[');
 		Str name = authorized(r, o, &type);
-		bool known = is_pending(r, o) ||
-		    same(want(r, o, "status", '"'), S("valid"));
+		bool known = is_pending(r, o);
 
+		if (same(want(r, o, "status", '"'), S("valid")))
+			continue;
 		while (json_each(&list, &none, &c)) {
 			error = json_member(c, "error");
 			status = want(r, c, "status", '"');
-			if (json_kind(error) != '{' ||
+			if (!same(status, S("invalid")) &&
+			    (json_kind(error) != '{' ||
 			    same(status, S("processing")) ||
-			    same(status, S("valid")))
+			    same(status, S("valid"))))
 				continue;
 			all = text("%%%: %", all, all.n ? S("; ") : NONE, name,
-			    problem_text(error));
+			    json_kind(error) == '{' ? problem_text(error) :
+			    S("its challenge is invalid"));
 			known = true;
 		}
 		if (!known)
@@ -4999,7 +5003,7 @@ static void
 order_lacks(void)
 {
 	size_t n = fetch_authorizations(), mark = used;
-	Str all = NONE, none, c, type;
+	Str all = NONE, none, c, type, error;
 
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
@@ -5009,8 +5013,12 @@ order_lacks(void)
 		if (!is_pending(r, o))
 			continue;
 		all = text("%; % lacks one of", all, name);
-		while (json_each(&list, &none, &c))
-			all = text("% %", all, text_of(c, "type"));
+		while (json_each(&list, &none, &c)) {
+			error = json_member(c, "error");
+			all = json_kind(error) == '{' ? text("% % (%)", all,
+			    text_of(c, "type"), problem_text(error)) :
+			    text("% %", all, text_of(c, "type"));
+		}
 		all = keep(mark, all);
 	}
 	die(LATER, "the order is still pending%", all);
@@ -5075,10 +5083,11 @@ authorizations_await(const char *what)
 
 	for (;;) {
 		size_t mark = used, n = fetch_authorizations(), waiting = 0;
+		Str seen = failures(n);
 		long after = -1;
 
-		if (failures(n).n)
-			look_for_failures();
+		if (seen.n)
+			die(REFUSED, "the CA could not validate %", seen);
 		for (size_t i = 0; i < n; i++) {
 			const struct reply *r = &authorization[i];
 
@@ -5224,7 +5233,8 @@ not_offered(const char *type, Str id, Str others)
 
 /*
  * Add the challenges of all authorizations that are still pending: those
- * of a type, or all.
+ * of a type, or all.  One that failed but is pending, as some CAs leave
+ * it, may be answered again; what has come to its end may not.
  */
 static void
 fetch_challenges(const char *type)
@@ -5232,24 +5242,28 @@ fetch_challenges(const char *type)
 	size_t n = fetch_authorizations();
 	Str seen = failures(n), none, c, id_type;
 
-	if (seen.n)
-		die(REFUSED, "the CA could not validate %", seen);
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
 		Str o = json_body(r), list, offered = NONE;
 		Str name = authorized(r, o, &id_type);
 		size_t before = nrecord;
 
+		if (!is_usable(r))
+			die(REFUSED, "the CA could not validate %", seen);
 		if (!is_pending(r, o))
 			continue;
 		list = must(r, o, "challenges", '[');
 		while (json_each(&list, &none, &c)) {
 			Str t = must(r, c, "type", '"');
 
+			if (same(text_of(c, "status"), S("invalid")))
+				continue;
 			offered = text("% %", offered, brief(t));
 			if (!type || same(t, str(type)))
 				add_challenge(r, c, id_type, name);
 		}
+		if (seen.n && nrecord == before)
+			die(REFUSED, "the CA could not validate %", seen);
 		if (type && nrecord == before)
 			not_offered(type, name, offered);
 	}
