@@ -4343,6 +4343,16 @@ static const struct {
 	{ ERROR "badSignatureAlgorithm", "; another key type may do: key -t" },
 };
 
+/* The kind of key that signs so; NONE if we have none. */
+static Str
+key_hint(Str alg)
+{
+	for (size_t i = 0; i < COUNT(key_types); i++)
+		if (same(alg, str(key_types[i].alg)))
+			return text(" (key -t %)", str(key_types[i].name));
+	return NONE;
+}
+
 /* A problem document in a line (RFC 7807 3.1, RFC 8555 6.7 and 6.7.1). */
 static Str
 problem_text(Str o)
@@ -4361,7 +4371,8 @@ problem_text(Str o)
 	}
 	while (json_each(&list, &none, &value))
 		if (json_kind(value) == '"')
-			s = text("%; it takes %", s, json_text(value));
+			s = text("%; it takes %%", s, json_text(value),
+			    key_hint(json_text(value)));
 	for (size_t i = 0; i < COUNT(hints); i++)
 		if (same(type, str(hints[i].type)))
 			s = cat(NONE, s, str(hints[i].hint));
