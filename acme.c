@@ -4439,7 +4439,7 @@ again(const struct reply *r, int *tries)
 	if (wait < 0)
 		return pause_for("waiting for the server to recover",
 		    1000 << (*tries - 1));
-	if (!pause_for("waiting as the CA asks", wait * 1000LL))
+	if (!pause_for("waiting as the CA asks", wait ? wait * 1000LL : 1000))
 		come_back(r, wait);
 	return true;
 }
@@ -4692,12 +4692,12 @@ acme_batch(const struct post *p, struct reply *r, size_t n)
 		for (int round = 0; m > 0; round++) {
 			size_t mark = used, left = acme_round(p, r, todo, m);
 
+			if (round >= 20 && left && !pause_for("waiting for a "
+			    "nonce that the CA takes", 1000))
+				accept_reply(&r[todo[0]]);
 			if (left == m)
 				used = mark;
 			m = left;
-			if (round >= 20 && m && !pause_for("waiting for a "
-			    "nonce that the CA takes", 1000))
-				accept_reply(&r[todo[0]]);
 		}
 	}
 }
@@ -4818,7 +4818,7 @@ static bool
 has_identifier(Str value)
 {
 	for each_line(l, "identifier")
-		if (same(l->value, value))
+		if (same_word(l->value, value))
 			return true;
 	return false;
 }
@@ -7169,13 +7169,16 @@ replaces_option(void)
 	return id.n && endpoint("renewalInfo").n ? id : NONE;
 }
 
-/* Can it be because of `replaces` that the CA refuses (RFC 9773 5)? */
+/*
+ * Can it be because of `replaces` that the CA refuses (RFC 9773 5)?  It is
+ * unauthorized where the certificate was another account's.
+ */
 static bool
 replaced_before(const struct reply *r)
 {
 	return r->status == 409 || has_type(r, "alreadyReplaced") ||
 	    has_type(r, "conflict") || has_type(r, "malformed") ||
-	    has_type(r, "serverInternal");
+	    has_type(r, "unauthorized") || has_type(r, "serverInternal");
 }
 
 /*
@@ -7362,7 +7365,11 @@ do_finalize(char **arg)
 			    "ready", 0);
 			break;
 		case READY:
-			sent = send_request(csr);
+			if (sent)
+				order_await(READY, "waiting for the "
+				    "certificate", 0);
+			else
+				sent = send_request(csr);
 			break;
 		case PROCESSING:
 			order_refresh();
