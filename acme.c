@@ -310,21 +310,26 @@ tell_begin(int status, Str name)
 }
 
 static void
-doom(void (*end)(const struct doomed *), int n, const void *p)
-{
-	doomed[ndoomed].end = end;
-	doomed[ndoomed].n = n;
-	doomed[ndoomed].p = p;
-	ndoomed++;
-}
-
-static void
 hold_signals(sigset_t *old)
 {
 	sigset_t all;
 
 	sigfillset(&all);
 	sigprocmask(SIG_BLOCK, &all, old);
+}
+
+/* A signal sees all of it, or nothing. */
+static void
+doom(void (*end)(const struct doomed *), int n, const void *p)
+{
+	sigset_t old;
+
+	hold_signals(&old);
+	doomed[ndoomed].end = end;
+	doomed[ndoomed].n = n;
+	doomed[ndoomed].p = p;
+	ndoomed++;
+	sigprocmask(SIG_SETMASK, &old, NULL);
 }
 
 /* End what was doomed since there were n of it; no signal comes between. */
@@ -429,6 +434,7 @@ on_signal(int sig)
 {
 	unsigned char b[20];
 
+	foreword = NONE;	/* a failure that did not get so far */
 	if (sig == SIGALRM)
 		die(busy.status, "time limit of % s reached while %%",
 		    digits(busy.limit, b), str(busy.what), str(busy.whom));
@@ -5947,12 +5953,13 @@ stop_process(const struct doomed *d)
 	waitpid(d->n, NULL, 0);
 }
 
-/* The process that answers: it forgets what it has no use for. */
+/*
+ * The process that answers: it forgets what it has no use for.  It ends
+ * with the step, and holds the signals that the step is for.
+ */
 static void
 run_responder(const struct responder *how, int step_fd)
 {
-	static const int end_with_step[] = { SIGHUP, SIGINT, SIGTERM };
-
 	ndoomed = 0;
 	tells = false;
 	close(0);
@@ -5960,8 +5967,6 @@ run_responder(const struct responder *how, int step_fd)
 	close(conn.fd);
 	wipe(&conn, sizeof conn);
 	wipe(&account_key, sizeof account_key);
-	for (size_t i = 0; i < COUNT(end_with_step); i++)
-		signal(end_with_step[i], SIG_IGN);
 	for (size_t i = 0; i < CLIENTS; i++)
 		clients[i].fd = -1;
 	if (how->begin)
@@ -5974,8 +5979,10 @@ static void
 start_responder(const struct responder *how)
 {
 	int fds[2];
+	sigset_t old;
 	pid_t pid;
 
+	hold_signals(&old);
 	if (pipe(fds) != 0 || (pid = fork()) < 0)
 		die(FAULT, "cannot start a process: %", why());
 	if (pid == 0) {
@@ -5983,6 +5990,7 @@ start_responder(const struct responder *how)
 		run_responder(how, fds[0]);
 	}
 	doom(stop_process, pid, NULL);
+	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[0]);
 	fcntl(fds[1], F_SETFD, FD_CLOEXEC);
 	for (size_t i = 0; i < LISTENERS; i++)
@@ -6312,6 +6320,7 @@ static bool
 hook_publish(struct hook *h, const struct challenge *c, Str token)
 {
 	int fds[2] = { -1, 2 }, status;
+	sigset_t old;
 	pid_t pid;
 
 	*h = (struct hook){ .nvars = 0 };
@@ -6328,10 +6337,12 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 		fcntl(fds[1], F_SETFD, FD_CLOEXEC);
 	}
 	doom(hook_take_down, 0, h);
+	hold_signals(&old);
 	pid = hook_start(h, h->call[0], fds[1]);
 	if (pid < 0)
 		die(FAULT, "cannot start a process: %", why());
 	doom(stop_group, pid, NULL);
+	sigprocmask(SIG_SETMASK, &old, NULL);
 	if (fds[0] >= 0) {
 		close(fds[1]);
 		hook_var(h, "CERTBOT_AUTH_OUTPUT", hook_output(fds[0]));
