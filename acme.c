@@ -3058,9 +3058,11 @@ static int
 dial_command(const char *host, const char *port)
 {
 	const char *command = fill_command(host, port);
+	sigset_t old;
 	int fds[2];
 
 	doing(CA_DOWN, "connecting through ", proxy_command);
+	hold_signals(&old);
 	if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds) != 0 ||
 	    (conn.command = fork()) < 0)
 		die(FAULT, "cannot start a process: %", why());
@@ -3076,6 +3078,7 @@ dial_command(const char *host, const char *port)
 	}
 	setpgid(conn.command, conn.command);
 	doomed[0] = (struct doomed){ stop_group, conn.command, NULL };
+	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[1]);
 	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
 	return fds[0];

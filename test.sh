@@ -271,7 +271,8 @@ certificates() {
 	} 2>>servers.log || give_up "$(cat servers.log)"
 }
 
-eab=false mac_key=zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W
+eab=false
+mac_key=zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W
 
 # pebble_start [VARIABLE=VALUE]...: a new Pebble, in that environment.
 pebble_start() {
