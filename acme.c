@@ -2841,7 +2841,9 @@ url_read(Str s, struct url *u)
 		authority = from(authority, 1);
 	} else {
 		u->host = cut(&authority, ':');
-		if (!made_of(u->host, ALPHA DIGIT "-._"))
+		/* Behind -P a dash would make an option of it. */
+		if (!made_of(u->host, ALPHA DIGIT "-._") ||
+		    starts(u->host, S("-")))
 			return false;
 	}
 	u->port = authority.n ? authority : S("443");

@@ -597,6 +597,7 @@ misuse 'ACME_TIMEOUT=x "$acme" directory'
 misuse '"$acme" directory -d http://localhost/'
 misuse '"$acme" directory -d nonsense'
 misuse '"$acme" directory -d "https://localhost:$(printf %0900d 443)/"'
+misuse '"$acme" directory -d https://-proxy/'
 check 'a refused command line makes no file' '[ ! -e none.pem ]'
 
 group 'offline: JSON'
