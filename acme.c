@@ -76,6 +76,7 @@ enum {
 	CERT     = 16 << 10,	/* a certificate; one with 250 names */
 	ANCHORS  = 16,		/* that one server's chain can name */
 	HOSTNAME = 255,		/* RFC 1035 2.3.4 */
+	PORT     = 5,		/* digits of one */
 	TOKEN    = 200,		/* a challenge's token: it is a file name */
 	NONCE    = 250,		/* RFC 8555 6.5 sets none; Boulder's have 43 */
 	WINDOW   = 32,		/* requests under way at once */
@@ -345,21 +346,26 @@ tell_begin(int status, Str name)
 }
 
 static void
-doom(void (*end)(const struct doomed *), int n, const void *p)
-{
-	doomed[ndoomed].end = end;
-	doomed[ndoomed].n = n;
-	doomed[ndoomed].p = p;
-	ndoomed++;
-}
-
-static void
 hold_signals(sigset_t *old)
 {
 	sigset_t all;
 
 	sigfillset(&all);
 	sigprocmask(SIG_BLOCK, &all, old);
+}
+
+/* A signal sees all of it, or nothing. */
+static void
+doom(void (*end)(const struct doomed *), int n, const void *p)
+{
+	sigset_t old;
+
+	hold_signals(&old);
+	doomed[ndoomed].end = end;
+	doomed[ndoomed].n = n;
+	doomed[ndoomed].p = p;
+	ndoomed++;
+	sigprocmask(SIG_SETMASK, &old, NULL);
 }
 
 /* End what was doomed since there were n of it; no signal comes between. */
@@ -464,6 +470,7 @@ on_signal(int sig)
 {
 	unsigned char b[20];
 
+	foreword = NONE;	/* a failure that did not get so far */
 	if (sig == SIGALRM)
 		die(busy.status, "time limit of % s reached while %%",
 		    digits(busy.limit, b), str(busy.what), str(busy.whom));
@@ -601,6 +608,24 @@ cut(Str *s, int c)
 	Str head = { s->p, at ? (size_t)(at - s->p) : s->n };
 
 	*s = from(*s, head.n + 1);
+	return head;
+}
+
+/* The same, but for what stands in quotes (RFC 9110 5.6.4). */
+static Str
+cut_unquoted(Str *s, int c)
+{
+	bool quoted = false;
+	size_t n = 0;
+	Str head;
+
+	for (; n < s->n && (quoted || s->p[n] != c); n++)
+		if (s->p[n] == '"')
+			quoted = !quoted;
+		else if (quoted && s->p[n] == '\\' && n + 1 < s->n)
+			n++;
+	head = (Str){ s->p, n };
+	*s = from(*s, n + 1);
 	return head;
 }
 
@@ -1349,7 +1374,7 @@ time_offset(Str s, long long *t)
 	*t = 0;
 	if (same_word(s, S("Z")))
 		return true;
-	if (s.n != 6 || !strchr("+-", s.p[0]) || s.p[3] != ':')
+	if (s.n != 6 || (s.p[0] != '+' && s.p[0] != '-') || s.p[3] != ':')
 		return false;
 	sign = s.p[0] == '-' ? -60 : 60;
 	s = from(s, 1);
@@ -1377,12 +1402,13 @@ rfc3339(Str s, long long *t)
 	m = digits_off(&s, 2);
 	s = from(s, 1);
 	d = digits_off(&s, 2);
-	if (m < 1 || m > 12 || d < 1 || d > 31 || !s.n ||
-	    !strchr("Tt ", s.p[0]))
+	if (m < 1 || m > 12 || d < 1 || d > 31 ||
+	    !made_of((Str){ s.p, s.n > 0 }, "Tt "))
 		return false;
 	s = from(s, 1);
 	clock = time_of_day(&s, ':');
-	if (s.n > 1 && s.p[0] == '.' && digits_off(&(Str){ s.p + 1, 1 }, 1) >= 0)
+	if (s.n > 1 && s.p[0] == '.' && digits_off(&(Str){ s.p + 1, 1 },
+	    1) >= 0)
 		for (s = from(s, 2); s.n && s.p[0] >= '0' && s.p[0] <= '9'; )
 			s = from(s, 1);
 	if (clock < 0 || !time_offset(s, &offset))
@@ -1416,14 +1442,14 @@ date(long long t)
 {
 	int s = (int)(((t % 86400) + 86400) % 86400);
 	long long days = (t - s) / 86400;
-	int y = 1970 + (int)(days / 366), m = 1;
+	int y = 1970 + (int)(days < 0 ? days / 365 - 1 : days / 366), m = 1;
 
 	while (moment(y + 1, 1, 1, 0, 0, 0) <= t)
 		y++;
 	while (m < 12 && moment(y, m + 1, 1, 0, 0, 0) <= t)
 		m++;
 	days -= moment(y, m, 1, 0, 0, 0) / 86400;
-	return text("%-%-%T%:%:%Z", num((unsigned)y), two(m),
+	return text("%-%-%T%:%:%Z", from(num(10000U + (unsigned)y), 1), two(m),
 	    two((int)days + 1), two(s / 3600), two(s / 60 % 60), two(s % 60));
 }
 
@@ -2376,8 +2402,9 @@ cert_read(Str der, struct cert *c)
 }
 
 /*
- * Take the next name off a certificate's alternative names, as TYPE VALUE;
- * names that are neither DNS names nor addresses have no TYPE.
+ * Take the next name off a certificate's alternative names, as TYPE VALUE.
+ * Names that are neither DNS names nor addresses have a type of their own,
+ * or an e-mail address "ip 192.0.2.1" would pass for one of the others.
  */
 static bool
 cert_name(Str *list, Str *name)
@@ -2390,7 +2417,8 @@ cert_name(Str *list, Str *name)
 	if (tag == IP_NAME && (body.n == 4 || body.n == 16))
 		*name = text("ip %", ip_text(body));
 	else
-		*name = cat(tag == DNS_NAME ? S("dns ") : NONE, lower(body));
+		*name = text("% %", tag == DNS_NAME ? S("dns") : S("other"),
+		    lower(body));
 	return true;
 }
 
@@ -2573,7 +2601,7 @@ add_anchor(Str dn, unsigned flags, const br_x509_pkey *key)
 	    { (unsigned char *)dn.p, dn.n }, flags, *key };
 }
 
-/* Their names: C=US, O=Internet Security Research Group, CN=... */
+/* Their names: C=US, O=Internet Security Research Group, CN. */
 #define ISRG_NAME \
     "\x30\x4f\x31\x0b\x30\x09\x06\x03\x55\x04\x06\x13\x02" "US" \
     "\x31\x29\x30\x27\x06\x03\x55\x04\x0a\x13\x20" \
@@ -2877,11 +2905,14 @@ url_read(Str s, struct url *u)
 		authority = from(authority, 1);
 	} else {
 		u->host = cut(&authority, ':');
-		if (!made_of(u->host, ALPHA DIGIT "-._"))
+		/* Behind -P a dash would make an option of it. */
+		if (!made_of(u->host, ALPHA DIGIT "-._") ||
+		    starts(u->host, S("-")))
 			return false;
 	}
 	u->port = authority.n ? authority : S("443");
-	return u->host.n > 0 && u->host.n <= HOSTNAME && u->port.n <= 5 &&
+	return u->host.n > 0 && u->host.n <= HOSTNAME &&
+	    u->port.n <= PORT &&
 	    number(u->port, 65535, &port) && port > 0;
 }
 
@@ -2899,7 +2930,7 @@ is_url(Str s)
 /* The connection; at most one is open. */
 static struct {
 	int fd;
-	char host[HOSTNAME + 1], port[6];
+	char host[HOSTNAME + 1], port[PORT + 1];
 	int error;			/* of TLS, once it has ended */
 	pid_t command;			/* the process behind it, or 0 */
 	const unsigned char *from;	/* what has been received: */
@@ -3094,9 +3125,11 @@ static int
 dial_command(const char *host, const char *port)
 {
 	const char *command = fill_command(host, port);
+	sigset_t old;
 	int fds[2];
 
 	doing(CA_DOWN, "connecting through ", proxy_command);
+	hold_signals(&old);
 	if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds) != 0 ||
 	    (conn.command = fork()) < 0)
 		die(FAULT, "cannot start a process: %", why());
@@ -3113,6 +3146,7 @@ dial_command(const char *host, const char *port)
 	}
 	setpgid(conn.command, conn.command);
 	doomed[0] = (struct doomed){ stop_group, conn.command, NULL };
+	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[1]);
 	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
 	return fds[0];
@@ -3771,6 +3805,14 @@ http_text(const struct message *q, const struct url *u, Str target)
 	        "Content-Length: %\r\n", num(q->body.n)) : NONE, q->body);
 }
 
+/* A message's URL taken apart; whoever made it has read it before. */
+static void
+message_url(const struct message *q, struct url *u)
+{
+	if (!url_read(q->url, u))
+		die(FAULT, "this is no https URL to ask: %", brief(q->url));
+}
+
 /* The path and query of a URL; there is always a path (RFC 9112 3.2.1). */
 static Str
 url_target(const struct url *u)
@@ -3790,11 +3832,11 @@ pipeline(const struct message *q, struct reply *r, size_t n)
 	size_t mark = used, m = 0, got = 0;
 	Str all = NONE;
 
-	url_read(q[0].url, &u);
+	message_url(&q[0], &u);
 	conn_open(&u);
 	mark = used;
 	do {
-		url_read(q[m].url, &v);
+		message_url(&q[m], &v);
 		if (!same(u.origin, v.origin))
 			break;
 		all = keep(mark, cat(NONE, all, http_text(&q[m], &v,
@@ -3889,7 +3931,7 @@ box_request(const struct message *q)
 	    NONE;
 	struct url u;
 
-	url_read(q->url, &u);
+	message_url(q, &u);
 	return cat(NONE, comments, http_text(q, &u, q->url));
 }
 
@@ -4409,6 +4451,16 @@ static const struct {
 	{ "badSignatureAlgorithm", "; another key type may do: key -t" },
 };
 
+/* The kind of key that signs so; NONE if we have none. */
+static Str
+key_hint(Str alg)
+{
+	for (size_t i = 0; i < COUNT(key_types); i++)
+		if (same(alg, str(key_types[i].alg)))
+			return text(" (key -t %)", str(key_types[i].name));
+	return NONE;
+}
+
 /* A problem document in a line (RFC 7807 3.1, RFC 8555 6.7 and 6.7.1). */
 static Str
 problem_text(Str o)
@@ -4416,17 +4468,19 @@ problem_text(Str o)
 	Str type = text_of(o, "type"), detail = text_of(o, "detail");
 	Str subs = list_of(o, "subproblems"), none, sub;
 	Str list = list_of(o, "algorithms"), value, id, s;
+	size_t mark = used;
 
 	s = cat(NONE, type.n ? type : S("a problem without a type"),
 	    detail.n ? S(": ") : NONE, detail);
 	while (json_each(&subs, &none, &sub)) {
 		id = json_member(sub, "identifier");
-		s = text("%; %: %: %", s, text_of(id, "value"),
-		    text_of(sub, "type"), text_of(sub, "detail"));
+		s = keep(mark, text("%; %: %: %", s, text_of(id, "value"),
+		    text_of(sub, "type"), text_of(sub, "detail")));
 	}
 	while (json_each(&list, &none, &value))
 		if (json_kind(value) == '"')
-			s = text("%; it takes %", s, json_text(value));
+			s = text("%; it takes %%", s, json_text(value),
+			    key_hint(json_text(value)));
 	for (size_t i = 0; i < COUNT(hints); i++)
 		if (same(type, text(ERROR "%", str(hints[i].type))))
 			s = cat(NONE, s, str(hints[i].hint));
@@ -4493,7 +4547,7 @@ again(const struct reply *r, int *tries)
 	if (wait < 0)
 		return pause_for("waiting for the server to recover",
 		    1000 << (*tries - 1));
-	if (!pause_for("waiting as the CA asks", wait * 1000LL))
+	if (!pause_for("waiting as the CA asks", wait ? wait * 1000LL : 1000))
 		come_back(r, wait);
 	return true;
 }
@@ -4523,9 +4577,9 @@ next_link(const struct reply *r, Str *links, Str relation)
 
 		cut(links, '<');
 		url = cut(links, '>');
-		params = cut(links, ',');
+		params = cut_unquoted(links, ',');
 		while (params.n) {
-			value = cut(&params, ';');
+			value = cut_unquoted(&params, ';');
 			name = trim(cut(&value, '='));
 			value = trim(value);
 			if (value.n > 1 && value.p[0] == '"')
@@ -4743,12 +4797,12 @@ acme_batch(const struct post *p, struct reply *r, size_t n)
 		for (int round = 0; m > 0; round++) {
 			size_t mark = used, left = acme_round(p, r, todo, m);
 
+			if (round >= 20 && left && !pause_for("waiting for a "
+			    "nonce that the CA takes", 1000))
+				accept_reply(&r[todo[0]]);
 			if (left == m)
 				used = mark;
 			m = left;
-			if (round >= 20 && m && !pause_for("waiting for a "
-			    "nonce that the CA takes", 1000))
-				accept_reply(&r[todo[0]]);
 		}
 	}
 }
@@ -4869,7 +4923,7 @@ static bool
 has_identifier(Str value)
 {
 	for each_line(l, "identifier")
-		if (same(l->value, value))
+		if (same_word(l->value, value))
 			return true;
 	return false;
 }
@@ -5004,35 +5058,41 @@ is_usable(const struct reply *r)
 /*
  * What the CA saw fail, name by name; NONE if nothing did.  A challenge
  * that is pending and has an error was tried (some CAs leave it so); one
- * that is processing is being tried again (RFC 8555 8.2).
+ * that is processing is being tried again (RFC 8555 8.2).  What failed
+ * before another challenge made the authorization valid does not count.
  */
 static Str
 failures(size_t n)
 {
 	Str all = NONE, none, c, error, status, type;
+	size_t mark = used;
 
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
 		Str o = json_body(r), list = want(r, o, "challenges", '[');
 		Str name = authorized(r, o, &type);
-		bool known = is_pending(r, o) ||
-		    same(want(r, o, "status", '"'), S("valid"));
+		bool known = is_pending(r, o);
 
+		if (same(want(r, o, "status", '"'), S("valid")))
+			continue;
 		while (json_each(&list, &none, &c)) {
 			error = json_member(c, "error");
 			status = want(r, c, "status", '"');
-			if (json_kind(error) != '{' ||
+			if (!same(status, S("invalid")) &&
+			    (json_kind(error) != '{' ||
 			    same(status, S("processing")) ||
-			    same(status, S("valid")))
+			    same(status, S("valid"))))
 				continue;
 			all = text("%%%: %", all, all.n ? S("; ") : NONE, name,
-			    problem_text(error));
+			    json_kind(error) == '{' ? problem_text(error) :
+			    S("its challenge is invalid"));
 			known = true;
 		}
 		if (!known)
 			all = text("%%%: its authorization is %", all,
 			    all.n ? S("; ") : NONE, name,
 			    want(r, o, "status", '"'));
+		all = keep(mark, all);
 	}
 	return all;
 }
@@ -5058,8 +5118,8 @@ order_failed(void)
 static void
 order_lacks(void)
 {
-	size_t n = fetch_authorizations();
-	Str all = NONE, none, c, type;
+	size_t n = fetch_authorizations(), mark = used;
+	Str all = NONE, none, c, type, error;
 
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
@@ -5069,8 +5129,13 @@ order_lacks(void)
 		if (!is_pending(r, o))
 			continue;
 		all = text("%; % lacks one of", all, name);
-		while (json_each(&list, &none, &c))
-			all = text("% %", all, text_of(c, "type"));
+		while (json_each(&list, &none, &c)) {
+			error = json_member(c, "error");
+			all = json_kind(error) == '{' ? text("% % (%)", all,
+			    text_of(c, "type"), problem_text(error)) :
+			    text("% %", all, text_of(c, "type"));
+		}
+		all = keep(mark, all);
 	}
 	die(LATER, "the order is still pending%", all);
 }
@@ -5134,10 +5199,11 @@ authorizations_await(const char *what)
 
 	for (;;) {
 		size_t mark = used, n = fetch_authorizations(), waiting = 0;
+		Str seen = failures(n);
 		long after = -1;
 
-		if (failures(n).n)
-			look_for_failures();
+		if (seen.n)
+			die(REFUSED, "the CA could not validate %", seen);
 		for (size_t i = 0; i < n; i++) {
 			const struct reply *r = &authorization[i];
 
@@ -5283,7 +5349,8 @@ not_offered(const char *type, Str id, Str others)
 
 /*
  * Add the challenges of all authorizations that are still pending: those
- * of a type, or all.
+ * of a type, or all.  One that failed but is pending, as some CAs leave
+ * it, may be answered again; what has come to its end may not.
  */
 static void
 fetch_challenges(const char *type)
@@ -5291,24 +5358,28 @@ fetch_challenges(const char *type)
 	size_t n = fetch_authorizations();
 	Str seen = failures(n), none, c, id_type;
 
-	if (seen.n)
-		die(REFUSED, "the CA could not validate %", seen);
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
 		Str o = json_body(r), list, offered = NONE;
 		Str name = authorized(r, o, &id_type);
 		size_t before = nrecord;
 
+		if (!is_usable(r))
+			die(REFUSED, "the CA could not validate %", seen);
 		if (!is_pending(r, o))
 			continue;
 		list = must(r, o, "challenges", '[');
 		while (json_each(&list, &none, &c)) {
 			Str t = must(r, c, "type", '"');
 
+			if (same(text_of(c, "status"), S("invalid")))
+				continue;
 			offered = text("% %", offered, brief(t));
 			if (!type || same(t, str(type)))
 				add_challenge(r, c, id_type, name);
 		}
+		if (seen.n && nrecord == before)
+			die(REFUSED, "the CA could not validate %", seen);
 		if (type && nrecord == before)
 			not_offered(type, name, offered);
 	}
@@ -6001,12 +6072,13 @@ stop_process(const struct doomed *d)
 	waitpid(d->n, NULL, 0);
 }
 
-/* The process that answers: it forgets what it has no use for. */
+/*
+ * The process that answers: it forgets what it has no use for.  It ends
+ * with the step, and holds the signals that the step is for.
+ */
 static void
 run_responder(const struct responder *how, int step_fd)
 {
-	static const int end_with_step[] = { SIGHUP, SIGINT, SIGTERM };
-
 	ndoomed = 0;
 	tells = false;
 	close(0);
@@ -6014,8 +6086,6 @@ run_responder(const struct responder *how, int step_fd)
 	close(conn.fd);
 	wipe(&conn, sizeof conn);
 	wipe(&account_key, sizeof account_key);
-	for (size_t i = 0; i < COUNT(end_with_step); i++)
-		signal(end_with_step[i], SIG_IGN);
 	for (size_t i = 0; i < CLIENTS; i++)
 		clients[i].fd = -1;
 	if (how->begin)
@@ -6028,8 +6098,10 @@ static void
 start_responder(const struct responder *how)
 {
 	int fds[2];
+	sigset_t old;
 	pid_t pid;
 
+	hold_signals(&old);
 	if (pipe(fds) != 0 || (pid = fork()) < 0)
 		die(FAULT, "cannot start a process: %", why());
 	if (pid == 0) {
@@ -6037,6 +6109,7 @@ start_responder(const struct responder *how)
 		run_responder(how, fds[0]);
 	}
 	doom(stop_process, pid, NULL);
+	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[0]);
 	fcntl(fds[1], F_SETFD, FD_CLOEXEC);
 	for (size_t i = 0; i < LISTENERS; i++)
@@ -6215,24 +6288,37 @@ lego_hook(struct hook *h, const struct challenge *c, Str token)
 	words(h->call[1], str(hook_program), S("cleanup"), name, c->content);
 }
 
-static void
-certbot_hook(struct hook *h, const struct challenge *c, Str token)
+/* The record's names, with commas. */
+static Str
+all_names(void)
 {
 	Str all = NONE;
+	size_t mark = used;
 
-	(void)token;
 	for each_line(l, "identifier") {
 		Str value = l->value;
 
 		cut(&value, ' ');
-		all = text("%%%", all, all.n ? S(",") : NONE, value);
+		all = keep(mark, text("%%%", all, all.n ? S(",") : NONE,
+		    value));
 	}
+	return all;
+}
+
+static void
+certbot_hook(struct hook *h, const struct challenge *c, Str token)
+{
+	static const char *all;		/* the same for each: it is long */
+
+	(void)token;
 	words(h->call[0], str(hook_program));
 	words(h->call[1], str(hook_cleanup));
 	hook_var(h, "CERTBOT_DOMAIN", bare(c->id));
 	hook_var(h, "CERTBOT_IDENTIFIER", bare(c->id));
 	hook_var(h, "CERTBOT_VALIDATION", c->content);
-	hook_var(h, "CERTBOT_ALL_DOMAINS", all);
+	if (!all)
+		all = c_str(text("CERTBOT_ALL_DOMAINS=%", all_names()));
+	h->vars[h->nvars++] = all;
 	hook_var(h, "CERTBOT_REMAINING_CHALLENGES",
 	    num(count_lines("challenge") - 1 - (size_t)(h - hooks)));
 	if (same(c->type, S("http-01")))
@@ -6352,6 +6438,7 @@ static bool
 hook_publish(struct hook *h, const struct challenge *c, Str token)
 {
 	int fds[2] = { -1, 2 }, status;
+	sigset_t old;
 	pid_t pid;
 
 	*h = (struct hook){ .nvars = 0 };
@@ -6368,10 +6455,12 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 		fcntl(fds[1], F_SETFD, FD_CLOEXEC);
 	}
 	doom(hook_take_down, 0, h);
+	hold_signals(&old);
 	pid = hook_start(h, h->call[0], fds[1]);
 	if (pid < 0)
 		die(FAULT, "cannot start a process: %", why());
 	doom(stop_group, pid, NULL);
+	sigprocmask(SIG_SETMASK, &old, NULL);
 	if (fds[0] >= 0) {
 		close(fds[1]);
 		hook_var(h, "CERTBOT_AUTH_OUTPUT", hook_output(fds[0]));
@@ -6461,21 +6550,30 @@ not_of_account(const char *file, Str key)
 		    "another (RFC 8555 11.1)", file_name(file));
 }
 
+/* The record's names as GeneralNames. */
+static Str
+record_names(void)
+{
+	Str names = NONE;
+	size_t mark = used;
+
+	for each_line(l, "identifier") {
+		Str value = l->value, type = cut(&value, ' ');
+
+		names = keep(mark, cat(NONE, names, general_name(type,
+		    value)));
+	}
+	return names;
+}
+
 /* Our own request for the record's names, in DER, and its public key. */
 static Str
 make_request(const char *key_file, Str *key)
 {
-	Str names = NONE;
-
 	key_read(&certificate_key, key_file);
 	*key = public_key(&certificate_key);
 	not_of_account(key_file, *key);
-	for each_line(l, "identifier") {
-		Str value = l->value, type = cut(&value, ' ');
-
-		names = cat(NONE, names, general_name(type, value));
-	}
-	return request(&certificate_key, names, NONE);
+	return request(&certificate_key, record_names(), NONE);
 }
 
 /* Somebody's request, PEM or DER. */
@@ -6682,16 +6780,9 @@ take_names(char **arg)
 static void
 do_csr(char **arg)
 {
-	Str names = NONE;
-
 	take_names(arg);
 	key_read(&certificate_key, opt['K']);
-	for each_line(l, "identifier") {
-		Str value = l->value, type = cut(&value, ' ');
-
-		names = cat(NONE, names, general_name(type, value));
-	}
-	print(pem(request(&certificate_key, names, str(opt['N'])),
+	print(pem(request(&certificate_key, record_names(), str(opt['N'])),
 	    "CERTIFICATE REQUEST"));
 }
 
@@ -6821,7 +6912,7 @@ json_step(Str v, Str name)
 static void
 do_json(char **arg)
 {
-	Str text = read_file(arg[1]), v, path = str(arg[0]), none, s = NONE;
+	Str text = read_file(arg[1]), v, path = str(arg[0]), none, s;
 
 	if (!json_read(text, &v))
 		die(BAD, "% is not JSON", file_name(arg[1]));
@@ -6831,12 +6922,14 @@ do_json(char **arg)
 		while (path.n && v.n);
 	if (!v.n)
 		die(NO, "no % in %", str(arg[0]), file_name(arg[1]));
-	if (json_kind(v) == '[')
+	if (json_kind(v) != '[')
+		print(text("%\n", plain(v)));
+	else {		/* line upon line on top of the heap */
+		s = (Str){ heap + used, 0 };
 		while (json_each(&v, &none, &text))
-			s = text("%%\n", s, plain(text));
-	else
-		s = text("%\n", plain(v));
-	print(s);
+			s.n += cat(plain(text), S("\n")).n;
+		print(s);
+	}
 }
 
 /* directory (RFC 8555 7.1.1) */
@@ -6969,11 +7062,15 @@ do_new_account(char **arg)
 
 /* The account's orders as lines, where the CA lists them (7.1.2.1). */
 static Str
-list_orders(Str url)
+list_orders(const struct reply *account)
 {
-	Str all = NONE, v, list, none, links;
+	Str all = NONE, v, list, none, links, url;
 	struct reply r;
 
+	url = want(account, json_body(account), "orders", '"');
+	url = absolute(account->url, url);
+	if (url.n && !is_url(url))
+		broken(account, "has no https URL for orders: %", brief(url));
 	while (url.n) {
 		r = acme_post(url, NONE);
 		if (!json_read(r.body, &v))
@@ -6981,9 +7078,11 @@ list_orders(Str url)
 		list = json_kind(v) == '[' ? v : want(&r, json_body(&r),
 		    "orders", '[');
 		for (all = cat(NONE, all); json_each(&list, &none, &v); ) {
-			if (json_kind(v) != '"' || !is_url(json_text(v)))
+			v = absolute(r.url, json_kind(v) == '"' ?
+			    json_text(v) : NONE);
+			if (!is_url(v))
 				broken(&r, "has an order that is no URL");
-			all = text("%account-order %\n", all, json_text(v));
+			all = cat(all, S("account-order "), v, S("\n"));
 		}
 		links = r.links;
 		url = next_link(&r, &links, S("next"));
@@ -7006,7 +7105,7 @@ do_account(char **arg)
 		r = acme_post(field("account"), braces(change));
 	account_store(&r);
 	if (!opt['D'])
-		orders = list_orders(want(&r, json_body(&r), "orders", '"'));
+		orders = list_orders(&r);
 	if (nnonce)
 		add_line(S("nonce"), nonce_take());
 	print(cat(NONE, record_text(), orders));
@@ -7096,12 +7195,13 @@ static Str
 identifiers(void)
 {
 	Str s = NONE;
+	size_t mark = used;
 
 	for each_line(l, "identifier") {
 		Str value = l->value, type = cut(&value, ' ');
 
-		s = text("%%%", s, s.n ? S(",") : S("["),
-		    identifier(type, value));
+		s = keep(mark, text("%%%", s, s.n ? S(",") : S("["),
+		    identifier(type, value)));
 	}
 	return text("%]", s);
 }
@@ -7204,13 +7304,16 @@ replaces_option(void)
 	return id.n && endpoint("renewalInfo").n ? id : NONE;
 }
 
-/* Can it be because of `replaces` that the CA refuses (RFC 9773 5)? */
+/*
+ * Can it be because of `replaces` that the CA refuses (RFC 9773 5)?  It is
+ * unauthorized where the certificate was another account's.
+ */
 static bool
 replaced_before(const struct reply *r)
 {
 	return r->status == 409 || has_type(r, "alreadyReplaced") ||
 	    has_type(r, "conflict") || has_type(r, "malformed") ||
-	    has_type(r, "serverInternal");
+	    has_type(r, "unauthorized") || has_type(r, "serverInternal");
 }
 
 /*
@@ -7397,7 +7500,11 @@ do_finalize(char **arg)
 			    "ready", 0);
 			break;
 		case READY:
-			sent = send_request(csr);
+			if (sent)
+				order_await(READY, "waiting for the "
+				    "certificate", 0);
+			else
+				sent = send_request(csr);
 			break;
 		case PROCESSING:
 			order_refresh();

@@ -118,7 +118,8 @@ END
 "Layers":["blobs/sha256/$layer"]}]
 END
 
-	pack "$tmp/oci" -cf "$tmp/image" blobs index.json manifest.json oci-layout
+	pack "$tmp/oci" -cf "$tmp/image" blobs index.json manifest.json \
+	    oci-layout
 	cp "$tmp/image" "$image"
 )
 
@@ -488,7 +489,8 @@ certificates() {
 	} 2>>servers.log || give_up "$(cat servers.log)"
 }
 
-eab=false mac_key=zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W
+eab=false
+mac_key=zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W
 
 # pebble_start [VARIABLE=VALUE]...: a new Pebble, in that environment.
 pebble_start() {
@@ -1031,6 +1033,8 @@ done
 misuse 'ACME_TIMEOUT=x "$acme" directory'
 misuse '"$acme" directory -d http://localhost/'
 misuse '"$acme" directory -d nonsense'
+misuse '"$acme" directory -d "https://localhost:$(printf %0900d 443)/"'
+misuse '"$acme" directory -d https://-proxy/'
 check 'a refused command line makes no file' '[ ! -e none.pem ]'
 
 group 'offline: JSON'
@@ -1810,6 +1814,7 @@ int
 main(void)
 {
 	static const unsigned char ones[300] = { 1 };
+	long long t;
 	Str big;
 
 	IS(b64(S("")), "");				/* RFC 4648 10 */
@@ -1836,6 +1841,20 @@ main(void)
 	IS(((Str){ big.p, 3 }), "\x04\x81\x80");
 	big = der(4, (Str){ ones, 256 });
 	IS(((Str){ big.p, 4 }), "\x04\x82\x01\x00");
+	IS(date(-1), "1969-12-31T23:59:59Z");
+	IS(date(0), "1970-01-01T00:00:00Z");
+	IS(date(951782400), "2000-02-29T00:00:00Z");
+	IS(date(-30000000000), "1019-05-04T18:40:00Z");
+	for (int y = -700; y < 8000; y++, used = 0)
+		for (int d = -1; d < 2; d++) {
+			long long u, t = moment(1970 + y, 1, 1, 0, 0, 0) + d;
+
+			if (!rfc3339(date(t), &u) || u != t)
+				bad = printf("%lld\n", t);
+		}
+	if (rfc3339(S("2026-01-01\00000:00:00Z"), &t) ||
+	    rfc3339(S("2026-01-01T00:00:00\00001:00"), &t))
+		bad = puts("a NUL passed for another character");
 	return bad != 0;
 }
 END
@@ -1892,9 +1911,10 @@ BDDF08C6 X2:69729B8E15A86EFC177A57AFB7171DFC64ADD28C2FCA8CF1507E34453CCB1470
 		*)	echo "q $(tail -c 97 pub.der | xxd -p | tr -d "\n")" ;;
 		esac
 	done >want; cat want
-	${CC:-cc} -w -I"$src" roots.c -o roots -lbearssl && ./roots >got &&
+	${CC:-cc} -w -I"$src" roots.c -o roots -lbearssl &&
+	${RUN-} ./roots >got &&
 	grep -v "^subject\|ingerprint" want | diff - got'
-check 'base64url, JSON strings and DER' \
+check 'base64url, JSON strings, DER and times' \
     '${CC:-cc} -w -I"$src" unit.c -o unit -lbearssl &&
     ${RUN-} ./unit'
 [ "$task" != offline ] || finish
@@ -2189,6 +2209,7 @@ issue future root "$here" -startdate 20480101000000Z \
     -enddate 20490101000000Z
 issue other root subjectAltName=DNS:other.example,DNS:localhost.other.example
 issue nameless root subjectAltName=DNS:localhost
+issue mail root 'subjectAltName=DNS:localhost,email:ip 127.0.0.1'
 issue strange stranger "$here"
 issue pretender root "$here,DNS:x" # an end entity that issues
 issue forged pretender "$here"
@@ -2210,8 +2231,11 @@ strange authority
 deep authority
 forged-chain .
 END
-serve nameless
-dies 69 127.0.0.1 'step directory -d "https://127.0.0.1:$port/dir"'
+for name in nameless mail; do
+	serve "$name"
+	dies 69 127.0.0.1 ": $name
+	    step directory -d https://127.0.0.1:$port/dir"
+done
 dies 69 . 'step directory -C stranger.pem -d "$ca/dir"'
 serve server openssl-min-proto-version=TLS1.3
 dies 69 'TLS 1.2' 'step directory -d "https://localhost:$port/dir"'
@@ -2624,6 +2648,7 @@ changed '"pending"' '""'
 changed ',"finalize.*' '}'
 for url in null 7 '[]' '""' '"http://localhost/f"' '"ftp://localhost/f"' \
     '"f"' '"https://"' '"https://localhost/a b"' \
+    '"https://localhost:000443/f"' '"https://localhost:65536/f"' \
     '"https://localhost/a\\nfailed 0 x y"' '"https://localhost/\\u0000"' \
     '"https://localhost/\\u001b[31m"' '"https://localhost/\\u007f"'; do
 	changed '"finalize":.*"' "\"finalize\":$url"
@@ -2978,6 +3003,57 @@ check 'and nothing was asked' '
 	finalize -o missing/file.pem; [ ! -e www/requests ]'
 dies 66 none.key 'step finalize -K none.key <record'
 dies 64 . 'step finalize <record'
+
+group 'the limits (canned replies)'
+
+l=$(head -c 63 /dev/zero | tr '\0' a)
+set --
+while [ $# -lt 250 ]; do
+	set -- "$@" "n$#.$l.$l.$l.$(echo "$l" | head -c 48)"
+done
+printf '%s\n' "$@" >long-names
+set --
+check '250 names, 245 bytes each: csr' '
+	"$acme" csr -K leaf.key $(cat long-names) >csr.pem &&
+	openssl req -in csr.pem -noout -verify &&
+	is 250 "openssl req -in csr.pem -noout -text | grep -o DNS:n | wc -l"'
+fresh
+error newOrder malformed ''
+dies 77 malformed ': 250 long names
+    step new-order -a account $(cat long-names)'
+check 'and they were all in it' '
+	is 250 "part www/body.POST_newOrder.1 payload | unb64 |
+	    grep -o value | wc -l"'
+error finalize malformed ''
+dies 77 malformed ': 250 long names
+    { grep -v identifier record; sed "s/^/identifier dns /" long-names
+    } | step finalize -K leaf.key'
+# Two hundred and fifty authorizations that never come to anything.
+{ grep -v -e identifier -e authorization pending
+sed "s/^/identifier dns /" long-names
+seq 250 | sed "s|.*|authorization $ca/authz|"; } >long-record
+long=$(head -n 1 long-names)
+answer POST_authz '200 OK' '{"status":"pending","identifier":{"type":"dns",
+"value":"'"$long"'"},"challenges":[{"type":"http-01"},{"type":"dns-01"}]}'
+answer POST_order '200 OK' "{\"status\":\"pending\",\"finalize\":\"$ca/x\"}" \
+    'Retry-After: 9999'
+later lacking 'step finalize -T 60 -K leaf.key <long-record'
+answer POST_lost '200 OK' "{\"status\":\"invalid\"}"
+answer POST_refused '200 OK' '{"status":"invalid","identifier":{"type":"dns",
+"value":"'"$long"'"},"challenges":[{"error":{"detail":"nothing there"}}]}'
+later losing 'sed "s/authz/refused/; s/order\$/lost/" long-record |
+    step order -W -T 60'
+check 'an array of ten thousand elements' '
+	{ echo "[0"; yes ",\"a\\/b\"" | head -n 10000; echo "]"; } >json
+	is 10001 "\"\$acme\" json . json | grep -c -e ^0 -e ^a/b"'
+sed 's/^identifier dns \(.*\)/&\
+challenge dns-01 dns \1 https:\/\/localhost:1\/c _x content/' long-record |
+    awk '/^identifier/ && n++ > 40 { getline; next } { print }' >hooked
+later hooking 'step respond -T 20 -x certbot:true,true <hooked'
+settle
+dies 75 'lacks one of.*lacks one of' ': 250 are pending; replay lacking'
+dies 77 'nothing there.*nothing there' ': 250 failed; replay losing'
+dies 69 'connect to localhost' ': 40 certbot hooks; replay hooking'
 
 group 'records'
 
@@ -3843,7 +3919,8 @@ dies 69 'false.* failed with status 1' 'acme-step directory -P false'
 check 'a command that cannot be run' '
     acme-step directory -P "nosuch %h" 2>err
     [ $? = 69 ] && grep "the command nosuch %h failed with status 127" err'
-dies 69 'ended by signal 9' "acme-step directory -P 'sh -c \"kill -9 \\\$\\\$\"'"
+dies 69 'ended by signal 9' \
+    "acme-step directory -P 'sh -c \"kill -9 \\\$\\\$\"'"
 dies 69 'TLS' 'acme-step directory -P "echo hello"'
 dies 69 'time limit of 2 s.*' 'acme-step directory -T 2 -P "sleep 300"'
 check 'the command is gone with the step' '
