@@ -593,6 +593,19 @@ contains(Str s, Str part)
 	return false;
 }
 
+/* The same with a text of our own. */
+static bool
+is(Str a, const char *b)
+{
+	return same(a, str(b));
+}
+
+static bool
+begins(Str s, const char *with)
+{
+	return starts(s, str(with));
+}
+
 /* All but the first n bytes. */
 static Str
 from(Str s, size_t n)
@@ -1080,7 +1093,7 @@ json_escape(Str *s)
 	*s = from(*s, 4);
 	if (u < 0xd800 || u > 0xdfff)
 		return u;
-	if (u < 0xdc00 && starts(*s, S("\\u"))) {
+	if (u < 0xdc00 && begins(*s, "\\u")) {
 		unsigned v = json_unit(s->p + 2);
 
 		if (v >= 0xdc00 && v <= 0xdfff) {
@@ -1333,7 +1346,7 @@ x509_time(int tag, Str s, long long *t)
 	if (tag != UTC_TIME && tag != TIME)
 		return false;
 	if (y < 0 || m < 1 || m > 12 || d < 1 || d > 31 || clock < 0 ||
-	    !same(s, S("Z")))
+	    !is(s, "Z"))
 		return false;
 	if (tag == UTC_TIME)
 		y += y < 50 ? 2000 : 1900;
@@ -1359,7 +1372,7 @@ http_date(Str s, long long *t)
 	y = digits_off(&s, 4);
 	s = from(s, 1);
 	clock = time_of_day(&s, ':');
-	if (m == 12 || y < 0 || clock < 0 || !same(s, S(" GMT")))
+	if (m == 12 || y < 0 || clock < 0 || !is(s, " GMT"))
 		return false;
 	*t = moment(y, m + 1, d, 0, 0, 0) + clock;
 	return true;
@@ -2128,10 +2141,10 @@ key_read(struct key *k, const char *name)
 
 	warn_if_shared(name);
 	while (pem_next(&s, &label, &block, &bad)) {
-		if (label.n < 11 || !same(from(label, label.n - 11),
-		    S("PRIVATE KEY")))
+		if (label.n < 11 || !is(from(label, label.n - 11),
+		    "PRIVATE KEY"))
 			continue;
-		if (starts(label, S("ENCRYPTED")))
+		if (begins(label, "ENCRYPTED"))
 			die(BAD, "% is encrypted: decrypt it first",
 			    file_name(name));
 		if (!key_fits(k, block, false))
@@ -2270,7 +2283,7 @@ struct cert {
 static bool
 is_ip(Str type)
 {
-	return same(type, S("ip"));
+	return is(type, "ip");
 }
 
 /* The 4 or 16 bytes of an IP address in text, else NONE. */
@@ -2359,13 +2372,13 @@ cert_extensions(Str list, struct cert *c)
 		der_next(&ext, BOOLEAN, &critical);
 		if (!der_next(&ext, OCTETS, &value) || ext.n)
 			return false;
-		if (same(id, S("\x55\x1d\x11")) &&
+		if (is(id, "\x55\x1d\x11") &&
 		    !der_next(&value, SEQUENCE, &c->alt_names))
 			return false;
-		if (same(id, S("\x55\x1d\x13")) &&
+		if (is(id, "\x55\x1d\x13") &&
 		    der_next(&value, SEQUENCE, &inner))
 			c->issues = der_next(&inner, BOOLEAN, &critical);
-		if (same(id, S("\x55\x1d\x23")) &&
+		if (is(id, "\x55\x1d\x23") &&
 		    der_next(&value, SEQUENCE, &inner))
 			der_next(&inner, 0x80, &c->key_id);
 	}
@@ -2435,7 +2448,7 @@ common_name(Str dn)
 		while (der_next(&set, SEQUENCE, &pair))
 			if (der_next(&pair, OID, &id) &&
 			    der_any(&pair, &tag, &value, &whole) &&
-			    same(id, S("\x55\x04\x03")))
+			    is(id, "\x55\x04\x03"))
 				cn = value;
 	return cn;
 }
@@ -2876,11 +2889,46 @@ struct url {
 	Str origin;			/* https://host:port as written */
 };
 
+/*
+ * Take a host off the front of s, with the colon that follows it; an IPv6
+ * address is in brackets (RFC 3986 3.2.2).  NONE where it is malformed.
+ */
+static Str
+take_host(Str *s)
+{
+	Str host;
+
+	if (!begins(*s, "["))
+		return cut(s, ':');
+	*s = from(*s, 1);
+	host = cut(s, ']');
+	if (ip_bytes(host).n != 16 || (s->n && s->p[0] != ':'))
+		return NONE;
+	*s = from(*s, 1);
+	return host;
+}
+
+/*
+ * HOST[:PORT], all of s; without a port *port stays as it is.  Behind -P a
+ * dash at the front would make an option of the host.
+ */
+static bool
+host_port(Str s, Str *host, Str *port)
+{
+	unsigned long n;
+
+	*host = take_host(&s);
+	if (s.n)
+		*port = s;
+	return host->n <= HOSTNAME && !begins(*host, "-") &&
+	    (made_of(*host, ALPHA DIGIT "-._") || ip_bytes(*host).n) &&
+	    port->n <= PORT && number(*port, 65535, &n) && n > 0;
+}
+
 static bool
 url_read(Str s, struct url *u)
 {
 	Str rest, authority;
-	unsigned long port;
 	size_t n = 0;
 
 	for (size_t i = 0; i < s.n; i++)
@@ -2896,24 +2944,8 @@ url_read(Str s, struct url *u)
 	authority = (Str){ rest.p, n };
 	u->path = from(rest, n);
 	u->origin = (Str){ s.p, 8 + n };
-	if (starts(authority, S("["))) {
-		authority = from(authority, 1);
-		u->host = cut(&authority, ']');
-		if (ip_bytes(u->host).n != 16 ||
-		    (authority.n && *authority.p != ':'))
-			return false;
-		authority = from(authority, 1);
-	} else {
-		u->host = cut(&authority, ':');
-		/* Behind -P a dash would make an option of it. */
-		if (!made_of(u->host, ALPHA DIGIT "-._") ||
-		    starts(u->host, S("-")))
-			return false;
-	}
-	u->port = authority.n ? authority : S("443");
-	return u->host.n > 0 && u->host.n <= HOSTNAME &&
-	    u->port.n <= PORT &&
-	    number(u->port, 65535, &port) && port > 0;
+	u->port = S("443");
+	return host_port(authority, &u->host, &u->port);
 }
 
 static bool
@@ -3019,14 +3051,9 @@ read_resolved(Str s, Str *host, Str *port, Str *address)
 {
 	unsigned long n;
 
-	if (starts(s, S("["))) {
-		s = from(s, 1);
-		*host = cut(&s, ']');
-		cut(&s, ':');
-	} else
-		*host = cut(&s, ':');
+	*host = take_host(&s);
 	*port = cut(&s, ':');
-	if (starts(s, S("[")) && s.p[s.n - 1] == ']')
+	if (begins(s, "[") && s.p[s.n - 1] == ']')
 		s = (Str){ s.p + 1, s.n - 2 };
 	*address = s;
 	return host->n && number(*port, 65535, &n) && ip_bytes(s).n;
@@ -3160,10 +3187,10 @@ needs_no_proxy(Str host)
 
 	while (list.n) {
 		s = trim(cut(&list, ','));
-		if (same(s, S("*")) || same_word(s, host) ||
+		if (is(s, "*") || same_word(s, host) ||
 		    (ip.n && same(ip_bytes(s), ip)))
 			return true;
-		if (starts(s, S(".")))
+		if (begins(s, "."))
 			s = from(s, 1);
 		if (s.n && !ip.n && host.n > s.n &&
 		    host.p[host.n - s.n - 1] == '.' &&
@@ -3182,28 +3209,17 @@ struct proxy {
 static void
 read_proxy(Str s, struct proxy *p)
 {
-	Str whole = s, rest;
-	unsigned long n;
+	Str whole = s;
 
 	*p = (struct proxy){ .port = S("80") };
-	if (starts(s, S("http://")))
+	if (begins(s, "http://"))
 		s = from(s, 7);
-	s = cut(&s, '/');
 	if (contains(s, S("@"))) {
 		p->password = cut(&s, '@');
 		p->user = cut(&p->password, ':');
 	}
-	rest = s;
-	if (starts(s, S("["))) {
-		rest = from(s, 1);
-		p->host = cut(&rest, ']');
-		cut(&rest, ':');
-	} else
-		p->host = cut(&rest, ':');
-	if (rest.n)
-		p->port = rest;
-	if (!p->host.n || starts(whole, S("https:")) || !number(p->port, 65535, &n) || n == 0 ||
-	    (!made_of(p->host, ALPHA DIGIT "-._") && !ip_bytes(p->host).n))
+	if (!host_port(cut(&s, '/'), &p->host, &p->port) ||
+	    begins(s, "/"))
 		usage("https_proxy is no http://HOST:PORT: %", brief(whole));
 }
 
@@ -3289,7 +3305,7 @@ dial_proxy(Str url, const char *host, const char *port)
 		die(CA_DOWN, "cannot write to the proxy %: %", p.host, why());
 	code = status = proxy_line(fd, &room, p.host);
 	cut(&code, ' ');
-	if (!starts(status, S("HTTP/1.")) || !starts(code, S("2")))
+	if (!begins(status, "HTTP/1.") || !begins(code, "2"))
 		die(CA_DOWN, "the proxy % does not connect to %: %", p.host,
 		    target, brief(status));
 	while (proxy_line(fd, &room, p.host).n)
@@ -3593,7 +3609,7 @@ http_status(struct reply *r, Str s)
 	unsigned long n;
 	Str version = cut(&s, ' '), code = cut(&s, ' ');
 
-	if (!starts(version, S("HTTP/1.")) || version.n != 8 || code.n != 3 ||
+	if (!begins(version, "HTTP/1.") || version.n != 8 || code.n != 3 ||
 	    !made_of(from(version, 7), "01") || !number(code, 599, &n) ||
 	    n < 100)
 		broken(r, "is not HTTP/1");
@@ -3608,7 +3624,7 @@ retry_after(Str s)
 	unsigned long n;
 	long long t;
 
-	if (starts(s, S("-")))
+	if (begins(s, "-"))
 		return 0;
 	if (number(s, MAX_WAIT, &n))
 		return (long)n;
@@ -4134,9 +4150,9 @@ is_name(Str type, Str s)
 	if (is_ip(type))
 		return made_of(s, DIGIT "abcdefABCDEF:.") &&
 		    ip_bytes(s).n > 0;
-	if (!same(type, S("dns")) || s.n > HOSTNAME)
+	if (!is(type, "dns") || s.n > HOSTNAME)
 		return false;
-	if (starts(s, S("*.")))
+	if (begins(s, "*."))
 		s = from(s, 2);
 	if (!made_of(s, ALPHA DIGIT "-._"))
 		return false;
@@ -4185,9 +4201,9 @@ is_challenge(Str s)
 	return is_word(c.type) && is_name(c.id_type, c.id) &&
 	    is_url(c.url) && is_word(c.name) && c.name.n <= HOSTNAME &&
 	    c.content.n > 0 && c.content.n <= WORD &&
-	    (!same(c.type, S("http-01")) ||
+	    (!is(c.type, "http-01") ||
 	    (is_b64(c.name) && c.name.n <= TOKEN)) &&
-	    (!same(c.type, S("tls-alpn-01")) ||
+	    (!is(c.type, "tls-alpn-01") ||
 	    (made_of(c.content, HEX) && c.content.n == 64));
 }
 
@@ -4333,12 +4349,12 @@ record_read(const char *file, bool account_only)
 		if (!is_line(all))
 			bad_record(file, n, "a control character");
 		word = cut(&value, ' ');
-		if (same(word, S("failed")))
+		if (is(word, "failed"))
 			pass_failure(value);
 		if (!is_b64(word))
 			bad_record(file, n, "no keyword");
-		if (account_only && !same(word, S("account")) &&
-		    !same(word, S("directory")) && !same(word, S("new-nonce")))
+		if (account_only && !is(word, "account") &&
+		    !is(word, "directory") && !is(word, "new-nonce"))
 			continue;
 		if ((k = keyword(word)) && !k->ok(value))
 			bad_record(file, n, "malformed");
@@ -4558,9 +4574,9 @@ absolute(Str base, Str ref)
 {
 	struct url u;
 
-	if (!starts(ref, S("/")) || !url_read(base, &u))
+	if (!begins(ref, "/") || !url_read(base, &u))
 		return ref;
-	return starts(ref, S("//")) ? text("https:%", ref) :
+	return begins(ref, "//") ? text("https:%", ref) :
 	    cat(NONE, u.origin, ref);
 }
 
@@ -4667,7 +4683,7 @@ need_endpoint(const char *name)
 {
 	Str url = endpoint(name);
 
-	if (!url.n && starts(str(name), S("new")) &&
+	if (!url.n && begins(str(name), "new") &&
 	    strcmp(name, "newAuthz") != 0)
 		broken(&directory_reply, "lacks %", str(name));
 	if (!url.n)
@@ -5030,7 +5046,7 @@ authorized(const struct reply *r, Str o, Str *type)
 	bool wild = json_kind(json_member(o, "wildcard")) == 't';
 
 	*type = must(r, id, "type", '"');
-	value = cat(wild && !starts(value, S("*.")) ? S("*.") : NONE,
+	value = cat(wild && !begins(value, "*.") ? S("*.") : NONE,
 	    canonical(*type, value));
 	if (!is_name(*type, value))
 		broken(r, "is for an impossible name: %", brief(value));
@@ -5043,7 +5059,7 @@ is_pending(const struct reply *r, Str o)
 {
 	Str s = want(r, o, "status", '"');
 
-	return !s.n || same(s, S("pending"));
+	return !s.n || is(s, "pending");
 }
 
 /* One that is neither pending nor valid has come to its end (7.1.6). */
@@ -5052,7 +5068,7 @@ is_usable(const struct reply *r)
 {
 	Str o = json_body(r);
 
-	return is_pending(r, o) || same(want(r, o, "status", '"'), S("valid"));
+	return is_pending(r, o) || is(want(r, o, "status", '"'), "valid");
 }
 
 /*
@@ -5073,15 +5089,15 @@ failures(size_t n)
 		Str name = authorized(r, o, &type);
 		bool known = is_pending(r, o);
 
-		if (same(want(r, o, "status", '"'), S("valid")))
+		if (is(want(r, o, "status", '"'), "valid"))
 			continue;
 		while (json_each(&list, &none, &c)) {
 			error = json_member(c, "error");
 			status = want(r, c, "status", '"');
-			if (!same(status, S("invalid")) &&
+			if (!is(status, "invalid") &&
 			    (json_kind(error) != '{' ||
-			    same(status, S("processing")) ||
-			    same(status, S("valid"))))
+			    is(status, "processing") ||
+			    is(status, "valid")))
 				continue;
 			all = text("%%%: %", all, all.n ? S("; ") : NONE, name,
 			    json_kind(error) == '{' ? problem_text(error) :
@@ -5292,7 +5308,7 @@ dns_persist_01(const struct reply *r, Str object, Str name,
 	c->name = text("_validation-persist.%", name);
 	c->content = text("%; accounturi=%%", json_text(issuer),
 	    field("account"),
-	    starts(c->id, S("*.")) ? S("; policy=wildcard") : NONE);
+	    begins(c->id, "*.") ? S("; policy=wildcard") : NONE);
 }
 
 static void
@@ -5320,7 +5336,7 @@ static void
 add_challenge(const struct reply *r, Str o, Str id_type, Str id)
 {
 	struct challenge c = { .id_type = id_type, .id = id };
-	Str base = from(id, starts(id, S("*.")) ? 2 : 0), token;
+	Str base = from(id, begins(id, "*.") ? 2 : 0), token;
 	const struct challenge_type *t = challenge_types;
 
 	c.type = text_of(o, "type");
@@ -5372,7 +5388,7 @@ fetch_challenges(const char *type)
 		while (json_each(&list, &none, &c)) {
 			Str t = must(r, c, "type", '"');
 
-			if (same(text_of(c, "status"), S("invalid")))
+			if (is(text_of(c, "status"), "invalid"))
 				continue;
 			offered = text("% %", offered, brief(t));
 			if (!type || same(t, str(type)))
@@ -5400,7 +5416,7 @@ choose_challenges(const char *type)
 		size_t same_id = 0, fit = 0;
 
 		for (struct record_line *k = record; k < last; k++) {
-			if (!same(k->word, S("challenge")))
+			if (!is(k->word, "challenge"))
 				continue;
 			d = challenge_read(k->value);
 			if (!same(c.id, d.id))
@@ -5495,7 +5511,7 @@ tell_ca(void)
 		look = (struct post){ .url = p[i].url };
 		acme_batch(&look, &now, 1);
 		if (now.status != 200 ||
-		    same(text_of(json_body(&now), "status"), S("pending")))
+		    is(text_of(json_body(&now), "status"), "pending"))
 			accept_reply(&r[i]);
 	}
 }
@@ -5596,14 +5612,14 @@ http_serve(struct client *c)
 	}
 	method = cut(&s, ' ');
 	path = cut(&s, ' ');
-	if ((same(method, S("GET")) || same(method, S("HEAD"))) &&
-	    starts(path, S(well_known)) && starts(s, S("HTTP/1.")))
+	if ((is(method, "GET") || is(method, "HEAD")) &&
+	    starts(path, S(well_known)) && begins(s, "HTTP/1."))
 		content = content_of(from(path, sizeof well_known - 1));
 	client_send(c, text("HTTP/1.1 %\r\nContent-Type: "
 	    "application/octet-stream\r\nContent-Length: %\r\n"
 	    "Connection: close\r\n\r\n%", content.n ? S("200 OK") :
 	    S("404 Not Found"), num(content.n),
-	    same(method, S("GET")) ? content : NONE));
+	    is(method, "GET") ? content : NONE));
 	if (c->fd >= 0)
 		client_answered(c);
 }
@@ -6149,18 +6165,14 @@ listen_at(const struct responder *how, const char *where)
 {
 	struct addrinfo hint = { .ai_flags = AI_PASSIVE | AI_NUMERICSERV,
 	    .ai_socktype = SOCK_STREAM }, *a;
-	const char *colon = strrchr(where, ':');
-	const char *port = colon ? colon + 1 : where;
-	Str host = { (const unsigned char *)where, colon ?
-	    (size_t)(colon - where) : 0 };
+	Str port = str(where), host = contains(port, S(":")) ?
+	    take_host(&port) : NONE;
 	bool any = false;
 
-	if (host.n > 1 && host.p[0] == '[' && host.p[host.n - 1] == ']')
-		host = (Str){ host.p + 1, host.n - 2 };
 	for (size_t i = 0; i < LISTENERS; i++)
 		listeners[i] = (struct pollfd){ -1, POLLIN, 0 };
-	if (!made_of(str(port), DIGIT) || getaddrinfo(host.n ? c_str(host) :
-	    NULL, port, &hint, &a) != 0)
+	if (!made_of(port, DIGIT) || getaddrinfo(host.n ? c_str(host) :
+	    NULL, c_str(port), &hint, &a) != 0)
 		usage("-l takes [HOST:]PORT, not %", str(where));
 	for (; a; a = a->ai_next) {
 		struct pollfd *l = &listeners[a->ai_family == AF_INET ? 0 : 2];
@@ -6251,7 +6263,7 @@ set_words(const char **call, const Str *v, size_t nv)
 static Str
 bare(Str id)
 {
-	return from(id, starts(id, S("*.")) ? 2 : 0);
+	return from(id, begins(id, "*.") ? 2 : 0);
 }
 
 static void
@@ -6267,7 +6279,7 @@ dehydrated_hook(struct hook *h, const struct challenge *c, Str token)
 static void
 uacme_hook(struct hook *h, const struct challenge *c, Str token)
 {
-	Str auth = same(c->type, S("tls-alpn-01")) ? b64(unhex(c->content)) :
+	Str auth = is(c->type, "tls-alpn-01") ? b64(unhex(c->content)) :
 	    c->content;
 
 	words(h->call[0], str(hook_program), S("begin"), c->type, bare(c->id),
@@ -6282,7 +6294,7 @@ lego_hook(struct hook *h, const struct challenge *c, Str token)
 	Str name = text("%.", c->name);
 
 	(void)token;
-	if (!starts(c->type, S("dns-")))
+	if (!begins(c->type, "dns-"))
 		usage("hooks of lego's are for DNS, not for %", c->type);
 	words(h->call[0], str(hook_program), S("present"), name, c->content);
 	words(h->call[1], str(hook_program), S("cleanup"), name, c->content);
@@ -6321,7 +6333,7 @@ certbot_hook(struct hook *h, const struct challenge *c, Str token)
 	h->vars[h->nvars++] = all;
 	hook_var(h, "CERTBOT_REMAINING_CHALLENGES",
 	    num(count_lines("challenge") - 1 - (size_t)(h - hooks)));
-	if (same(c->type, S("http-01")))
+	if (is(c->type, "http-01"))
 		hook_var(h, "CERTBOT_TOKEN", c->name);
 }
 
@@ -6491,7 +6503,7 @@ fetch_token(const struct challenge *c)
 	struct reply r;
 	Str token;
 
-	if (same(c->type, S("http-01")) || !hook_style->token)
+	if (is(c->type, "http-01") || !hook_style->token)
 		return c->name;
 	r = acme_post(c->url, NONE);
 	token = want(&r, json_body(&r), "token", '"');
@@ -6584,8 +6596,8 @@ read_request(const char *file, Str *key)
 	bool bad;
 
 	while (pem_next(&text, &label, &block, &bad))
-		if (same(label, S("CERTIFICATE REQUEST")) ||
-		    same(label, S("NEW CERTIFICATE REQUEST")))
+		if (is(label, "CERTIFICATE REQUEST") ||
+		    is(label, "NEW CERTIFICATE REQUEST"))
 			break;
 		else
 			block = s;
@@ -6607,7 +6619,7 @@ read_chain(const struct reply *r)
 	bool bad;
 
 	for (; pem_next(&text, &label, &block, &bad); n++) {
-		if (!same(label, S("CERTIFICATE")))
+		if (!is(label, "CERTIFICATE"))
 			broken(r, "has in its chain a PEM block %", label);
 		if (n == CERTS)
 			die(FAULT, "a chain of more than % certificates",
@@ -6794,7 +6806,7 @@ find_certificate(Str s, struct cert *c)
 	bool bad;
 
 	while (pem_next(&text, &label, &block, &bad))
-		if (same(label, S("CERTIFICATE"))) {
+		if (is(label, "CERTIFICATE")) {
 			s = block;
 			break;
 		}
@@ -6916,7 +6928,7 @@ do_json(char **arg)
 
 	if (!json_read(text, &v))
 		die(BAD, "% is not JSON", file_name(arg[1]));
-	if (!same(path, S(".")))
+	if (!is(path, "."))
 		do
 			v = json_step(v, cut(&path, '.'));
 		while (path.n && v.n);
@@ -7670,16 +7682,16 @@ read_request_file(Str s, struct message *q)
 	Str method, value, line_text;
 	unsigned long length = 0;
 
-	while (starts(s, S("# ")))
+	while (begins(s, "# "))
 		cut(&s, '\n');
 	method = cut(&s, ' ');
-	q->method = same(method, S("GET")) ? "GET" : same(method, S("HEAD")) ?
+	q->method = is(method, "GET") ? "GET" : is(method, "HEAD") ?
 	    "HEAD" : "POST";
 	q->url = cut(&s, ' ');
 	if (!same(method, str(q->method)) || !is_url(q->url))
 		return false;
 	cut(&s, '\n');
-	while (s.n && !same(line_text = cut(&s, '\n'), S("\r"))) {
+	while (s.n && !is(line_text = cut(&s, '\n'), "\r")) {
 		value = line_text;
 		if (same_word(cut(&value, ':'), S("Content-Length")) &&
 		    !number(trim(cut(&value, '\r')), INPUT, &length))
@@ -7872,7 +7884,8 @@ do_help(char **arg)
 		    (Str){ (const unsigned char *)&shared[i].letter, 1 },
 		    str(shared[i].arg));
 
-		s = text("%%%%%%\n", s, name, from(S("                     "), name.n),
+		s = text("%%%%%%\n", s, name,
+		    from(S("                     "), name.n),
 		    str(shared[i].gist),
 		    shared[i].variable ? S(", or ") : NONE,
 		    str(shared[i].variable));
