@@ -3004,6 +3004,44 @@ check 'and nothing was asked' '
 dies 66 none.key 'step finalize -K none.key <record'
 dies 64 . 'step finalize <record'
 
+group 'RFC 9773: the name of a certificate'
+# named EXTENSION SERIAL: a certificate with these, named.pem.
+named() {
+	printf '%s\n' "subjectAltName=DNS:a.example" "$1" >extension
+	openssl req -new -key leaf.key -subj / -out req.pem &&
+	openssl x509 -req -in req.pem -signkey leaf.key -days 9 \
+	    -set_serial "$2" -extfile extension -out named.pem 2>/dev/null
+}
+# The key identifier and the serial number of RFC 9773 4.1.
+rfc9773=2.5.29.35=DER:301680146988\
+5B6B87464041E1B37B847BA0AE2CDE01C8D4
+check 'its example, a serial number with a leading zero' '
+	fresh
+	meta "\"renewalInfo\":\"$ca/ari\""
+	answer GET_aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE "200 OK" \
+	    "{\"suggestedWindow\":{\"start\":\"2025-01-02T04:00:00Z\",
+	    \"end\":\"2025-01-03T04:00:00Z\"}}" "Retry-After: 21600"
+	named "$rfc9773" 0x87654321
+	step renewal-info -d "$ca/dir" named.pem >out; got=$?; cat out
+	[ $got = 0 ] && grep -x "retry-after 21600" out &&
+	grep -x "window 2025-01-02T04:00:00Z 2025-01-03T04:00:00Z" out'
+check 'new-order -R sends it' '
+	answer POST_newOrder "201 Created" "$(order ready \
+	    "\"replaces\":\"aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE\"")" \
+	    "Location: $ca/order"
+	step new-order -a account -R named.pem a.example >out && cat out &&
+	part www/body.POST_newOrder.1 payload | unb64 |
+	    grep "\"replaces\":\"aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE\"" &&
+	grep -x "replaces aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE" out'
+check 'but not where the CA has no renewalInfo' '
+	fresh
+	answer POST_newOrder "201 Created" "$(order ready)" \
+	    "Location: $ca/order"
+	step new-order -a account -R named.pem a.example >out &&
+	part www/body.POST_newOrder.1 payload | unb64 >payload &&
+	grep identifiers payload && ! grep replaces payload'
+dies 77 renewalInfo 'step renewal-info -d "$ca/dir" named.pem'
+
 group 'the limits (canned replies)'
 
 l=$(head -c 63 /dev/zero | tr '\0' a)
