@@ -3527,6 +3527,57 @@ dies 75 'lacks one of.*lacks one of' ': 250 are pending; replay lacking'
 dies 77 'nothing there.*nothing there' ': 250 failed; replay losing'
 dies 69 'connect to localhost' ': 40 certbot hooks; replay hooking'
 
+set --
+while [ $# -lt 251 ]; do set -- "$@" "n$#.example"; done
+printf '%s\n' "$@" >many-names
+set --
+for command in 'csr -K leaf.key' 'due leaf.pem' \
+    'new-order -C root.pem -k account.key -a account'; do
+	dies 70 '250 names' "\"\$acme\" $command \$(cat many-names)"
+done
+check 'the same name again does not count' '
+	"$acme" csr -K leaf.key $(yes a.example | head -n 300) >csr.pem'
+fresh
+answer POST_order '200 OK' "$(order pending | sed "s|\[\"[^]]*authz\"\]|[$(
+    seq -s , 251 | sed "s|[0-9]*|\"$ca/&\"|g")]|")"
+dies 70 '250 authorizations' 'step order <pending'
+{ cat pending; sed "s|.*|challenge dns-01 dns & $ca/c x y|" many-names
+} >many-challenges
+dies 70 '250 challenges' 'step respond -t dns-01 <many-challenges'
+dies 70 '10 contacts' '"$acme" account $(yes -- -mmailto:a@b | head -n 11)'
+dies 70 '16 addresses' '"$acme" directory $(yes -- -Ha:1:::1 | head -n 17)'
+misuse '"$acme" directory -T 2592001'
+misuse 'step respond -s 2592001 <pending'
+misuse '"$acme" directory -d "https://$(printf %0256d 0)/"'
+dies 65 '256 KiB' 'head -c 300000 /dev/zero | "$acme" json .'
+answer POST_finalize '200 OK' "$(order valid "$certificate")"
+chain "$(cat leaf.pem; for i in 1 2 3 4 5 6 7 8 9 10; do cat root.pem; done)"
+dies 70 'more than 10 certificates' finalize
+chain "$(cat leaf.pem; for i in 1 2 3 4 5 6 7 8 9; do cat root.pem; done)"
+check 'ten certificates are a chain' 'is 10 "finalize | grep -c BEGIN"'
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17; do
+	cat root.pem
+done >anchors.pem
+dies 70 '16 trust anchors' 'step directory -C anchors.pem -d "$ca/dir"'
+cp server.key long.key
+{ cat server.pem; head -n $((10 * $(wc -l <root.pem))) anchors.pem
+} >long-chain.pem
+cp server.key big.key
+issue big root "$here,$(seq -s , 1100 | sed 's/[0-9]*/DNS:&.big.example/g')"
+for name in long-chain big; do
+	serve "$name"
+	dies 69 'chain is too long' ": $name
+	    step directory -d https://localhost:$port/dir"
+done
+meta "\"renewalInfo\":\"$ca/$(head -c 2000 /dev/zero | tr '\0' x)\""
+dies 70 'https URL' 'step renewal-info -d "$ca/dir" ari.pem'
+# Pages that go round and round.
+answer POST_newAccount '200 OK' '{"status":"valid","orders":"/orders"}' \
+    "Location: $ca/account/1"
+answer POST_orders '200 OK' "[\"$ca/1\"]$(head -c 200000 /dev/zero |
+    tr '\0' ' ')" 'Link: </orders>;rel=next'
+dies 70 '3 MiB' 'step account -T 30 -d "$ca/dir"'
+
 group 'records'
 
 fresh
