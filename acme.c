@@ -2293,7 +2293,7 @@ ip_bytes(Str text)
 	unsigned char *p = take(16);
 	const char *s;
 
-	if (text.n > 45 || memchr(text.p, 0, text.n))
+	if (!text.n || text.n > 45 || memchr(text.p, 0, text.n))
 		return NONE;
 	s = c_str(text);
 	if (inet_pton(AF_INET, s, p) == 1)

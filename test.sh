@@ -1035,6 +1035,7 @@ misuse '"$acme" directory -d http://localhost/'
 misuse '"$acme" directory -d nonsense'
 misuse '"$acme" directory -d "https://localhost:$(printf %0900d 443)/"'
 misuse '"$acme" directory -d https://-proxy/'
+misuse '"$acme" directory -d "https://[none]/"'
 check 'a refused command line makes no file' '[ ! -e none.pem ]'
 
 group 'offline: JSON'
@@ -1804,12 +1805,12 @@ cat >unit.c <<'END'
 #undef main
 static int bad;
 static void
-is(Str a, Str b, int line)
+equal(Str a, Str b, int line)
 {
 	if (!same(a, b))
 		bad = printf("line %d: %.*s\n", line, (int)a.n, a.p);
 }
-#define IS(a, b) is(a, S(b), __LINE__)
+#define IS(a, b) equal(a, S(b), __LINE__)
 int
 main(void)
 {
