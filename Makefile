@@ -20,7 +20,8 @@ LDFLAGS  = -static -fno-pie -no-pie -Wl,-T,/dev/stdin \
            -Wl,--defsym=__memcpy_chk=memcpy \
            -Wl,--defsym=__memset_chk=memset \
            -Wl,--defsym=__memmove_chk=memmove
-SCRIPT   = SECTIONS { /DISCARD/ : { *(.eh_frame .comment) } } INSERT AFTER .rodata;
+SCRIPT   = SECTIONS { /DISCARD/ : { *(.eh_frame .comment) } } \
+           INSERT AFTER .rodata;
 
 # A source tree of BearSSL, built with $(CC), in place of the system's.
 BEARSSL  =

@@ -2293,7 +2293,7 @@ ip_bytes(Str text)
 	unsigned char *p = take(16);
 	const char *s;
 
-	if (text.n > 45 || memchr(text.p, 0, text.n))
+	if (!text.n || text.n > 45 || memchr(text.p, 0, text.n))
 		return NONE;
 	s = c_str(text);
 	if (inet_pton(AF_INET, s, p) == 1)
@@ -7768,11 +7768,11 @@ static const struct command {
 } commands[] = {
 { "key", do_key, "t:", "o", 0, 0, 0,
     "[-t TYPE] -o FILE", "make a private key" },
-{ "csr", do_csr, "K:N:", "K", 1, NAMES, 0,
+{ "csr", do_csr, "K:N:", "K", 1, INT_MAX, 0,
     "-K KEY [-N NAME] NAME...", "make a certificate request" },
 { "thumbprint", do_thumbprint, "", "", 0, 0, KEY,
     "", "print the account key's thumbprint" },
-{ "due", do_due, "K:", "", 1, 1 + NAMES, 0,
+{ "due", do_due, "K:", "", 1, INT_MAX, 0,
     "[-K KEY] CERT [NAME...]", "say whether it is time to renew" },
 { "json", do_json, "", "", 1, 2, 0,
     "PATH [FILE]", "print a value out of JSON" },
@@ -7786,7 +7786,7 @@ static const struct command {
     "-K NEWKEY", "give the account another key" },
 { "new-authz", do_new_authz, "", "", 1, 1, TELLS | NET | KEY | ACCOUNT,
     "NAME", "ask for an authorization without an order" },
-{ "new-order", do_new_order, "p:R:b:u:", "", 1, NAMES,
+{ "new-order", do_new_order, "p:R:b:u:", "", 1, INT_MAX,
     TELLS | NET | KEY | ACCOUNT,
     "[-p PROFILE] [-R CERT] [-b NOTBEFORE] [-u NOTAFTER] NAME...",
     "order a certificate" },

@@ -1035,6 +1035,7 @@ misuse '"$acme" directory -d http://localhost/'
 misuse '"$acme" directory -d nonsense'
 misuse '"$acme" directory -d "https://localhost:$(printf %0900d 443)/"'
 misuse '"$acme" directory -d https://-proxy/'
+misuse '"$acme" directory -d "https://[none]/"'
 check 'a refused command line makes no file' '[ ! -e none.pem ]'
 
 group 'offline: JSON'
@@ -1804,12 +1805,12 @@ cat >unit.c <<'END'
 #undef main
 static int bad;
 static void
-is(Str a, Str b, int line)
+equal(Str a, Str b, int line)
 {
 	if (!same(a, b))
 		bad = printf("line %d: %.*s\n", line, (int)a.n, a.p);
 }
-#define IS(a, b) is(a, S(b), __LINE__)
+#define IS(a, b) equal(a, S(b), __LINE__)
 int
 main(void)
 {
@@ -3042,6 +3043,478 @@ check 'but not where the CA has no renewalInfo' '
 	grep identifiers payload && ! grep replaces payload'
 dies 77 renewalInfo 'step renewal-info -d "$ca/dir" named.pem'
 
+group 'what real CAs do (canned replies)'
+
+# Each of these quirks has been met.  They are numbered, and a test at the
+# end sees that there is one for each.
+
+# denies NAME STATUS WORDS CODE...: dies, under a name of its own.
+denies() {
+	quirk=$1 want=$2 words=$3
+	shift 3
+	code=$*
+	check "$quirk: dies $want, $words" died
+}
+# payload FILE: what the JWS says.
+payload() { part "$1" payload | unb64; }
+# auth NAME STATUS CHALLENGES: an authorization for a.example.
+auth() {
+	answer "POST_$1" '200 OK' '{"status":"'"$2"'","identifier":{
+"type":"dns","value":"a.example"},"challenges":['"$3"']}'
+}
+# one TYPE [MEMBERS]: one of its challenges.
+one() {
+	printf '{"type":"%s","url":"%s","token":"%s"%s}' "$1" "$ca/chall" \
+	    "$token" "${2-}"
+}
+no_body='Content-Length: 0\r\n\r\n'
+error='"error":{"type":"urn:ietf:params:acme:error:connection",
+"detail":"nobody there"}'
+certificate="\"certificate\":\"$ca/certificate\""
+respond() { step respond -t http-01 -w webroot "$@" <pending; }
+issue ari root 'subjectAltName=DNS:a.example
+authorityKeyIdentifier=keyid'
+issue one root 'basicConstraints=critical,CA:TRUE'
+issue two one 'basicConstraints=critical,CA:TRUE'
+issue three two 'basicConstraints=critical,CA:TRUE'
+cp leaf.key four.key
+issue four three subjectAltName=DNS:a.example
+
+fresh
+answer POST_finalize '200 OK' "$(order processing)"
+answer POST_order '200 OK' "$(order valid "$certificate")"
+chain "$(cat leaf.pem)"
+check 'quirk 1: finalize without a Location: the order is where it was' '
+	finalize >out && diff out leaf.pem &&
+	is 1 "grep -cx POST_order www/requests"'
+
+for state in ready processing valid; do
+	fresh
+	answer POST_newOrder "$created" "{\"status\":\"$state\",
+	    \"finalize\":\"$ca/finalize\"}" "Location: $ca/order"
+	answer POST_order '200 OK' "$(order valid "$certificate")"
+	answer POST_finalize '200 OK' "$(order valid "$certificate")"
+	chain "$(cat leaf.pem)"
+	check "quirk 2: newOrder replies with a bare order that is $state" '
+	    new_order >out && cat out && grep -x "status $state" out &&
+	    step finalize -K leaf.key <out >out3 && diff out3 leaf.pem &&
+	    [ $state != ready ] || {
+		step respond -t http-01 -w webroot <out >out2 &&
+		step challenges <out2 | grep -x "status ready"; } &&
+	    ! grep authz www/requests &&
+	    case $state:$(grep -c finalize www/requests) in
+	    processing:*|valid:0|ready:1) ;;
+	    *) cat www/requests; exit 1 ;;
+	    esac'
+done
+
+fresh
+answer POST_newOrder "$created" '{"status":"ready","identifiers":[
+{"type":"dns","value":"B.EXAMPLE"},{"type":"ip","value":"2001:DB8:0::1"},
+{"type":"dns","value":"a.Example"},{"type":"dns","value":"a.example"}],
+"finalize":"'"$ca/finalize"'"}' "Location: $ca/order"
+check 'quirk 3: identifiers in another order and case, some twice' '
+	step new-order -a account A.example a.example b.example \
+	    2001:db8::1 >out && cat out &&
+	is "dns a.example,dns b.example,ip 2001:db8::1" \
+	    "sed -n \"s/^identifier //p\" out | sort | paste -s -d ,"'
+sed 's/^identifier .*/identifier dns A.Example/' pending >capitals
+answer POST_order '200 OK' "$(order ready)"
+check 'quirk 3: capitals in a record that somebody wrote' '
+	step order <capitals >out && grep -qx "status ready" out'
+
+fresh
+answer POST_authz '200 OK' '{"identifier":{"type":"dns",
+"value":"a.example"},"challenges":[{"type":"new-99"},
+{"type":"dns-persist-01","url":"'"$ca/p"'","accounturi":
+"'"$ca/account/1?x=y"'","issuer-domain-names":["ca.example"]},
+'"$(one http-01)"']}'
+check 'quirk 4: unknown challenge types, one without token, no status' '
+	challenges >out && cat out && is 2 "grep -c ^challenge out" &&
+	grep "^challenge dns-persist-01 .* ca.example; accounturi=$ca" out &&
+	grep "^challenge http-01 .* $token" out'
+
+# linked HEADER...: the alternate chain is found with these.
+linked() {
+	answer POST_certificate '200 OK' "$(cat leaf.pem)
+" "$@"
+	check "quirk 5: links in headers of any shape: $*" '
+	    finalize -i middle >out && diff out deep-leaf.pem'
+}
+fresh
+answer POST_finalize '200 OK' "$(order valid "$certificate")"
+answer POST_alt '200 OK' "$(cat deep-leaf.pem)
+"
+linked "Link: <$ca/alt>;rel=\"alternate\""
+linked "LINK:<$ca/alt>; REL=Alternate"
+linked "link: <$ca/dir>;rel=\"index\"" "link: <$ca/alt>;rel=\"alternate\""
+linked "Link: <$ca/dir>;rel=\"index\", <$ca/alt>;rel=\"alternate\""
+linked "Link: <$ca/a,b>;rel=\"up\",<$ca/alt> ; rel = alternate"
+linked "Link: <$ca/alt>;title=\"a, b; c <d>\\\"\";rel=\"up alternate\""
+linked 'Link: </alt>;rel="alternate"'
+linked "Link: <//localhost:$home/alt>;rel=\"alternate\""
+linked 'Link: x, ;,<>, "' 'Link: <x>;rel' 'Link: </alt>;rel=alternate'
+for link in 'http://localhost/alt' nonsense ''; do
+	answer POST_certificate '200 OK' "$(cat leaf.pem)
+" "Link: <$link>;rel=\"alternate\""
+	denies "quirk 5: a link to <$link>" 76 link 'finalize -i middle'
+done
+
+fresh
+answer POST_finalize '202 Accepted' "$(order processing)" 'Retry-After: 1'
+answer POST_order.1 '200 OK' "$(order processing)" \
+    "Retry-After: $(date -u -d '2 seconds' '+%a, %d %b %Y %T GMT')"
+answer POST_order.2 '200 OK' "$(order processing)" 'Retry-After: -1'
+answer POST_order '200 OK' "$(order valid "$certificate")"
+chain "$(cat leaf.pem)"
+check 'quirk 6: Retry-After in seconds, as a date, negative, absent' '
+	finalize >out && diff out leaf.pem'
+for status in '200 OK' '202 Accepted' '429 x' '503 x'; do
+	answer POST_finalize "$status" "$(order processing)" \
+	    'Retry-After: 86400'
+	denies "quirk 6: Retry-After of a day, with $status" 75 \
+	    'after 86400 s' finalize
+done
+
+fresh
+raw POST_it.1 'HTTP/1.1 400 x\r\nContent-Length: 46\r
+\r\n{"type":"urn:ietf:params:acme:error:badNonce"}'
+raw POST_it "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+raw HEAD_newNonce "HTTP/1.1 405 x\r\n$no_body"
+raw GET_newNonce.1 "HTTP/1.1 200 x\r\nReplay-Nonce: by_get\r\n$no_body"
+raw GET_newNonce 'HTTP/1.1 204 x\r\nReplay-Nonce: by_get2\r\n\r\n'
+check 'quirk 7: badNonce without a nonce; newNonce by GET, 200 or 204' '
+	is hello "get it" && protected www/body.POST_it.2 | grep by_get2'
+
+fresh
+answer POST_html '502 x' '<html>no</html>' 'Content-Type: text/html'
+later html 'step get -T 9 -a account "$ca/html"'
+answer POST_busy '503 x' '<html>busy</html>' 'Retry-After: 3'
+answer POST_plain '403 x' "$(problem unauthorized ',"detail":"go away",
+"status":null,"instance":null,"subproblems":null')" \
+    'Content-Type: text/plain; charset=utf-8'
+answer POST_odd '400 x' '{"type":null,"detail":"odd"}'
+# The last is tried again, as any error of a server is.
+types='409:alreadyReplaced 409:conflict 400:malformed 403:unauthorized
+500:serverInternal'
+for type in $types; do
+	refusal=${type%:*} type=${type#*:} again=2
+	[ "$type" != serverInternal ] || again=4
+	answer "GET_$type" '200 OK' "{$(endpoint Nonce),
+	    \"newOrder\":\"$ca/$type\",\"renewalInfo\":\"$ca/ari\"}"
+	answer "POST_$type" "$refusal x" "$(problem "$type" '')"
+	answer "POST_$type.$again" "$created" "$(order ready)" \
+	    "Location: $ca/order"
+	echo "account $ca/account/1" >"of-$type"
+	later "$type" "step new-order -v -T 9 -d $ca/$type -a of-$type \
+	    -R ari.pem a.example"
+done
+settle
+denies 'quirk 8: an HTML page for 502' 69 502 'replay html'
+denies 'quirk 8: an HTML page for 503' 75 'after 3 s' \
+    'step get -T 2 -a account "$ca/busy"'
+denies 'quirk 8: a problem of another content type, with nulls' 77 \
+    'unauthorized: go away' 'get plain'
+denies 'quirk 8: a problem without type and status' 77 odd 'get odd'
+for type in $types; do
+	type=${type#*:} again=2
+	[ "$type" != serverInternal ] || again=4
+	check "quirk 8: replaces is refused with $type: then without" '
+	    replay $type >out; got=$?; cat out; [ $got = 0 ] &&
+	    grep "once more without replaces.*$type" $type.err &&
+	    payload www/body.POST_$type.1 | grep replaces &&
+	    ! payload www/body.POST_$type.$again | grep replaces'
+done
+
+fresh
+answer POST_newOrder "$created" "$(order ready "\"big\":$(seq -s '' 60),
+\"expires\":null,\"x\":{\"y\":[null,1e99]}" |
+    sed 's|/|\\/|g; s|/finalize"|/fin\\u0061l\\u0069ze"|')" \
+    "Location: $ca/order"
+check 'quirk 9: escapes, nulls, unknown members and big integers' '
+	grep -F "fin\\u0061l" www/POST_newOrder && new_order >out &&
+	cat out && grep -Fx "finalize $ca/finalize" out'
+
+answer POST_newAccount "$created" '{"status":"valid"}' \
+    "Location: $ca/account/1"
+check 'quirk 10: no null goes out, no contact that nobody asked for' '
+	rm -f www/requests
+	new_order && step new-account -d "$ca/dir" -y &&
+	payload www/body.POST_newOrder.1 >a && cat a &&
+	payload www/body.POST_newAccount.1 >b && cat b &&
+	! grep -e null -e notBefore -e notAfter -e profile a &&
+	! grep -e null -e contact b'
+check 'quirk 10: but an empty contact that was asked for' '
+	rm -f www/requests
+	step new-account -d "$ca/dir" -y -m "" &&
+	payload www/body.POST_newAccount.1 | grep "\"contact\":\[\]"'
+
+fresh
+answer POST_finalize '200 OK' "$(order valid "$certificate")"
+answer POST_certificate '200 OK' "$(printf 'subject=x\r\n'
+    sed 's/$/\r/' four.pem; printf 'issuer=y\n\n'; cat three.pem
+    printf '\r\n\r\n'; cat two.pem one.pem)"
+check 'quirk 11: four certificates, CR LF, text between, no end of line' '
+	finalize >out && cat four.pem three.pem two.pem one.pem | diff - out'
+chain "$(cat leaf.pem account.key)"
+denies 'quirk 11: another PEM block in the chain' 76 'PRIVATE KEY' finalize
+
+fresh
+answer POST_newAccount "$created" '{"status":"valid"}' \
+    'Location: /acme/acct/7?a=b&c='
+answer POST_it '200 OK' hello
+check 'quirk 12: the kid is the Location, with its query' '
+	step new-account -d "$ca/dir" -y -o queried && cat queried &&
+	is hello "step get -a queried \"$ca/it\"" &&
+	protected www/body.POST_it.1 |
+	grep -F "\"kid\":\"$ca/acme/acct/7?a=b&c=\""'
+
+fresh
+answer POST_finalize '403 x' "$(problem orderNotReady '')"
+answer POST_order '200 OK' "$(order valid "$certificate")"
+chain "$(cat leaf.pem)"
+check 'quirk 13: a second finalize is orderNotReady: the order decides' '
+	finalize >out && diff out leaf.pem &&
+	is 1 "grep -c finalize www/requests"'
+fresh
+answer POST_finalize.1 '403 x' "$(problem orderNotReady '')"
+answer POST_order '200 OK' "$(order ready)"
+answer POST_finalize '200 OK' "$(order valid "$certificate")"
+chain "$(cat leaf.pem)"
+check 'quirk 13: orderNotReady while all settles: it is tried again' '
+	finalize >out && diff out leaf.pem &&
+	is 2 "grep -c finalize www/requests"'
+fresh
+auth authz pending "$(one http-01)"
+answer POST_chall.1 '409 x' "$(problem conflict '')"
+answer POST_chall '200 OK' "$(one http-01 ',"status":"valid"')"
+answer POST_order '200 OK' "$(order ready)"
+check 'quirk 13: a second POST to a challenge is 409: its state decides' '
+	respond >out && grep -x "status ready" out'
+answer POST_chall '409 x' "$(problem conflict ',"detail":"never"')"
+denies 'quirk 13: a challenge that is 409 and stays pending' 77 never \
+    'respond'
+fresh
+answer POST_finalize.1 '200 OK' "$(order ready)"
+answer POST_order '200 OK' "$(order valid "$certificate")"
+chain "$(cat leaf.pem)"
+check 'quirk 13: finalize leaves the order ready: it is not sent again' '
+	finalize >out && diff out leaf.pem &&
+	is 1 "grep -c finalize www/requests"'
+
+# In the next ones it takes a while until the challenges are looked at.
+fresh
+# stuck NAME CHALLENGE: all stays pending, but for that.
+stuck() {
+	auth "authz-$1" pending "$2"
+	auth "authz-$1.1" pending "$(one http-01 | sed "s/chall/chall-$1/")"
+	answer "POST_chall-$1" '200 OK' "$(one http-01 ',"status":"pending"')"
+	answer "POST_order-$1" '200 OK' "$(order pending)"
+	sed "s/authz/authz-$1/; s/order\$/order-$1/" pending >"$1.record"
+	mkdir -p "webroot-$1"
+	later "$1" "step respond -T 9 -t http-01 -w webroot-$1 <$1.record"
+}
+stuck invalid "$(one http-01 ",\"status\":\"invalid\",$error")"
+stuck silent "$(one http-01 ',"status":"invalid"')"
+stuck retried "$(one http-01 ",\"status\":\"pending\",$error")"
+stuck slow "$(one http-01 ",\"status\":\"processing\",$error")"
+settle
+denies 'quirk 14: a challenge is invalid, its authorization pending' 77 \
+    'a.example: .*nobody there' 'replay invalid'
+denies 'quirk 14: the same without an error' 77 \
+    'a.example: its challenge is invalid' 'replay silent'
+denies 'quirk 20: challenge, authorization and order stay pending' 77 \
+    'a.example: .*nobody there' 'replay retried'
+within retried 3 8
+denies 'quirk 20: the same, but processing: it may yet be' 75 \
+    'a.example .*http-01 (.*nobody there' 'replay slow'
+fresh
+auth authz pending "$(one http-01 ",\"status\":\"pending\",$error")"
+answer POST_chall '200 OK' "$(one http-01 ',"status":"valid"')"
+answer POST_order '200 OK' "$(order ready)"
+check 'quirk 20: to respond again is a new attempt' '
+	respond >out && grep -x "status ready" out &&
+	grep -x POST_chall www/requests'
+auth authz pending "$(one http-01 ",\"status\":\"invalid\",$error"),
+$(one dns-01)"
+denies 'quirk 20: but not to a challenge that is invalid' 77 \
+    'nobody there' respond
+check 'quirk 20: another of the same authorization may do' '
+	step challenges <pending >out && cat out &&
+	is 1 "grep -c ^challenge out" && grep "^challenge dns-01" out'
+
+fresh
+answer POST_it '400 x' "$(problem badSignatureAlgorithm ',"algorithms":
+["RS256","ES384","EdDSA"]')"
+denies 'quirk 15: badSignatureAlgorithm: which key would do' 77 \
+    'RS256 (key -t rsa2048).*ES384 (key -t ec384).*takes EdDSA;' 'get it'
+
+fresh
+auth authz pending "$(one http-01 | sed "s/$token/-$token/")"
+runs POST_chall "cp ../webroot/-$token . && cat POST_plain"
+answer POST_plain '200 OK' "$(one http-01)"
+answer POST_order '200 OK' "$(order ready)"
+check 'quirk 16: a token may begin with a dash' '
+	respond >out && is "-$token.$print" "cat www/-$token"'
+auth authz pending "$(one http-01 | sed "s/$token/..%2f$token/")"
+denies 'quirk 16: but a token is base64url' 76 token respond
+check 'quirk 16: and nothing is left of them' '[ -z "$(ls -A webroot)" ]'
+
+redirect() {
+	raw "$1" "HTTP/1.1 $2 X\r\nLocation: $3\r\n$no_body"
+}
+fresh
+redirect GET_old 307 /dir
+check 'quirk 17: the directory redirects, once' '
+	step directory -d "$ca/old" >out && grep "$ca/newOrder" out'
+redirect GET_older 307 /old
+denies 'quirk 17: but not twice' 76 redirect 'step directory -d "$ca/older"'
+redirect GET_old 307 "http://localhost:$home/dir"
+denies 'quirk 17: nor to http' 76 redirect 'step directory -d "$ca/old"'
+redirect POST_it 307 "$ca/it2"
+denies 'quirk 17: and no POST is sent on' 76 redirect 'get it'
+
+fresh
+raw HEAD_newNonce.1 \
+    'HTTP/1.0 200 OK\r\nConnection: close\r\nReplay-Nonce: n0\r\n\r\n'
+: >www/HEAD_newNonce.close
+raw POST_it.1 "${chunked}2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n"
+closing POST_it 'HTTP/1.0 200 OK\r\n\r\nhello'
+check 'quirk 18: chunked, without a length, HTTP/1.0, closed each time' '
+	is hello "get it" && is hello "get it" &&
+	for file in www/head.*; do
+		grep -i "^user-agent: acme-step/" "$file" || exit
+	done && for file in www/head.POST*; do
+		grep -ix "content-length: [1-9][0-9]*" "$file" || exit
+	done'
+
+fresh
+for path in '' /; do
+	answer GET_ '200 OK' "${directory%\}},\"meta\":null}"
+	check "quirk 19: a directory at https://HOST$path, its meta null" "
+	    step directory -d '$ca$path' >out && grep '$ca/newOrder' out"
+done
+
+fresh
+answer POST_order '200 OK' "$(order invalid)"
+auth authz invalid "$(one http-01 ",\"status\":\"invalid\",$error")"
+denies 'quirk 21: an invalid order without an error: the challenge says' \
+    77 'a.example: .*nobody there' 'step order -W <pending'
+
+for state in pending processing valid; do
+	fresh
+	auth authz pending "$(one http-01)"
+	answer POST_plain '200 OK' "$(one http-01 ",\"status\":\"$state\"")"
+	runs POST_chall '[ '$state' != valid ] || sleep 1; cat POST_plain'
+	answer POST_order '200 OK' "$(order ready)"
+	check "quirk 22: the reply to a challenge's POST is $state" '
+	    respond >out && grep -x "status ready" out'
+done
+
+fresh
+answer POST_newOrder "$created" "$(order ready)" "Location: $ca/order"
+answer POST_finalize '200 OK' "$(order valid "$certificate")"
+chain "$(cat leaf.pem)"
+check 'quirk 23: the same order again with 201; a second finalize is 200' '
+	new_order >out && new_order >out2 && diff out out2 &&
+	finalize >out3 && step finalize -K leaf.key <record | diff out3 -'
+
+fresh
+{ cat pending; echo "authorization $ca/authz2"
+echo 'identifier dns b.example'; } >both.record
+auth authz pending "$(one tls-alpn-01),$(one dns-01),$(one http-01)"
+auth authz2 valid "$(one http-01 ',"status":"valid"'),$(one dns-01 \
+    ",\"status\":\"pending\",$error")"
+sed -i s/a.example/b.example/ www/POST_authz2
+check 'quirk 24: one token for all, in any order; some left pending' '
+	step challenges <both.record >out && cat out &&
+	is 3 "grep -c \"^challenge .* a.example\" out" &&
+	is 3 "grep -c ^challenge out"'
+auth authz valid ''
+check 'quirk 24: those of a valid authorization have vanished' '
+	step challenges <both.record | not grep ^challenge'
+
+fresh
+answer POST_newOrder "$created" "$(order ready '"profile":"tls"' |
+    sed s/a.example/A.example/)" "Location: $ca/order"
+check 'quirk 25: capitals kept, and a profile that nobody asked for' '
+	new_order >out && cat out && grep -x "profile tls" out &&
+	grep -x "identifier dns a.example" out'
+meta '"xYz":"https://a.example/r","meta":{"termsOfService":
+"data:text/plain,Do%20what%20thou%20wilt"}'
+check 'quirk 25: terms of service as data: URL, members of random names' '
+	step directory -d "$ca/dir" >out && cat out &&
+	grep -Fx "terms-of-service data:text/plain,Do%20what%20thou%20wilt" \
+	    out && ! grep xYz out'
+
+fresh
+answer POST_finalize '200 OK' "$(order valid "$certificate")" \
+    'Content-Type: application/json; charset=utf-8'
+{ printf "$ok"; printf 'Content-Type: application/pem-certificate-chain; '
+printf 'charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n'
+for file in deep-leaf.pem middle.pem; do
+	printf '%x\r\n' $(($(wc -c <$file) + 1))
+	cat $file
+	printf '\n\r\n'
+done
+printf '0\r\n\r\n'; } >www/POST_certificate
+check 'quirk 26: chunks, charset, a blank line between certificates' '
+	finalize >out && diff out chain.pem'
+raw POST_it 'HTTP/1.1 404 x\r\nContent-Type: text/plain\r
+Content-Length: 4\r\n\r\nnone'
+denies 'quirk 26: 404 as plain text' 77 404 'get it'
+answer POST_order '200 OK' ''
+denies 'quirk 26: 200 and empty for what is not there' 76 JSON \
+    'step order <record'
+
+fresh
+for reply in "403:$(problem userActionRequired '')" \
+    "400:$(problem malformed ',"detail":"agree to the terms"')"; do
+	answer POST_newAccount "${reply%%:*} x" "${reply#*:}"
+	denies "quirk 27: terms not agreed to: ${reply%%:*}" 77 \
+	    'terms' 'step new-account -d "$ca/dir"'
+done
+answer POST_newAccount "$created" '{"status":"valid"}' \
+    "Location: $ca/account/1"
+check 'quirk 27: or nothing at all' 'step new-account -d "$ca/dir"'
+
+fresh
+# listed URL: newAccount says that the orders are there.
+listed() {
+	answer POST_newAccount '200 OK' \
+	    '{"status":"valid","orders":"'"$1"'"}' "Location: $ca/account/1"
+}
+account_orders() { step account -d "$ca/dir" | sed -n 's/^account-order //p'; }
+listed "$ca/orders"
+answer POST_orders '200 OK' "[\"$ca/1\",\"/2\"]"
+check 'quirk 28: a list of orders that is a bare array' '
+	is "$ca/1
+$ca/2" account_orders'
+answer POST_orders '200 OK' "{\"orders\":[\"$ca/1\"]}" \
+    'Link: </dir>;rel="index"' 'Link: </page2>;rel="next"'
+answer POST_page2 '200 OK' "[\"$ca/2\"]"
+check 'quirk 28: on two pages' '
+	is "$ca/1
+$ca/2" account_orders'
+answer POST_page2 '200 OK' \
+    "$(seq 4000 | sed "s|.*|\"$ca/&\"|" | paste -s -d , | sed 's/.*/[&]/')"
+check 'quirk 28: thousands of them' 'is 4001 "account_orders | wc -l"'
+answer POST_orders '200 OK' '{}'
+check 'quirk 28: none of them' 'listed /orders; is "" account_orders'
+for url in "http://localhost:$home/orders" orders "$ca/a b"; do
+	listed "$url"
+	denies "quirk 28: orders at $url" 76 orders \
+	    'step account -d "$ca/dir"'
+done
+answer GET_dir '200 OK' "${directory%\}},\"renewalInfo\":\"$ca/ari\"}"
+id=$(step renewal-info -v -d "$ca/dir" ari.pem 2>&1 |
+    sed -n 's|.*GET .*/ari/\(.*\): 404$|\1|p')
+for code in 400 404; do
+	raw "GET_$id" "HTTP/1.1 $code x\r\n$no_body"
+	denies "quirk 28: the CA does not know a certificate: $code" 77 \
+	    "$code" 'step renewal-info -d "$ca/dir" ari.pem'
+done
+
 group 'the limits (canned replies)'
 
 l=$(head -c 63 /dev/zero | tr '\0' a)
@@ -3092,6 +3565,57 @@ settle
 dies 75 'lacks one of.*lacks one of' ': 250 are pending; replay lacking'
 dies 77 'nothing there.*nothing there' ': 250 failed; replay losing'
 dies 69 'connect to localhost' ': 40 certbot hooks; replay hooking'
+
+set --
+while [ $# -lt 251 ]; do set -- "$@" "n$#.example"; done
+printf '%s\n' "$@" >many-names
+set --
+for command in 'csr -K leaf.key' 'due leaf.pem' \
+    'new-order -C root.pem -k account.key -a account'; do
+	dies 70 '250 names' "\"\$acme\" $command \$(cat many-names)"
+done
+check 'the same name again does not count' '
+	"$acme" csr -K leaf.key $(yes a.example | head -n 300) >csr.pem'
+fresh
+answer POST_order '200 OK' "$(order pending | sed "s|\[\"[^]]*authz\"\]|[$(
+    seq -s , 251 | sed "s|[0-9]*|\"$ca/&\"|g")]|")"
+dies 70 '250 authorizations' 'step order <pending'
+{ cat pending; sed "s|.*|challenge dns-01 dns & $ca/c x y|" many-names
+} >many-challenges
+dies 70 '250 challenges' 'step respond -t dns-01 <many-challenges'
+dies 70 '10 contacts' '"$acme" account $(yes -- -mmailto:a@b | head -n 11)'
+dies 70 '16 addresses' '"$acme" directory $(yes -- -Ha:1:::1 | head -n 17)'
+misuse '"$acme" directory -T 2592001'
+misuse 'step respond -s 2592001 <pending'
+misuse '"$acme" directory -d "https://$(printf %0256d 0)/"'
+dies 65 '256 KiB' 'head -c 300000 /dev/zero | "$acme" json .'
+answer POST_finalize '200 OK' "$(order valid "$certificate")"
+chain "$(cat leaf.pem; for i in 1 2 3 4 5 6 7 8 9 10; do cat root.pem; done)"
+dies 70 'more than 10 certificates' finalize
+chain "$(cat leaf.pem; for i in 1 2 3 4 5 6 7 8 9; do cat root.pem; done)"
+check 'ten certificates are a chain' 'is 10 "finalize | grep -c BEGIN"'
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17; do
+	cat root.pem
+done >anchors.pem
+dies 70 '16 trust anchors' 'step directory -C anchors.pem -d "$ca/dir"'
+cp server.key long.key
+{ cat server.pem; head -n $((10 * $(wc -l <root.pem))) anchors.pem
+} >long-chain.pem
+cp server.key big.key
+issue big root "$here,$(seq -s , 1100 | sed 's/[0-9]*/DNS:&.big.example/g')"
+for name in long-chain big; do
+	serve "$name"
+	dies 69 'chain is too long' ": $name
+	    step directory -d https://localhost:$port/dir"
+done
+meta "\"renewalInfo\":\"$ca/$(head -c 2000 /dev/zero | tr '\0' x)\""
+dies 70 'https URL' 'step renewal-info -d "$ca/dir" ari.pem'
+# Pages that go round and round.
+answer POST_newAccount '200 OK' '{"status":"valid","orders":"/orders"}' \
+    "Location: $ca/account/1"
+answer POST_orders '200 OK' "[\"$ca/1\"]$(head -c 200000 /dev/zero |
+    tr '\0' ' ')" 'Link: </orders>;rel=next'
+dies 70 '3 MiB' 'step account -T 30 -d "$ca/dir"'
 
 group 'records'
 
@@ -4217,6 +4741,10 @@ check 'the contents of acme.c are its sections' '
     sed -n "/^ \* Contents:/,/^ \*$/p" "$src/acme.c" |
     grep -o "[0-9][0-9]*\. [A-Z][A-Za-z ]*" | sed "s/ *$//" | sort |
     diff a -'
+check 'each quirk of real CAs has its test' '
+    for i in $(seq 28); do
+	grep -q "quirk $i:" "$src/test.sh" || { echo "no quirk $i"; exit 1; }
+    done'
 check 'no line is over 80 columns' '
     cd "$src" && for file in acme.c Makefile test.sh README; do
 	expand "$file" | not grep -n ".\{81\}" || exit
