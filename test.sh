@@ -376,11 +376,11 @@ group() {
 
 # check NAME CODE...: the code must succeed; it runs in a subshell.
 check() {
-	name=$1 n=$((n + 1)); shift
+	title=$1 n=$((n + 1)); shift
 	if (${TRACE:+set -x}; eval "$*") </dev/null >log 2>&1; then
-		printf 'ok %d - %s\n' "$n" "$name"
+		printf 'ok %d - %s\n' "$n" "$title"
 	else
-		printf 'not ok %d - %s\n' "$n" "$name"
+		printf 'not ok %d - %s\n' "$n" "$title"
 		cat -v log | sed 's/^/# /'
 		bad=$((bad + 1))
 	fi
