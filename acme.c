@@ -2377,7 +2377,8 @@ cert_extensions(Str list, struct cert *c)
 			return false;
 		if (is(id, "\x55\x1d\x13") &&
 		    der_next(&value, SEQUENCE, &inner))
-			c->issues = der_next(&inner, BOOLEAN, &critical);
+			c->issues = der_next(&inner, BOOLEAN, &critical) &&
+			    critical.n == 1 && critical.p[0];
 		if (is(id, "\x55\x1d\x23") &&
 		    der_next(&value, SEQUENCE, &inner))
 			der_next(&inner, 0x80, &c->key_id);

@@ -2238,6 +2238,11 @@ for name in nameless mail; do
 	    step directory -d https://127.0.0.1:$port/dir"
 done
 dies 69 . 'step directory -C stranger.pem -d "$ca/dir"'
+# One that says, at length, that it is no authority.
+issue no-ca root 'basicConstraints=DER:30:03:01:01:00'
+issue by-no-ca no-ca "$here"
+serve by-no-ca
+dies 69 . 'step directory -C no-ca.pem -d "https://localhost:$port/dir"'
 serve server openssl-min-proto-version=TLS1.3
 dies 69 'TLS 1.2' 'step directory -d "https://localhost:$port/dir"'
 # stream CODE: a server without TLS, on $port.
