@@ -749,7 +749,7 @@ measure() {
 	command=$1; shift
 	ACME_DIRECTORY=https://localhost:$front/dir bin/meter usage \
 	    acme-step "$command" -v "$@" <record >next 2>requests || {
-		cat requests
+		tail -n 1 requests
 		exit 1
 	}
 	mv next record
