@@ -490,6 +490,8 @@ catch_signals(void)
 			sigaction(caught[i], &act, NULL);
 	act.sa_handler = SIG_IGN;
 	sigaction(SIGPIPE, &act, NULL);
+	act.sa_handler = SIG_DFL;	/* or nobody could be waited for */
+	sigaction(SIGCHLD, &act, NULL);
 }
 
 /* ---------------------------------------------------------- 2. Memory -- */
@@ -5526,10 +5528,11 @@ tell_ca(void)
  */
 enum {
 	LISTENERS = 4,		/* TCP and UDP, IPv4 and IPv6 */
-	CLIENTS   = 16,		/* peers at once; one more ends the oldest */
+	CLIENTS   = 256,	/* peers at once; one more ends the oldest */
 	PATIENCE  = 10,		/* seconds that a peer has */
-	REQUEST   = 4096,	/* bytes of a peer's request */
-	DATAGRAM  = 1232	/* of an answer over UDP, DNS Flag Day 2020 */
+	REQUEST   = 4096,	/* bytes of a peer's request, a TLS record */
+	DATAGRAM  = 1232,	/* of an answer over UDP, DNS Flag Day 2020 */
+	FACTOR    = 4		/* times that such an answer is its question */
 };
 
 static struct client {
@@ -5537,9 +5540,8 @@ static struct client {
 	long long since;	/* by now_ms() */
 	bool answered;		/* what it says now is thrown away */
 	size_t n;		/* bytes in b */
-	unsigned char b[REQUEST];
+	unsigned char b[REQUEST + 325];	/* BR_SSL_BUFSIZE_MONO has it so */
 	br_ssl_server_context tls;
-	unsigned char tls_buffer[BR_SSL_BUFSIZE_MONO];
 } clients[CLIENTS];
 
 static struct pollfd listeners[LISTENERS];
@@ -5575,9 +5577,9 @@ client_read(struct client *c)
 
 	if (c->answered)
 		c->n = 0;
-	if (c->n == sizeof c->b)
+	if (c->n == REQUEST)
 		return false;
-	n = read(c->fd, c->b + c->n, sizeof c->b - c->n);
+	n = read(c->fd, c->b + c->n, REQUEST - c->n);
 	if (n > 0)
 		c->n += (size_t)n;
 	return n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR));
@@ -5749,7 +5751,7 @@ tls_begin(struct client *c)
 	static const char *protocol[] = { "acme-tls/1" };
 
 	br_ssl_server_zero(&c->tls);
-	tls_engine(&c->tls.eng, c->tls_buffer, sizeof c->tls_buffer, 0);
+	tls_engine(&c->tls.eng, c->b, sizeof c->b, 0);
 	br_ssl_engine_add_flags(&c->tls.eng, BR_OPT_FAIL_ON_ALPN_MISMATCH);
 	br_ssl_engine_set_protocol_names(&c->tls.eng, protocol, 1);
 	br_ssl_server_set_policy(&c->tls, &policy);
@@ -5922,8 +5924,9 @@ dns_extended(Str m, const struct question *q, size_t *limit)
 }
 
 /*
- * The answer to a message, NONE where it deserves none.  It is never much
- * longer than the question: nobody else can be flooded with it.
+ * The answer to a message, NONE where it deserves none.  Over UDP, where
+ * the question may come from somebody else than it says, it is at most
+ * FACTOR times as long: more is for TCP.
  */
 static Str
 dns_answer(Str m, size_t limit)
@@ -5949,6 +5952,8 @@ dns_answer(Str m, size_t limit)
 		flags |= AUTHORITATIVE;
 	if (!error && n == 0)
 		soa = dns_soa(zone);
+	if (limit <= DATAGRAM && limit > FACTOR * m.n)
+		limit = FACTOR * m.n;
 	if (DNS_HEAD + q.wire.n + answers.n + opt_record.n > limit) {
 		flags |= TRUNCATED;
 		answers = NONE;
@@ -5960,19 +5965,26 @@ dns_answer(Str m, size_t limit)
 	    answers, soa, opt_record);
 }
 
-/* Over UDP (RFC 1035 4.2.1). */
+/*
+ * Over UDP (RFC 1035 4.2.1), from the very address that was asked: the
+ * control message that says which is sent back as it came.
+ */
 static void
 dns_datagram(int fd)
 {
+	union { struct cmsghdr head; unsigned char b[64]; } asked;
 	unsigned char b[REQUEST];
 	struct sockaddr_storage peer;
-	socklen_t length = sizeof peer;
-	ssize_t n = recvfrom(fd, b, sizeof b, 0, (struct sockaddr *)&peer,
-	    &length);
+	struct iovec data = { b, sizeof b };
+	struct msghdr m = { .msg_name = &peer, .msg_namelen = sizeof peer,
+	    .msg_iov = &data, .msg_iovlen = 1, .msg_control = &asked,
+	    .msg_controllen = sizeof asked };
+	ssize_t n = recvmsg(fd, &m, 0);
 	Str s = n > 0 ? dns_answer((Str){ b, (size_t)n }, 512) : NONE;
 
+	data = (struct iovec){ (void *)s.p, s.n };
 	if (s.n)
-		sendto(fd, s.p, s.n, 0, (struct sockaddr *)&peer, length);
+		sendmsg(fd, &m, 0);
 }
 
 /* Over TCP, messages behind their lengths (RFC 1035 4.2.2). */
@@ -6022,18 +6034,25 @@ find_responder(const char *type)
 	return NULL;
 }
 
-/* A peer takes a free place, or that of the one that was first. */
+/*
+ * A peer takes a free place, or that of the one that was first.  Where the
+ * process may not have so many files, the time of all of them is over.
+ */
 static void
 client_accept(const struct responder *how, int listener)
 {
 	struct client *c = clients;
 	int fd = accept(listener, NULL, NULL);
 
-	if (fd < 0)
+	if (fd < 0 && errno != EMFILE)
 		return;
 	for (struct client *d = clients; d < clients + CLIENTS; d++)
-		if (c->fd >= 0 && (d->fd < 0 || d->since < c->since))
+		if (fd < 0)
+			d->since = 0;
+		else if (c->fd >= 0 && (d->fd < 0 || d->since < c->since))
 			c = d;
+	if (fd < 0)
+		return;
 	if (c->fd >= 0)
 		client_close(c);
 	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
@@ -6045,35 +6064,55 @@ client_accept(const struct responder *how, int listener)
 		how->begin(c);
 }
 
+/*
+ * What is open, to be waited for, and whose it is: a listener's number or,
+ * after those, a peer's.  poll() refuses a list that has more places than
+ * the process may have files, even where they are empty.
+ */
+static size_t
+list_open(struct pollfd *p, size_t *whose)
+{
+	size_t n = 0;
+
+	for (size_t i = 0; i < LISTENERS; i++)
+		if (listeners[i].fd >= 0) {
+			whose[n] = i;
+			p[n++] = listeners[i];
+		}
+	for (size_t i = 0; i < CLIENTS; i++) {
+		struct client *c = &clients[i];
+
+		if (c->fd >= 0 && now_ms() - c->since > PATIENCE * 1000)
+			client_close(c);
+		if (c->fd >= 0) {
+			whose[n] = LISTENERS + i;
+			p[n++] = (struct pollfd){ c->fd, POLLIN, 0 };
+		}
+	}
+	return n;
+}
+
 /* Answer whoever comes, until the step that wanted it is gone. */
 static void
 answer_peers(const struct responder *how, int step_fd)
 {
 	struct pollfd p[1 + LISTENERS + CLIENTS] = { { step_fd, POLLIN, 0 } };
-	struct client *c;
+	size_t whose[LISTENERS + CLIENTS], n;
 
-	memcpy(p + 1, listeners, sizeof listeners);
 	for (;;) {
-		for (size_t i = 0; i < CLIENTS; i++) {
-			c = &clients[i];
-			if (c->fd >= 0 && now_ms() - c->since >
-			    PATIENCE * 1000)
-				client_close(c);
-			p[1 + LISTENERS + i] = (struct pollfd){ c->fd, POLLIN,
-			    0 };
-		}
-		if (poll(p, COUNT(p), 1000) < 0)
+		n = list_open(p + 1, whose);
+		if (poll(p, 1 + n, 1000) < 0)
 			continue;
 		if (p[0].revents)
 			return;
-		for (size_t i = 0; i < LISTENERS + CLIENTS; i++) {
+		for (size_t i = 0; i < n; i++) {
 			size_t mark = used;
 
 			if (!p[1 + i].revents)
 				continue;
-			if (i >= LISTENERS)
-				how->serve(&clients[i - LISTENERS]);
-			else if (i % 2)
+			if (whose[i] >= LISTENERS)
+				how->serve(&clients[whose[i] - LISTENERS]);
+			else if (whose[i] % 2)
 				how->datagram(p[1 + i].fd);
 			else
 				client_accept(how, p[1 + i].fd);
@@ -6146,8 +6185,11 @@ bind_to(const struct addrinfo *a, int type)
 	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, type == SOCK_STREAM ?
 	    sizeof on : 0);
-	if (a->ai_family == AF_INET6)
+	if (a->ai_family == AF_INET6) {
 		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+		setsockopt(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, &on, sizeof on);
+	} else
+		setsockopt(fd, IPPROTO_IP, IP_PKTINFO, &on, sizeof on);
 	if (bind(fd, a->ai_addr, a->ai_addrlen) == 0 &&
 	    (type != SOCK_STREAM || listen(fd, CLIENTS) == 0))
 		return fd;
@@ -6168,12 +6210,13 @@ listen_at(const struct responder *how, const char *where)
 	    .ai_socktype = SOCK_STREAM }, *a;
 	Str port = str(where), host = contains(port, S(":")) ?
 	    take_host(&port) : NONE;
+	unsigned long n;
 	bool any = false;
 
 	for (size_t i = 0; i < LISTENERS; i++)
 		listeners[i] = (struct pollfd){ -1, POLLIN, 0 };
-	if (!made_of(port, DIGIT) || getaddrinfo(host.n ? c_str(host) :
-	    NULL, c_str(port), &hint, &a) != 0)
+	if (!number(port, 65535, &n) || n == 0 || getaddrinfo(host.n ?
+	    c_str(host) : NULL, c_str(port), &hint, &a) != 0)
 		usage("-l takes [HOST:]PORT, not %", str(where));
 	for (; a; a = a->ai_next) {
 		struct pollfd *l = &listeners[a->ai_family == AF_INET ? 0 : 2];
@@ -6203,7 +6246,7 @@ enum {
 	HOOK_VARS = 12,		/* variables that we add */
 	HOOK_ENV  = 1024,	/* variables in all */
 	HOOK_SAYS = 4096,	/* bytes of output that certbot passes on */
-	GRACE     = 15		/* seconds to take something down after -T */
+	GRACE     = 15		/* seconds to take everything down after -T */
 };
 
 static const struct hook_style *hook_style;
@@ -6267,13 +6310,20 @@ bare(Str id)
 	return from(id, begins(id, "*.") ? 2 : 0);
 }
 
+/* The digest of tls-alpn-01 has colons there, as openssl dgst -c does it. */
 static void
 dehydrated_hook(struct hook *h, const struct challenge *c, Str token)
 {
+	Str value = c->content, rest = value;
+
+	if (same(c->type, S("tls-alpn-01")))
+		for (value = NONE; rest.n; rest = from(rest, 2))
+			value = text("%%%", value, value.n ? S(":") : NONE,
+			    (Str){ rest.p, 2 });
 	words(h->call[0], str(hook_program), S("deploy_challenge"),
-	    bare(c->id), token, c->content);
+	    bare(c->id), token, value);
 	words(h->call[1], str(hook_program), S("clean_challenge"),
-	    bare(c->id), token, c->content);
+	    bare(c->id), token, value);
 }
 
 /* What is a digest there is in base64url, for tls-alpn-01 too. */
@@ -6308,13 +6358,9 @@ all_names(void)
 	Str all = NONE;
 	size_t mark = used;
 
-	for each_line(l, "identifier") {
-		Str value = l->value;
-
-		cut(&value, ' ');
+	for each_line(l, "challenge")
 		all = keep(mark, text("%%%", all, all.n ? S(",") : NONE,
-		    value));
-	}
+		    bare(challenge_read(l->value).id)));
 	return all;
 }
 
@@ -6360,15 +6406,17 @@ choose_hook(const char *option)
 	hook_style = &hook_styles[0];
 	hook_program = option;
 	for (size_t i = 0; i < COUNT(hook_styles); i++)
-		if (same(name, str(hook_styles[i].name)) && s.n) {
+		if (same(name, str(hook_styles[i].name)) &&
+		    option[name.n] == ':') {
 			hook_style = &hook_styles[i];
-			hook_program = (const char *)s.p;
+			hook_program = option + name.n + 1;
 		}
+	name = cut(&s, ',');
+	if (!*hook_program || (hook_style->speaks && (!name.n || !s.n)))
+		usage("-x takes [STYLE:]PROGRAM or certbot:AUTH,CLEANUP, "
+		    "not %", str(option));
 	if (!hook_style->speaks)
 		return;
-	name = cut(&s, ',');
-	if (!name.n || !s.n)
-		usage("certbot has two hooks: -x certbot:AUTH,CLEANUP");
 	hook_program = c_str(name);
 	hook_cleanup = (const char *)s.p;
 }
@@ -6396,23 +6444,38 @@ hook_start(const struct hook *h, const char *const *call, int says)
 	return pid;
 }
 
+/*
+ * Until when a hook may take down: all of them have the rest of -T, or
+ * GRACE seconds where that is more, and each a second of its own.
+ */
+static long long
+take_down_until(void)
+{
+	static long long end;
+	long long now = now_ms();
+
+	if (!end)
+		end = now + GRACE * 1000;
+	if (end < deadline)
+		end = deadline;
+	return end > now + 1000 ? end : now + 1000;
+}
+
 /* Take one down.  No signal ends this, so that it must end by itself. */
 static void
 hook_take_down(const struct doomed *d)
 {
 	const struct hook *h = d->p;
-	long long until = now_ms() + GRACE * 1000;
+	long long until = take_down_until();
 	const struct timespec moment = { 0, 20000000 };
 	pid_t pid;
 	int status = -1;
 
 	if (validated && hook_style->declines)
 		hooks[h - hooks].call[1][1] = "done";
-	if (time_left() > GRACE * 1000)
-		until = deadline;
-	if ((pid = hook_start(h, h->call[1], 2)) < 0)
-		return;
-	while (waitpid(pid, &status, WNOHANG) == 0) {
+	doing(LATER, "running the hook ", h->call[1][0]);
+	pid = hook_start(h, h->call[1], 2);
+	while (pid > 0 && waitpid(pid, &status, WNOHANG) == 0) {
 		if (now_ms() > until) {
 			kill(-pid, SIGKILL);
 			waitpid(pid, &status, 0);
@@ -6424,15 +6487,35 @@ hook_take_down(const struct doomed *d)
 		    str(h->vars[2] + sizeof "ACME_NAME"));
 }
 
-/* All that a hook prints, up to a limit, for as long as it prints. */
+/* Does a hook still run, or is there something of it to read? */
+static bool
+hook_speaks(int fd, pid_t pid)
+{
+	struct pollfd p = { fd, POLLIN, 0 };
+	siginfo_t ended;
+
+	do {
+		ended.si_pid = 0;
+		waitid(P_PID, (id_t)pid, &ended, WEXITED | WNOHANG | WNOWAIT);
+		if (wait_for(&p, ended.si_pid ? 0 : 20) > 0)
+			return true;
+	} while (!ended.si_pid);
+	return false;
+}
+
+/*
+ * All that a hook prints, up to a limit.  What it has left running may
+ * hold our pipe for ever: only the hook itself is waited for.
+ */
 static Str
-hook_output(int fd)
+hook_output(int fd, pid_t pid)
 {
 	Str s = { heap + used, 0 };
 	unsigned char b[256];
 	size_t n;
 
-	while ((n = read_some(fd, b, sizeof b, "the hook's output")) > 0) {
+	while (hook_speaks(fd, pid) &&
+	    (n = read_some(fd, b, sizeof b, "the hook's output")) > 0) {
 		if (s.n + n > HOOK_SAYS)
 			die(FAULT, "the hook % prints more than % bytes",
 			    str(hook_program), num(HOOK_SAYS));
@@ -6467,16 +6550,15 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 		fcntl(fds[0], F_SETFD, FD_CLOEXEC);
 		fcntl(fds[1], F_SETFD, FD_CLOEXEC);
 	}
-	doom(hook_take_down, 0, h);
 	hold_signals(&old);
-	pid = hook_start(h, h->call[0], fds[1]);
-	if (pid < 0)
+	if ((pid = hook_start(h, h->call[0], fds[1])) < 0)
 		die(FAULT, "cannot start a process: %", why());
+	doom(hook_take_down, 0, h);
 	doom(stop_group, pid, NULL);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	if (fds[0] >= 0) {
 		close(fds[1]);
-		hook_var(h, "CERTBOT_AUTH_OUTPUT", hook_output(fds[0]));
+		hook_var(h, "CERTBOT_AUTH_OUTPUT", hook_output(fds[0], pid));
 		close(fds[0]);
 	}
 	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
@@ -7420,8 +7502,6 @@ respond_type(void)
 		usage("-w is for http-01, not for %", str(type));
 	if (opt['n'] && (opt['w'] || opt['l'] || opt['x']))
 		usage("-n would take down at once what is published");
-	if (opt['l'] && !type)
-		usage("choose with -t what -l is to answer");
 	return type;
 }
 
@@ -7450,7 +7530,8 @@ do_respond(char **arg)
 	unsigned long settle = 0;
 	size_t before = ndoomed;
 	const char *type = respond_type();
-	const struct responder *how = opt['l'] ? find_responder(type) : NULL;
+	const struct responder *how = opt['l'] && type ?
+	    find_responder(type) : NULL;
 
 	(void)arg;
 	if (opt['s'] && !number(str(opt['s']), MAX_WAIT, &settle))
@@ -7463,6 +7544,8 @@ do_respond(char **arg)
 		print_record();
 		return;
 	}
+	if (opt['l'] && !how)
+		usage("choose with -t what -l is to answer");
 	if (how && boxed)
 		usage("nobody comes to -l where there is a box (-B)");
 	box.published = before;

@@ -144,6 +144,7 @@ needs() {
 	curl				curl
 	dash				dash
 	diff				diffutils
+	dig				bind9-dnsutils
 	mount				mount
 	openssl				openssl
 	setpriv				util-linux
@@ -444,6 +445,11 @@ free_port() {
 listening() {
 	cat /proc/net/tcp /proc/net/tcp6 2>/dev/null |
 	grep -qi "$(printf ':%04X 0*:0000 0A' "$1")"
+}
+
+# has_v6: this machine knows IPv6.
+has_v6() {
+	grep -q 0 /proc/net/if_inet6 2>/dev/null
 }
 
 # -------------------------------------------------- the CA and the web --
@@ -2894,6 +2900,700 @@ cp www/POST_authz.2 www/POST_authz.3
 dies 77 'a.example.*nothing' 'step respond -t http-01 -w webroot <pending'
 check 'and nothing stays published' '[ -z "$(ls -A webroot)" ]'
 
+group 'responders: what is said before anything is told'
+
+# answering NAME HOST:PORT RECORD [COMMAND...]: respond -l, until it is
+# killed.
+answering() {
+	job=$1 where=$2 rec=$3
+	shift 3
+	"$@" "$acme" respond -C root.pem -k account.key -T 900 -s 800 \
+	    -l "$where" <"$rec" >"$job.out" 2>"$job.err" &
+	pids="$pids $!"
+	echo $! >"$job.pid"
+	await listening "${where##*:}"
+	await sh -c "cat /proc/*/stat 2>/dev/null | grep ') [A-Z] $! '"
+	cat /proc/[0-9]*/stat 2>/dev/null |
+	sed -n "s/^\([0-9]*\) .*) [A-Z] $! .*/\1/p" >"$job.child"
+}
+# most NAME: the most KiB of memory that it ever had.
+most() { sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' \
+    "/proc/$(cat "$1.child")/status"; }
+# frugal NAME: the process that answers lives, and has kept to its memory.
+frugal() {
+	most=$(most "$1") && echo "$most KiB" && case $acme in
+	*-san)	;;
+	*)	[ "$most" -lt 6000 ] ;;
+	esac
+}
+# ended NAME SIGNAL STATUS: the step ends so, and its responder with it.
+ended() {
+	kill "-$2" "$(cat "$1.pid")"
+	wait "$(cat "$1.pid")"
+	got=$?
+	check "$1: SIG$2 ends the step and what answers for it" '
+	    echo "status $got"; [ "$got" = "'"$3"'" ] &&
+	    await eval "! kill -0 $(cat '"$1"'.child)" && ! [ -s '"$1"'.out ]'
+}
+
+cat >peer.c <<'END'
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+static const char *request = "";
+static int port;
+static int
+dial(void)
+{
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	struct sockaddr_in a = { AF_INET, htons(port) };
+	struct timeval t = { 20, 0 };
+
+	a.sin_addr.s_addr = htonl(0x7f000001);
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
+	if (connect(fd, (void *)&a, sizeof a) != 0)
+		perror("connect"), exit(1);
+	return fd;
+}
+/* At once: all connect, wait, ask; every one must be answered. */
+static void
+burst(int n)
+{
+	int *fd = calloc(n, sizeof *fd), good = 0;
+	char b[4096];
+
+	for (int i = 0; i < n; i++)
+		fd[i] = dial();
+	usleep(300000);
+	for (int i = 0; i < n; i++)
+		write(fd[i], request, strlen(request));
+	for (int i = 0; i < n; i++)
+		good += read(fd[i], b, 12) == 12 &&
+		    memcmp(b, "HTTP/1.1 200", 12) == 0;
+	printf("%d of %d\n", good, n);
+	exit(good != n);
+}
+/* One after another: they say something, and stay; the last 300 do. */
+static void
+flood(int n)
+{
+	int fd[300] = { 0 };
+
+	signal(SIGPIPE, SIG_IGN);
+	for (int i = 0; i < n; i++) {
+		if (fd[i % 300])
+			close(fd[i % 300]);
+		fd[i % 300] = dial();
+		write(fd[i % 300], request, i % 7 * strlen(request) / 7);
+		if (i % 3 == 0)
+			shutdown(fd[i % 300], SHUT_WR);
+	}
+}
+/* One, who says something, and then nothing: until he is dropped. */
+static void
+patient(int n)
+{
+	int fd = dial();
+	char b[4096];
+
+	write(fd, request, strlen(request));
+	while ((n = read(fd, b, sizeof b)) > 0)
+		write(1, b, n);
+	exit(n < 0 && errno == EAGAIN);
+}
+int
+main(int argc, char **argv)
+{
+	port = atoi(argv[2]);
+	request = argv[4];
+	(*argv[1] == 'b' ? burst : *argv[1] == 'f' ? flood : patient)(
+	    atoi(argv[3]));
+	return 0;
+}
+END
+check 'peers' '${CC:-cc} -w peer.c -o peer'
+
+# asked COUNT: so many challenges were told to the CA.
+asked() { [ "$(grep -c POST_chall www/requests)" = "$1" ]; }
+fresh
+: >www/requests
+{ cat pending; echo "challenge http-01 dns a.example $ca/chall $token \
+$token.$print"; } >http.rec
+for where in '' x 0 65536 99999999999999999999 127.0.0.1: :x 1.2.3.4.5:80 \
+    127.0.0.1:0 '[::1]' '[::1:80'; do
+	dies 64 'HOST:.PORT' "step respond -l '$where' <http.rec"
+done
+dies 64 'only one of' 'step respond -l 1 -w webroot <http.rec'
+dies 64 'only one of' 'step respond -l 1 -x true <http.rec'
+dies 64 ' -n ' 'step respond -l 1 -n <http.rec'
+dies 64 'choose with -t' 'step respond -l 1 <pending'
+dies 64 'type tls-sni-01' 'step respond -t tls-sni-01 -l 1 <pending'
+dies 73 "cannot listen at 127.0.0.1:$home: .*in use" \
+    'step respond -l 127.0.0.1:$home <http.rec'
+dies 73 "cannot listen at $home: .*in use" 'step respond -l $home <http.rec'
+dies 73 'cannot listen at 192.0.2.1:5: ' \
+    'step respond -l 192.0.2.1:5 <http.rec'
+if [ "$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)" -gt 1 ] &&
+    [ "$(id -u)" = 0 ]; then
+	cp "$acme" free.bin && chmod 755 . free.bin && chmod 644 account.key
+	dies 73 'cannot listen at 1: .*denied' '
+	    setpriv --reuid=65534 --regid=65534 --clear-groups ./free.bin \
+	    respond -C root.pem -k account.key -l 1 <http.rec 2>all; got=$?
+	    grep -v warning all >&2; exit $got'
+	rm -f free.bin; chmod 600 account.key
+fi
+check 'and nothing was told' 'asked 0'
+check 'an order that is ready passes, whatever was to be published' '
+    step respond -l "$home" <record | diff record - &&
+    step respond -x nowhere <record | diff record - &&
+    step respond -w nowhere <record | diff record -'
+
+group 'responders: -w'
+for kind in 'ln -s ../account.key' 'echo x >' 'mkdir' 'mkfifo' \
+    'ln -s nowhere'; do
+	check "it leaves what is there as it is: $kind" '
+	    rm -rf w; mkdir w
+	    (cd w && eval "$kind $token") && ls -l w >before
+	    cp account.key key.before
+	    step respond -w w <http.rec 2>err; got=$?
+	    cat err; ls -l w | diff before - && cmp account.key key.before &&
+	    [ $got = 73 ] && grep "cannot create $token in w" err'
+done
+check 'and nothing was told' 'asked 0'
+check 'but what a crash has left, which says the same' '
+    rm -rf w; mkdir w
+    printf %s "$token.$print" >"w/$token"
+    step respond -w w <http.rec 2>err; got=$?
+    cat err; ! asked 0 && [ $got != 0 ] && ls w | diff /dev/null -'
+
+group 'responders: HTTP'
+
+http=$(free_port)
+{ cat http.rec; echo "challenge http-01 dns b.example $ca/chall2 -b-token \
+content of b"; } >two.rec
+answering http "$http" two.rec
+well=.well-known/acme-challenge
+url=http://127.0.0.1:$http/$well
+later slow './peer wait $http 1 ""'
+later slower './peer wait $http 1 "GET /$well/$token HT"'
+fetch() { curl -sS -g -i --path-as-is -m 8 "$@" | tr -d '\r' >reply; }
+check 'what is published' '
+    fetch "$url/$token" && cat reply &&
+    grep -x "HTTP/1.1 200 OK" reply &&
+    grep -xi "content-type: application/octet-stream" reply &&
+    curl -sS "$url/$token" >got && printf %s "$token.$print" | cmp - got &&
+    is "content of b" "curl -sS $url/-b-token"'
+! has_v6 ||
+check 'by IPv6 as well' '
+    is "$token.$print" "curl -sSg http://[::1]:$http/$well/$token"'
+check 'HEAD' '
+    fetch "$url/$token" && sed "/^\$/q" reply >want &&
+    fetch -I "$url/$token" && cat reply && diff want reply'
+for path in / "/$well" "/$well/" "/$well/x" "/$well/$token/" \
+    "/$well/${token}x" \
+    "/$well/$token?x" "/$well/./$token" "/$well/%2e/$token" "//$well/$token" \
+    "/$well/../../account.key" "/$well/${token%?}" "/$well/*" "$well/$token" \
+    "/$well/$token.$print" "/$well/%4coqX"; do
+	check "404: $path" '
+	    printf "GET %s HTTP/1.1\r\nHost: x\r\n\r\n" "$path" |
+	    timeout 8 socat -t 8 - TCP:127.0.0.1:$http >reply; cat reply
+	    head -n 1 reply | grep "HTTP/1.1 404 Not Found" &&
+	    not grep "$print" reply'
+done
+for method in POST PUT OPTIONS get G GETT '' DELETE; do
+	check "404: ${method:-no method}" '
+	    printf "%s /$well/$token HTTP/1.1\r\n\r\n" "$method" |
+	    timeout 8 socat -t 8 - TCP:127.0.0.1:$http >reply; cat reply
+	    head -n 1 reply | grep "HTTP/1.1 404 Not Found" &&
+	    not grep "$print" reply'
+done
+check 'a byte at a time, with line feeds alone' '
+    printf "GET /$well/$token HTTP/1.0\nHost: x\n\n" |
+    timeout 8 socat -b 1 -t 8 - TCP:127.0.0.1:$http | grep -F "$token.$print"'
+check 'half a request and the end' '
+    printf "GET /$well/$token" |
+    timeout 8 socat -t 8 - TCP:127.0.0.1:$http >reply; cat reply
+    not grep "$print" reply'
+check 'two hundred at once, all of whom take their time' '
+    ./peer burst $http 200 "GET /$well/$token HTTP/1.1
+
+"'
+check 'garbage, megabytes and a header without end' '
+    head -c 3000000 /dev/urandom >random
+    for _ in 1 2 3; do
+	timeout 8 socat -u random TCP:127.0.0.1:$http
+	head -c 20000 /dev/urandom | timeout 8 socat -u - TCP:127.0.0.1:$http
+	(printf "GET /$well/$token HTTP/1.1\r\nX: "; cat random) |
+	    timeout 8 socat - TCP:127.0.0.1:$http
+	(printf "POST / HTTP/1.1\r\nContent-Length: 3000000\r\n\r\n"
+	    cat random) | timeout 8 socat - TCP:127.0.0.1:$http
+    done >got 2>&1
+    is "$token.$print" "curl -sS -m 8 $url/$token"'
+check 'ten thousand connections' './peer flood $http 10000 "GET / HTTP"'
+check 'then it still answers, in the memory that it had' '
+    is "$token.$print" "curl -sS -m 8 $url/$token" && frugal http'
+settle
+within slow 8 13
+within slower 8 13
+check 'and without an end no request is answered' \
+    'replay slow && replay slower && ! [ -s slower.out ]'
+# Fewer files than peers.
+few=$(free_port)
+answering few "127.0.0.1:$few" two.rec sh -c 'ulimit -n 24; exec "$@"' sh
+check 'more peers than the system gives it files' '
+    ./peer flood $few 100 "GET / HT" & sleep 1
+    is "$token.$print" "curl -sS -m 3 http://127.0.0.1:$few/$well/$token"'
+ended few KILL 137
+# What the process that answers has in its memory.
+check 'it does not have the account'\''s key' '
+    [ "$(id -u)" = 0 ] || exit 0
+    case $acme in *-san) exit 0 ;; esac
+    child=$(cat http.child)
+    sed -n "s/^\([0-9a-f]*\)-\([0-9a-f]*\) rw.*/\1 \2/p" "/proc/$child/maps" |
+    while read -r from to; do
+	dd if="/proc/$child/mem" bs=4096 skip=$((0x$from / 4096)) \
+	    count=$(((0x$to - 0x$from) / 4096)) 2>/dev/null
+    done >memory
+    secret=$(sed -n 2p account.key | cut -c 30-60)
+    grep -c "$token" memory && not grep -e "$secret" memory &&
+    openssl pkey -in account.key -outform DER | busybox xxd -p | tr -d "\n" |
+    cut -c 73-136 >hex && [ "$(wc -c <hex)" -ge 64 ] &&
+    busybox xxd -p memory | tr -d "\n" | not grep -c -f hex'
+ended http TERM 143
+
+group 'responders: TLS-ALPN'
+cat >tls.rec <<END
+$(cat pending)
+challenge tls-alpn-01 dns a.example $ca/chall a.example $hash
+challenge tls-alpn-01 ip 127.0.0.1 $ca/chall2 1.0.0.127.in-addr.arpa \
+$(echo 1 | openssl dgst -sha256 | sed 's/.* //')
+challenge tls-alpn-01 ip 2001:db8::1 $ca/chall3 \
+1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.8.b.d.0.1.0.0.2.ip6.arpa \
+$(echo 2 | openssl dgst -sha256 | sed 's/.* //')
+END
+alpn=$(free_port)
+answering alpn "$alpn" tls.rec
+# greet [OPTION...]: what s_client says; the certificate in alpn.pem.
+greet() {
+	timeout 8 openssl s_client -connect "127.0.0.1:$alpn" "$@" \
+	    </dev/null >greeting 2>&1
+	sed -n '/BEGIN CERT/,/END CERT/p' greeting >alpn.pem
+	cat greeting
+	[ -s alpn.pem ]
+}
+while read -r _ _ kind id _ sni sum; do
+	check "the certificate for $id" '
+	    greet -servername "$sni" -alpn acme-tls/1 &&
+	    grep "ALPN protocol: acme-tls/1" greeting &&
+	    openssl x509 -in alpn.pem -noout -ext subjectAltName |
+	    sed 1d | tr A-Z a-z | tr -d " " >got && cat got &&
+	    case $kind in
+	    dns) echo "dns:$id" ;;
+	    ip)	echo "ipaddress:$id" | sed "s/::/:0:0:0:0:0:/" ;;
+	    esac | diff - got && openssl x509 -in alpn.pem -outform DER |
+	    openssl asn1parse -inform DER | grep -A 2 1.3.6.1.5.5.7.1.31 >got &&
+	    cat got && grep "BOOLEAN.*:255" got &&
+	    grep -i ":0420$sum\$" got &&
+	    openssl verify -ignore_critical -CAfile alpn.pem alpn.pem'
+done <<END
+$(grep '^challenge' tls.rec)
+END
+check 'in any case, among other protocols, with TLS 1.2' '
+    greet -tls1_2 -servername A.Example -alpn h2,acme-tls/1,http/1.1 &&
+    grep "ALPN protocol: acme-tls/1" greeting'
+! has_v6 ||
+check 'by IPv6 as well' '
+    greet -servername a.example -alpn acme-tls/1 -connect "[::1]:$alpn"'
+for option in '-noservername -alpn acme-tls/1' \
+    '-servername b.example -alpn acme-tls/1' \
+    '-servername xa.example -alpn acme-tls/1' \
+    '-servername 127.0.0.1 -alpn acme-tls/1' '-servername a.example' \
+    '-servername a.example -alpn h2' '-servername a.example -alpn acme-tls/' \
+    '-tls1_1 -cipher ALL:@SECLEVEL=0 -servername a.example -alpn acme-tls/1' \
+    '-tls1_2 -cipher ECDHE-RSA-AES128-SHA -servername a.example \
+-alpn acme-tls/1'
+do
+	check "no handshake: $option" '
+	    not greet $option'
+done
+check 'nothing is said to who is there' '
+    (sleep 1; echo "GET / HTTP/1.0"; echo) | timeout 8 openssl s_client \
+	-connect "127.0.0.1:$alpn" -servername a.example -alpn acme-tls/1 \
+	-quiet 2>/dev/null >got; ! [ -s got ]'
+later silent './peer wait $alpn 1 ""'
+check 'garbage, and hellos that were spoiled' '
+    timeout 8 socat -u random TCP:127.0.0.1:$alpn 2>err
+    timeout 8 openssl s_client -connect 127.0.0.1:$alpn -alpn acme-tls/1 \
+	-servername a.example -msg </dev/null |
+    awk "/^>>>/ { n++ } /^<<</ { n = 9 } /^    / && n == 2" | tr -d " \n" \
+	>hello
+    [ -s hello ] && size=$(($(wc -c <hello) / 2)) && echo $size &&
+    for i in $(seq 1 9 $size); do
+	{ printf "160301%04x" $size; head -c $((i * 2)) hello; printf %02x $i
+	  tail -c +$((i * 2 + 3)) hello; } | busybox xxd -r -p |
+	timeout 8 socat -t 0.1 - TCP:127.0.0.1:$alpn
+    done >got 2>&1
+    greet -servername a.example -alpn acme-tls/1'
+check 'ten thousand connections' './peer flood $alpn 10000 "$(
+    printf "\026\003\001\002\001\001........................")"'
+check 'then it still answers, in the memory that it had' '
+    greet -servername a.example -alpn acme-tls/1 &&
+    frugal alpn'
+settle
+within silent 8 13
+ended alpn HUP 129
+
+group 'responders: DNS'
+long=$(seq -s ' ' 200 400 | head -c 600)
+cat >dns.rec <<END
+$(cat pending)
+challenge dns-01 dns *.a.example $ca/chall _acme-challenge.a.example $digest
+challenge dns-01 dns a.example $ca/chall2 _acme-challenge.a.example other
+challenge dns-01 dns b.example $ca/chall3 _acme-challenge.b.example of-b
+END
+cat >persist.rec <<END
+$(cat pending)
+challenge dns-persist-01 dns c.example $ca/chall \
+_validation-persist.c.example ca.example; accounturi=$long
+END
+zone=$(free_port)
+persist=$(free_port)
+answering zone "$zone" dns.rec
+answering persist "127.0.0.1:$persist" persist.rec
+ask() { dig @127.0.0.1 -p "$zone" +tries=1 +time=4 "$@" >answer; cat answer; }
+mine=_acme-challenge.a.example
+both=$(printf '"%s"\n' "$digest" other | sort)
+for option in '' +tcp +noedns '+noedns +ignore +notcp' +bufsize=512 \
+    '+bufsize=1 +ignore' +bufsize=65535 +dnssec +nocookie +nsid +norecurse \
+    +subnet=192.0.2.0/24 +padding=400 '+ednsopt=65001:00ff' +adflag +cdflag \
+    +zflag '+ednsflags=0x7fff'; do
+	check "the two values, dig $option" '
+	    ask +short $option TXT $mine && sort answer >got &&
+	    echo "$both" | diff - got'
+done
+! has_v6 ||
+check 'by IPv6 as well' '
+    ask +short @::1 TXT _acme-challenge.b.example &&
+    [ "$(cat answer)" = "\"of-b\"" ]'
+check 'the address that was asked answers' '
+    ask +short @127.0.0.2 TXT _acme-challenge.b.example &&
+    [ "$(cat answer)" = "\"of-b\"" ]'
+check 'the answer is authoritative, and not to be kept' '
+    ask TXT $mine && grep "flags: qr aa rd; QUERY: 1, ANSWER: 2" answer &&
+    grep "status: NOERROR" answer &&
+    grep "^$mine\..[^0-9]*0.IN.TXT" answer'
+check 'the question comes back as it was written' '
+    ask TXT _aCMe-ChaLLeNge.A.eXampLE && grep "ANSWER: 2" answer &&
+    [ "$(grep -c "^;*_aCMe-ChaLLeNge.A.eXampLE\." answer)" = 3 ]'
+for question in "A $mine" "AAAA $mine" "CAA $mine" "NS $mine" "ANY $mine" \
+    "TXT x.$mine" "A x.y.$mine" "DNSKEY $mine" "TYPE65535 $mine"; do
+	check "nothing, and says so: $question" '
+	    ask +notcp $question && grep "status: NOERROR" answer &&
+	    grep "flags: qr aa rd; QUERY: 1, ANSWER: 0, AUTHORITY: 1" answer &&
+	    grep "^$mine\..[^0-9]*0.IN.SOA" answer'
+done
+check 'SOA' '
+    ask SOA $mine && grep "ANSWER: 1, AUTHORITY: 0" answer &&
+    grep "^$mine\..[^0-9]*0.IN.SOA" answer'
+for question in 'TXT a.example' 'TXT example' 'NS .' 'A xa.example' \
+    "TXT x$mine" 'TXT _acme-challenge.example' 'CH TXT version.bind' \
+    "CH TXT $mine" 'TXT _acme-challenge.c.example' \
+    'TXT a_acme-challenge.a.example'; do
+	check "refused: $question" '
+	    ask $question; grep "status: REFUSED" answer &&
+	    grep "flags: qr rd; QUERY: 1, ANSWER: 0, AUTHORITY: 0" answer'
+done
+check 'other operations' '
+    ask +opcode=notify TXT $mine; grep "status: NOTIMP" answer &&
+    ask +opcode=update TXT $mine; grep "status: NOTIMP" answer'
+check 'a long value: in pieces, and over TCP' '
+    for option in +tcp "" +noedns; do
+	ask -p "$persist" +short $option TXT _validation-persist.c.example
+	tr -d "\\\\" <answer | sed "s/\" \"//g; s/\"//g" >got
+	echo "ca.example; accounturi=$long" | diff - got || exit
+    done'
+check 'over UDP it is no amplifier' '
+    ask -p "$persist" +ignore +bufsize=4096 TXT _validation-persist.c.example &&
+    grep "flags: qr aa tc rd; QUERY: 1, ANSWER: 0" answer'
+cat >dns.c <<'END'
+#define main acme_main
+#include "acme.c"
+#undef main
+/* Questions, most of them spoiled; an answer is never much longer. */
+int
+main(void)
+{
+	static const char *const names[] = { "\17_acme-challenge\1a\1b",
+	    "\17_ACME-challenge\1a\1b", "\1x\17_acme-challenge\1a\1b",
+	    "\1a\1b", "\300\14", "\77", "" };
+	static const char opt[] = "\0\0\51\20\0\0\0\0\0\0\0";
+	size_t most = 0, count[16] = { 0 };
+	unsigned char *copy;
+	Str s;
+
+	for (int i = 0; i < 9; i++)
+		add_line(S("challenge"), S("dns-01 dns a.b https://x/ "
+		    "_acme-challenge.a.b 0123456789012345678901234567890123"));
+	for (long i = 0; i < 400000; i++) {
+		unsigned char b[600] = "id\1\0\0\1\0\0\0\0\0\0";
+		const char *name = names[i % 7];
+		size_t n = 12, mark = used, limit = i % 5 ? 512 : 65535;
+
+		for (int k = i % 3 == 0 ? rand() % 200 : 0; k > 0; k--)
+			b[n++] = 1, b[n++] = 'y';
+		memcpy(b + n, name, strlen(name) + 1);
+		n += strlen(name) + 1;
+		memcpy(b + n, "\0\20\0\1", 4);
+		n += 4;
+		if (i % 2)
+			b[11] = 1, memcpy(b + n, opt, 11), n += 11;
+		for (int k = rand() % 6; k > 1; k--)
+			b[rand() % n] = rand() >> 8;
+		if (rand() % 4 == 0)
+			n = rand() % (n + 1);
+		copy = memcpy(malloc(n + !n), b, n);
+		s = dns_answer((Str){ copy, n }, limit);
+		if (s.n && (s.n < 12 || memcmp(s.p, b, 2) || !(s.p[2] & 128)))
+			return 1;
+		if (limit == 512 && (s.n > 4 * n || s.n > 1232))
+			return printf("%d to %d\n", (int)n, (int)s.n), 1;
+		if (limit == 512 && s.n * 100 / (n + !n) > most)
+			most = s.n * 100 / n;
+		if (s.n)
+			count[s.p[3] & 15]++;
+		free(copy);
+		used = mark;
+	}
+	printf("at most %d %%\n", (int)most);
+	return !count[0] || !count[1] || !count[4] || !count[5];
+}
+END
+case $acme in
+*-san)	san='-fsanitize=address,undefined -fno-sanitize-recover=all' ;;
+*)	san= ;;
+esac
+check 'hundreds of thousands of spoiled questions' '
+    ${CC:-cc} -w -O1 $san -I"$src" dns.c -o dns -lbearssl &&
+    ASAN_OPTIONS=detect_leaks=0 ./dns'
+check 'several questions on one connection' '
+    ask +short +tcp +keepopen TXT _acme-challenge.b.example \
+	TXT _acme-challenge.b.example TXT _acme-challenge.b.example &&
+    [ "$(grep -cx "\"of-b\"" answer)" = 3 ]'
+later mute './peer wait $zone 1 "$(printf "\001\001")"'
+check 'garbage, over UDP and TCP' '
+    for i in $(seq 2 4 60); do
+	openssl rand $((i * i)) | socat -u - UDP:127.0.0.1:$zone
+	(printf "\377\377"; openssl rand $((i * 1200))) |
+	    timeout 8 socat -u - TCP:127.0.0.1:$zone
+	openssl rand $((i * 9)) | timeout 8 socat -u - TCP:127.0.0.1:$zone
+    done >got 2>&1
+    ask +short TXT $mine && [ "$(grep -c . answer)" = 2 ]'
+check 'ten thousand connections' \
+    './peer flood $zone 10000 "$(printf "\001\001................")"'
+check 'then it still answers, in the memory that it had' '
+    for option in +tcp +notcp; do
+	ask +short $option TXT $mine && [ "$(grep -c . answer)" = 2 ] || exit
+    done && frugal zone'
+settle
+within mute 8 13
+ended zone TERM 143
+ended persist KILL 137
+
+group 'hooks'
+
+# A hook that writes down how it is called; FAIL says what it does then.
+cat >hook <<'END'
+#!/bin/sh
+{
+	printf '%s' "${0##*/}"
+	[ $# = 0 ] || printf ' [%s]' "$@"
+	printf '\n'
+	env | grep -e '^ACME_[TINC][YDAO]' -e ^CERTBOT | sort >&3
+	find /proc/self/fd -lname 'socket:*' >&3
+} >>calls 3>>found
+echo 'this is said'
+case $1 in deploy_*|begin|present|'') eval "$FAIL" ;; esac
+case $1 in clean_*|done|failed|cleanup) eval "$HANG" ;; esac
+END
+chmod 755 hook
+ln -s hook undo
+# hooked STYLE RECORD [OPTION...]: the step, with fresh notes.
+hooked() {
+	style=$1 rec=$2; shift 2
+	rm -f calls found
+	step respond -x "$style" "$@" <"$rec"
+}
+answer POST_chall '200 OK' '{"status":"processing","token":"'$token'"}'
+cp www/POST_chall www/POST_chall2
+cp www/POST_chall www/POST_chall3
+answer POST_order '200 OK' "$(order ready)"
+# called LINE...: these were the calls.
+called() { printf 'hook %s\n' "$@" | sed 's/ $//' | diff - calls; }
+d=$token.$print
+check 'dehydrated, http-01' '
+    hooked ./hook http.rec >out && grep -x "status ready" out &&
+    not grep "this is said" out && called \
+	"[deploy_challenge] [a.example] [$token] [$d]" \
+	"[clean_challenge] [a.example] [$token] [$d]"'
+check 'what is in the environment, and that no socket is there' '
+    cat found; printf "ACME_%s\n" "CONTENT=$d" "IDENTIFIER=a.example" \
+	"NAME=$token" "TYPE=http-01" >want && cat want want | diff - found'
+check 'dehydrated, dns-01: all published, then all taken down' '
+    hooked dehydrated:./hook dns.rec >out && grep -x "status ready" out &&
+    called "[deploy_challenge] [a.example] [$token] [$digest]" \
+	"[deploy_challenge] [a.example] [$token] [other]" \
+	"[deploy_challenge] [b.example] [$token] [of-b]" \
+	"[clean_challenge] [b.example] [$token] [of-b]" \
+	"[clean_challenge] [a.example] [$token] [other]" \
+	"[clean_challenge] [a.example] [$token] [$digest]" &&
+    grep -Fx "ACME_IDENTIFIER=*.a.example" found'
+sed -n '1,/challenge/p' tls.rec >tls1.rec
+check 'dehydrated, tls-alpn-01: a digest as openssl prints it' '
+    hooked ./hook tls1.rec >out &&
+    sum=$(printf %s "$d" | openssl dgst -sha256 -c | sed "s/.* //") &&
+    called "[deploy_challenge] [a.example] [$token] [$sum]" \
+	"[clean_challenge] [a.example] [$token] [$sum]"'
+check 'uacme' '
+    hooked uacme:./hook dns.rec >out && grep -x "status ready" out &&
+    sed -n "3p;4p" calls >three && cat calls && printf "hook %s\n" \
+	"[begin] [dns-01] [b.example] [$token] [of-b]" \
+	"[done] [dns-01] [b.example] [$token] [of-b]" | diff - three &&
+    hooked uacme:./hook http.rec >out &&
+    called "[begin] [http-01] [a.example] [$token] [$d]" \
+	"[done] [http-01] [a.example] [$token] [$d]" &&
+    hooked uacme:./hook tls1.rec >out &&
+    called "[begin] [tls-alpn-01] [a.example] [$token] [$digest]" \
+	"[done] [tls-alpn-01] [a.example] [$token] [$digest]"'
+check 'lego' '
+    hooked lego:./hook dns.rec -t dns-01 >out && head -n 2 calls >two &&
+    printf "hook [present] [_acme-challenge.a.example.] [%s]\n" "$digest" \
+	other | diff - two &&
+    tail -n 1 calls | grep -Fx "hook [cleanup] [_acme-challenge.a.example.] \
+[$digest]"'
+check 'certbot' '
+    hooked certbot:./hook,./undo dns.rec >out && grep "status ready" out &&
+    printf "%s\n" hook hook hook undo undo undo | diff - calls &&
+    grep "^CERTBOT" found | head -n 5 >first && cat found &&
+    printf "CERTBOT_%s\n" "ALL_DOMAINS=a.example,a.example,b.example" \
+	"DOMAIN=a.example" "IDENTIFIER=a.example" "REMAINING_CHALLENGES=2" \
+	"VALIDATION=$digest" | diff - first &&
+    [ "$(grep -cx "CERTBOT_AUTH_OUTPUT=this is said" found)" = 3 ] &&
+    not grep CERTBOT_TOKEN found &&
+    hooked certbot:./hook,./undo http.rec >out &&
+    grep -x "CERTBOT_TOKEN=$token" found &&
+    [ "$(grep -cx "CERTBOT_VALIDATION=$d" found)" = 2 ]'
+answer POST_chall.9 '403 Forbidden' "$(problem unauthorized)"
+check 'uacme is told when it failed' '
+    rm -f www/POST_chall; answer POST_chall "403 Forbidden" "{}"
+    hooked uacme:./hook http.rec >out 2>err; [ $? != 0 ] &&
+    called "[begin] [http-01] [a.example] [$token] [$d]" \
+	"[failed] [http-01] [a.example] [$token] [$d]"'
+cp www/POST_chall2 www/POST_chall
+rm -f www/POST_chall.9
+export FAIL
+both='[deploy_challenge] [a.example] [TOKEN] [a]
+[deploy_challenge] [b.example] [TOKEN] [b]'
+{ cat pending; for i in a b; do
+	echo "challenge http-01 dns $i.example $ca/chall $i 'c $i'"
+done; } >ab.rec
+# Each call for a, and what takes it down.
+a="[deploy_challenge] [a.example] [a] ['c a']"
+b="[deploy_challenge] [b.example] [b] ['c b']"
+undo_a="[clean_challenge] [a.example] [a] ['c a']"
+undo_b="[clean_challenge] [b.example] [b] ['c b']"
+FAIL='[ $2 = a.example ] || exit 3'
+dies 73 'the hook ./hook failed with status 3 for b.example' \
+    'hooked ./hook ab.rec 2>all; got=$?; grep respond all >&2; exit $got'
+check 'what was published is taken down' 'called "$a" "$b" "$undo_a"'
+FAIL='[ $2 = a.example ] || kill -9 $$'
+dies 73 'the hook ./hook was ended by signal 9 for b.example' \
+    'hooked ./hook ab.rec 2>all; got=$?; grep respond all >&2; exit $got'
+check 'what may have been published, too' \
+    'called "$a" "$b" "$undo_b" "$undo_a"'
+for hook in ./nowhere ./ab.rec . './hook;true' './hook x' '$(./hook)'; do
+	dies 73 'failed with status 127' "hooked '$hook' http.rec 2>all; got=\$?
+	    tail -n 1 all >&2; exit \$got"
+done
+echo 'echo it ran >ran' >shell.less && chmod 755 shell.less
+case $acme in
+*-san)	# glibc's execvp() has a shell for such a file
+	;;
+*)	dies 73 'status 127' 'hooked ./shell.less http.rec 2>all; got=$?
+	    tail -n 1 all >&2; exit $got'
+	;;
+esac
+check 'no shell has run anything' '! [ -e ran ] && ! [ -e calls ]'
+for option in '' uacme: dehydrated: lego:; do
+	dies 64 'STYLE:' "hooked '$option' http.rec"
+done
+for option in certbot:./hook certbot: certbot:, certbot:,x certbot:x,; do
+	dies 64 'certbot:AUTH,CLEANUP' "hooked '$option' http.rec"
+done
+dies 64 'lego.*DNS' 'hooked lego:./hook http.rec'
+check 'a hook of uacme'\''s declines one challenge, and takes another' '
+    { cat http.rec; grep "a.example $ca/chall2" dns.rec; } >mixed.rec
+    FAIL="[ \$2 != http-01 ] || exit 1" hooked uacme:./hook mixed.rec >out &&
+    called "[begin] [http-01] [a.example] [$token] [$d]" \
+	"[begin] [dns-01] [a.example] [$token] [other]" \
+	"[done] [dns-01] [a.example] [$token] [other]"'
+FAIL='exit 1'
+dies 77 'the hook ./hook declines all challenges for a.example' \
+    'hooked uacme:./hook http.rec 2>all; got=$?; tail -n 1 all >&2; exit $got'
+FAIL='head -c 9000 /dev/zero | tr "\0" x'
+dies 70 'prints more than 4096 bytes' \
+    'hooked certbot:./hook,./undo http.rec 2>all; got=$?
+    grep respond all >&2; exit $got'
+check 'and is taken down' 'printf "%s\n" hook undo | diff - calls'
+FAIL=
+check 'whoever has ignored the end of his children' '
+    trap "" CHLD; FAIL="exit 3" hooked ./hook http.rec 2>err; got=$?
+    cat err; [ $got = 73 ] && grep "failed with status 3" err'
+# What takes its time, at once.
+for job in hang undo left; do
+	mkdir "d.$job" && cp hook undo ab.rec http.rec root.pem account.key \
+	    "d.$job"
+done
+later hang 'cd d.hang; FAIL="[ \$2 = a.example ] || sleep 77" \
+    hooked ./hook ab.rec -T 3'
+later undo 'cd d.undo; HANG="sleep 78" hooked ./hook ab.rec -T 4'
+later left 'cd d.left; FAIL="sleep 20 & echo a server" \
+    hooked certbot:./hook,./undo http.rec'
+mkdir d.term && cp hook ab.rec root.pem account.key d.term && cd d.term &&
+    FAIL='[ $2 = a.example ] || sleep 79' "$acme" respond -C root.pem \
+	-k account.key -x ./hook <ab.rec >../term.out 2>../term.err &
+term=$!
+await grep -q b.example d.term/calls
+kill -TERM $term
+wait $term
+got=$?
+check 'SIGTERM while a hook runs' '
+    echo "$got"; cat term.err; [ "$got" = 143 ] && ! [ -s term.out ] &&
+    cp d.term/calls . && called "$a" "$b" "$undo_b" "$undo_a"'
+settle
+check 'a hook that hangs' '
+    replay hang; [ $? = 75 ] && cd d.hang &&
+    grep "time limit of 3 s reached while running the hook ./hook" \
+	../hang.err && called "$a" "$b" "$undo_b" "$undo_a"'
+within hang 3 8
+check 'hooks that hang while they take down' '
+    replay undo; [ $? = 75 ] && cat d.undo/calls &&
+    [ "$(grep -c "could not take down" undo.err)" = 2 ]'
+within undo 3 20
+check 'a hook that leaves something running, which has our pipe' '
+    replay left && grep "status ready" left.out && grep "AUTH_OUTPUT=this is \
+said" d.left/found'
+within left 0 8
+check 'nothing of the others still runs' '
+    cat /proc/[0-9]*/cmdline 2>/dev/null | tr "\0" " " |
+    not grep -o "sleep 7[789]"'
+unset FAIL
+
 group 'ACME: certificates'
 
 openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 \
@@ -4437,6 +5137,152 @@ check 'and the certificate is not lost' '
     acme-step finalize -K one.key.pem <chain.order | diff - chain0.pem'
 ACME_KEY=$tmp/account.key.pem
 unset ACME_ACCOUNT
+
+group 'responders, before Pebble'
+# They stand where Pebble looks; the web server is elsewhere.
+pebble_stop
+web_server=$web dns_server=$dns
+web=$(free_port) tls=$(free_port)
+pebble_start
+unset ACME_ACCOUNT
+check 'an account' 'acme-step new-account -y >account'
+ACME_ACCOUNT=$tmp/account
+export ACME_ACCOUNT
+v6=
+! has_v6 || v6=::1
+check 'http-01, names and addresses' '
+    acme-step new-order l.test 127.0.0.1 $v6 $(seq -f n%g.l.test 20) |
+    acme-step respond -t http-01 -l "$web" |
+    acme-step finalize -K one.key.pem -o l.pem &&
+    openssl x509 -in l.pem -noout -ext subjectAltName &&
+    [ "$(names_in l.pem | grep -c .)" = $((22 ${v6:++ 1})) ]'
+check 'tls-alpn-01, names and addresses' '
+    acme-step new-order l.test 127.0.0.1 $v6 $(seq -f n%g.l.test 20) |
+    acme-step challenges -t tls-alpn-01 |
+    acme-step respond -l "$tls" |
+    acme-step finalize -K one.key.pem -o l.pem &&
+    [ "$(names_in l.pem | grep -c .)" = $((22 ${v6:++ 1})) ]'
+check 'nobody listens any more' '
+    ! listening "$web" && ! listening "$tls"'
+check 'nor when the CA refuses, whose message says why' '
+    acme-step new-order other.test | acme-step challenges -t http-01 |
+    sed "/^challenge/s/[^ ]*\$/wrong/" |
+    acme-step respond -l "$web" 2>err; got=$?
+    cat err; [ $got = 77 ] && ! listening "$web"'
+check 'nor when time runs out, or somebody kills the step' '
+    acme-step new-order slow.l.test | acme-step challenges -t http-01 >slow
+    kill -STOP $pebble_pids
+    acme-step respond -l 127.0.0.1:$tls -T 3 <slow 2>err; got=$?
+    kill -CONT $pebble_pids
+    cat err; [ $got = 69 ] && ! listening "$tls" &&
+    { acme-step respond -l 127.0.0.1:$tls -s 40 <slow & pid=$!
+    await listening "$tls"; sleep 0.5; kill -KILL $pid
+    await eval "! listening $tls"; }'
+pebble_stop
+dns=$(free_port)
+pebble_start
+unset ACME_ACCOUNT
+check 'an account' 'acme-step new-account -y >account'
+export ACME_ACCOUNT=$tmp/account
+for type in dns-01 dns-account-01 dns-persist-01; do
+	check "$type, and Pebble asks us alone" '
+	    acme-step new-order "*.d.test" d.test e.test x.d.test |
+	    acme-step respond -t "$type" -l "127.0.0.1:$dns" |
+	    acme-step finalize -K one.key.pem -o d.pem &&
+	    issued one.key.pem d.pem "DNS:*.d.test" DNS:d.test DNS:e.test \
+		DNS:x.d.test'
+done
+pebble_stop
+
+group 'hooks, before Pebble'
+web=$web_server dns=$dns_server
+pebble_start
+unset ACME_ACCOUNT
+check 'an account' 'acme-step new-account -y >account'
+export ACME_ACCOUNT=$tmp/account
+# As the conventions' documentation has them, for this web server and the
+# test server that answers for DNS.
+cat >lib.sh <<END
+txt() { curl -sS --fail -d "\$2" "http://127.0.0.1:$dns_control/\$1"; }
+www=$www
+END
+cat >dehydrated.sh <<'END'
+#!/usr/bin/env bash
+. ./lib.sh
+deploy_challenge() {
+    local DOMAIN="${1}" TOKEN_FILENAME="${2}" TOKEN_VALUE="${3}"
+    case $TYPE in
+    http) printf '%s' "$TOKEN_VALUE" >"$www/$TOKEN_FILENAME" ;;
+    dns) txt set-txt "{\"host\": \"_acme-challenge.$DOMAIN.\",
+	\"value\": \"$TOKEN_VALUE\"}" ;;
+    esac
+}
+clean_challenge() {
+    local DOMAIN="${1}" TOKEN_FILENAME="${2}" TOKEN_VALUE="${3}"
+    case $TYPE in
+    http) rm "$www/$TOKEN_FILENAME" ;;
+    dns) txt clear-txt "{\"host\": \"_acme-challenge.$DOMAIN.\"}" ;;
+    esac
+}
+HANDLER="$1"; shift
+if [[ "${HANDLER}" =~ ^(deploy_challenge|clean_challenge|deploy_cert)$ ]]; then
+  "$HANDLER" "$@"
+fi
+END
+cat >uacme.sh <<'END'
+#!/bin/sh
+. ./lib.sh
+METHOD=$1 TYPE=$2 IDENT=$3 TOKEN=$4 AUTH=$5
+case "$METHOD" in
+"begin")
+	case "$TYPE" in
+	http-01) echo -n "$AUTH" >"$www/$TOKEN" ;;
+	*)	exit 1 ;;
+	esac ;;
+"done"|"failed")
+	case "$TYPE" in
+	http-01) rm "$www/$TOKEN" ;;
+	esac ;;
+esac
+END
+cat >lego.sh <<'END'
+#!/bin/sh
+. ./lib.sh
+case $1 in
+present) txt set-txt "{\"host\": \"$2\", \"value\": \"$3\"}" ;;
+cleanup) txt clear-txt "{\"host\": \"$2\"}" ;;
+esac
+END
+cat >auth.sh <<'END'
+#!/bin/sh
+. ./lib.sh
+txt set-txt "{\"host\": \"_acme-challenge.$CERTBOT_DOMAIN.\",
+    \"value\": \"$CERTBOT_VALIDATION\"}" && echo "id of $CERTBOT_DOMAIN"
+END
+cat >cleanup.sh <<'END'
+#!/bin/sh
+. ./lib.sh
+[ "$CERTBOT_AUTH_OUTPUT" = "id of $CERTBOT_DOMAIN" ] &&
+txt clear-txt "{\"host\": \"_acme-challenge.$CERTBOT_DOMAIN.\"}"
+END
+chmod +x dehydrated.sh uacme.sh lego.sh auth.sh cleanup.sh
+# by_hook TYPE HOOK: a certificate that it brings.
+by_hook() {
+	type=$1 hook=$2
+	check "$hook, ${type:-any type}" '
+	    export TYPE="${type%-01}"
+	    acme-step new-order -o h.order h1.test h2.test &&
+	    acme-step respond ${type:+-t "$type"} -x "$hook" <h.order 2>err |
+	    acme-step finalize -K one.key.pem -o h.pem; got=$?
+	    cat err; [ $got = 0 ] && ! [ -s err ] &&
+	    issued one.key.pem h.pem DNS:h1.test DNS:h2.test &&
+	    [ -z "$(ls "$www")" ]'
+}
+by_hook http-01 ./dehydrated.sh
+by_hook dns-01 dehydrated:./dehydrated.sh
+by_hook '' uacme:./uacme.sh
+by_hook dns-01 lego:./lego.sh
+by_hook dns-01 certbot:./auth.sh,./cleanup.sh
 
 group 'ways to the CA'
 pebble_stop
