@@ -480,7 +480,8 @@ on_signal(int sig)
 static void
 catch_signals(void)
 {
-	static const int caught[] = { SIGHUP, SIGINT, SIGTERM, SIGALRM };
+	static const int caught[] = { SIGHUP, SIGINT, SIGQUIT, SIGTERM,
+	    SIGALRM };
 	struct sigaction act = { .sa_handler = on_signal }, old;
 
 	sigfillset(&act.sa_mask);
@@ -1699,10 +1700,20 @@ follow(const char *file)
 		file = to[0] == '/' ? to :
 		    c_str(text("%/%", str(split_path(file, &base)), str(to)));
 		if (access(file, F_OK) != 0)
-			no_place(why());
+			break;
 	}
-	no_place(S("too many symbolic links"));
+	no_place(S("it is a symbolic link that leads nowhere"));
 	return file;
+}
+
+/* Is it what standard output is, as /dev/stdout?  Then it stays that. */
+static bool
+is_output(const struct stat *st)
+{
+	struct stat own;
+
+	return fstat(1, &own) == 0 && own.st_dev == st->st_dev &&
+	    own.st_ino == st->st_ino;
 }
 
 /* Make ready, before the first request, to write the result to a file. */
@@ -1717,7 +1728,10 @@ out_open(const char *file, bool key)
 	old = lstat(file, &st) == 0;
 	if (old && key)
 		no_place(S("it exists, and keys are never replaced"));
+	if (old && stat(file, &st) == 0 && is_output(&st))
+		return;
 	if (old && stat(file, &st) == 0 && !S_ISREG(st.st_mode)) {
+		doing(NO_PLACE, "waiting for a reader of ", file);
 		out.fd = open(file, O_WRONLY | O_NOCTTY | O_CLOEXEC);
 		if (out.fd < 0)
 			no_place(why());
@@ -1784,7 +1798,7 @@ out_rename(void)
 static void
 print(Str s)
 {
-	tells = false;
+	tells = tells && out.fd != 1;
 	if (!write_all(out.fd, s))
 		not_written("write");
 	if (out.temporary)
@@ -3133,12 +3147,12 @@ static const char *proxy_command;	/* -P */
 static const char *
 fill_command(const char *host, const char *port)
 {
-	Str s = str(proxy_command), all = S("exec "), head;
+	Str s = str(proxy_command), all = S("exec ");
 
 	for (;;) {
 		size_t n = s.n;
+		Str head = cut(&s, '%');
 
-		head = cut(&s, '%');
 		all = cat(NONE, all, head);
 		if (head.n == n)
 			return c_str(all);
@@ -3287,7 +3301,14 @@ proxy_line(int fd, size_t *room, Str name)
 	return s;
 }
 
-/* A stream through a proxy (RFC 9110 9.3.6). */
+/* A header field, none where it has no value. */
+static Str
+header(const char *name, Str value)
+{
+	return value.n ? text("%: %\r\n", str(name), value) : NONE;
+}
+
+/* A stream through a proxy (RFC 9110 9.3.6, RFC 7617 2). */
 static int
 dial_proxy(Str url, const char *host, const char *port)
 {
@@ -3300,11 +3321,11 @@ dial_proxy(Str url, const char *host, const char *port)
 	read_proxy(url, &p);
 	fd = dial_tcp(c_str(p.host), c_str(p.port));
 	doing(CA_DOWN, "waiting for the proxy ", c_str(p.host));
-	if (!write_all(fd, text("CONNECT % HTTP/1.1\r\nHost: %\r\n%%%\r\n",
-	    target, target, p.user.n ? S("Proxy-Authorization: Basic ") :
-	    NONE, p.user.n ? base64(text("%:%", percent_decoded(p.user),
-	    percent_decoded(p.password))) : NONE, p.user.n ? S("\r\n") :
-	    NONE)))
+	if (!write_all(fd, text("CONNECT % HTTP/1.1\r\n%%\r\n", target,
+	    header("Host", target), header("Proxy-Authorization",
+	    p.user.n ? text("Basic %", base64(text("%:%",
+	        percent_decoded(p.user), percent_decoded(p.password)))) :
+	    NONE))))
 		die(CA_DOWN, "cannot write to the proxy %: %", p.host, why());
 	code = status = proxy_line(fd, &room, p.host);
 	cut(&code, ' ');
@@ -3965,19 +3986,14 @@ box_check(Str request, Str response)
 static Str
 box_response(const struct reply *r)
 {
-	Str head = text("HTTP/1.1 % \r\n", num((unsigned)r->status));
-
-	if (r->location.n)
-		head = text("%Location: %\r\n", head, r->location);
-	if (r->nonce.n)
-		head = text("%Replay-Nonce: %\r\n", head, r->nonce);
-	if (r->links.n)
-		head = text("%Link: %\r\n", head, r->links);
-	if (r->retry_after >= 0)
-		head = text("%Retry-After: %\r\n", head,
-		    num((unsigned long)r->retry_after));
-	return text("%Content-Length: %\r\n\r\n%", head, num(r->body.n),
-	    r->body);
+	return text("HTTP/1.1 % \r\n%%%%Content-Length: %\r\n\r\n%",
+	    num((unsigned)r->status),
+	    header("Location", r->location),
+	    header("Replay-Nonce", r->nonce),
+	    header("Link", r->links),
+	    header("Retry-After", r->retry_after < 0 ? NONE :
+	        num((unsigned long)r->retry_after)),
+	    num(r->body.n), r->body);
 }
 
 #define BOX_CHECK "Acme-Step-Check: "
@@ -5034,6 +5050,8 @@ fetch_authorizations(void)
 			    num(NAMES));
 		p[n++] = (struct post){ .url = l->value };
 	}
+	if (n == 0)
+		need("order");
 	acme_batch(p, authorization, n);
 	for (size_t i = 0; i < n; i++)
 		accept_reply(&authorization[i]);
@@ -6212,12 +6230,16 @@ listen_at(const struct responder *how, const char *where)
 	    take_host(&port) : NONE;
 	unsigned long n;
 	bool any = false;
+	int err;
 
 	for (size_t i = 0; i < LISTENERS; i++)
 		listeners[i] = (struct pollfd){ -1, POLLIN, 0 };
-	if (!number(port, 65535, &n) || n == 0 || getaddrinfo(host.n ?
-	    c_str(host) : NULL, c_str(port), &hint, &a) != 0)
+	if (!number(port, 65535, &n) || n == 0)
 		usage("-l takes [HOST:]PORT, not %", str(where));
+	if ((err = getaddrinfo(host.n ? c_str(host) : NULL, c_str(port),
+	    &hint, &a)) != 0)
+		die(NO_PLACE, "cannot listen at %: %", str(where),
+		    str(gai_strerror(err)));
 	for (; a; a = a->ai_next) {
 		struct pollfd *l = &listeners[a->ai_family == AF_INET ? 0 : 2];
 
@@ -6861,7 +6883,9 @@ take_names(char **arg)
 		if (!ip.n && name.n > 1 && name.p[name.n - 1] == '.')
 			name.n--;
 		if (!is_name(type, name))
-			usage("no DNS name and no IP address: %", name);
+			usage("no DNS name and no IP address: %%", name,
+			    begins(name, "-") ? S(", options go first") :
+			    NONE);
 		name = text("% %", type, canonical(type, name));
 		if (has_identifier(name))
 			continue;
@@ -7797,6 +7821,8 @@ do_send(char **arg)
 	size_t n, mark = used;
 
 	open_box(arg[0], false);
+	if (!box_read(box_file(1, "request"), &s))
+		die(MISSING, "% is no box: it has no 1.request", str(arg[0]));
 	do {
 		for (n = 0; n < WINDOW && box_read(box_file(next, "request"),
 		    &request[n]); next++) {
@@ -8117,7 +8143,7 @@ prepare(const struct command *c)
 	unsigned long n = busy.limit;
 
 	if (limit && (!number(str(limit), MAX_WAIT, &n) || n == 0))
-		usage("-T takes a number of seconds, not %", str(limit));
+		usage("-T takes 1 to 2592000 seconds, not %", str(limit));
 	busy.limit = (unsigned)n;
 	verbose = opt['v'];
 	family = opt['4'] ? AF_INET : opt['6'] ? AF_INET6 : AF_UNSPEC;
