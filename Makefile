@@ -10,14 +10,15 @@ DOCDIR   = $(PREFIX)/share/doc/acme-step
 # with glibc: --defsym gives its checked functions the plain ones of musl.
 # Nothing unwinds the stack: SCRIPT, which the linker reads from its
 # standard input, drops 12 KB of tables for that.  Nothing relocates it
-# either: musl's static start leaves RELRO alone, which costs a page.  Four
+# either: musl's static start leaves RELRO alone, which costs a page.  Six
 # of GCC's optimizations make the code bigger, though -Oz has them on.
 CC       = musl-gcc
 CFLAGS   = -Oz
 LDFLAGS  = -static -fno-pie -no-pie -Wl,-T,/dev/stdin \
            -Wl,-z,norelro,-z,noseparate-code \
            -fno-inline-functions-called-once -fno-expensive-optimizations \
-           -fno-caller-saves -fno-if-conversion \
+           -fno-caller-saves -fno-if-conversion -fno-jump-tables \
+           -fno-tree-tail-merge \
            -Wl,--defsym=__memcpy_chk=memcpy \
            -Wl,--defsym=__memset_chk=memset \
            -Wl,--defsym=__memmove_chk=memmove

@@ -2164,8 +2164,8 @@ key_read(struct key *k, const char *name)
 			die(BAD, "% is encrypted: decrypt it first",
 			    file_name(name));
 		if (!key_fits(k, block, false))
-			die(BAD, "% holds a malformed key, or one of a size "
-			    "or kind that is not supported", file_name(name));
+			die(BAD, "% holds a malformed key, or one that is "
+			    "not supported", file_name(name));
 		br_skey_decoder_init(&k->decoder);
 		br_skey_decoder_push(&k->decoder, block.p, block.n);
 		if ((fault = key_accept(k)))

@@ -4756,7 +4756,7 @@ published() {
 	[ -e "$2" ] || set -- "$1"
 	[ $(($# - 1)) = "$1" ]
 }
-for signal in INT:130 TERM:143; do
+for signal in INT:130 QUIT:131 TERM:143; do
 	check "SIG${signal%:*} takes down what was published" '
 	    acme-step new-order slow.test slower.test >slow || exit
 	    start=$(date +%s)
@@ -4793,6 +4793,23 @@ check 'rsa4096' '
     openssl pkey -in rsa4096.key.pem -check -noout -text | grep "4096 bit"'
 dies 64 'rsa1024' 'acme-step key -t rsa1024 -o rsa1024.key.pem'
 
+check '-o /dev/stdout is standard output, not the file behind it' '
+    { echo before; acme-step order -o /dev/stdout <s1; echo after; } >>std &&
+    head -n 1 std | grep -x before && tail -n 1 std | grep -x after &&
+    grep -x "status valid" std'
+dies 73 'leads nowhere' 'ln -s nowhere dangling
+    acme-step order -o dangling <s1'
+dies 73 'a reader of fifo' 'mkfifo fifo; acme-step order -T 2 -o fifo <s1'
+check 'a write that fails tells the pipe' '
+    acme-step order -o /dev/full <s1 2>err | cat >piped; cat piped
+    grep "^failed 74 order " piped'
+for step in challenges 'respond -t http-01' deactivate-authz; do
+	dies 65 'no order line' "acme-step $step <account"
+done
+mkdir empty
+dies 66 'empty is no box' 'acme-step send empty'
+dies 73 'nosuch.invalid:8080' '
+    acme-step respond -t http-01 -l nosuch.invalid:8080 <slow'
 check 'a failure leaves the old output' '
     echo old >kept
     acme-step order -o kept </dev/null 2>err
