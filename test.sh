@@ -3028,10 +3028,11 @@ fresh
 : >www/requests
 { cat pending; echo "challenge http-01 dns a.example $ca/chall $token \
 $token.$print"; } >http.rec
-for where in '' x 0 65536 99999999999999999999 127.0.0.1: :x 1.2.3.4.5:80 \
+for where in '' x 0 65536 99999999999999999999 127.0.0.1: :x \
     127.0.0.1:0 '[::1]' '[::1:80'; do
 	dies 64 'HOST:.PORT' "step respond -l '$where' <http.rec"
 done
+dies 73 '1.2.3.4.5:80' 'step respond -l 1.2.3.4.5:80 <http.rec'
 dies 64 'only one of' 'step respond -l 1 -w webroot <http.rec'
 dies 64 'only one of' 'step respond -l 1 -x true <http.rec'
 dies 64 ' -n ' 'step respond -l 1 -n <http.rec'
