@@ -5052,26 +5052,38 @@ fetch_authorizations(void)
 	}
 	if (n == 0)
 		need("order");
+	else
+		need("identifier");
 	acme_batch(p, authorization, n);
 	for (size_t i = 0; i < n; i++)
 		accept_reply(&authorization[i]);
 	return n;
 }
 
-/* Whom an authorization is for, as the order has it. */
+/*
+ * The identifier of an authorization (RFC 8555 7.1.4), with "*." if it is
+ * for a wildcard.  It must be one of the order's: who publishes what a CA
+ * wants for another name gives a right to that name away.
+ */
 static Str
 authorized(const struct reply *r, Str o, Str *type)
 {
 	Str id = must(r, o, "identifier", '{');
-	Str value = must(r, id, "value", '"');
+	Str value = must(r, id, "value", '"'), wildcard;
 	bool wild = json_kind(json_member(o, "wildcard")) == 't';
 
 	*type = must(r, id, "type", '"');
-	value = cat(wild && !begins(value, "*.") ? S("*.") : NONE,
-	    canonical(*type, value));
+	value = canonical(*type, value);
+	wildcard = cat(begins(value, "*.") ? NONE : S("*."), value);
 	if (!is_name(*type, value))
 		broken(r, "is for an impossible name: %", brief(value));
-	return value;
+	if (!wild && has_identifier(text("% %", *type, value)))
+		return value;
+	/* Some CAs leave the member out. */
+	if (!has_identifier(text("% %", *type, wildcard)))
+		broken(r, "is an authorization for another name than the "
+		    "order's: %", brief(wild ? wildcard : value));
+	return wildcard;
 }
 
 /* An authorization without a status is pending, to be of any use. */

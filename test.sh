@@ -2903,6 +2903,65 @@ cp www/POST_authz.2 www/POST_authz.3
 dies 77 'a.example.*nothing' 'step respond -t http-01 -w webroot <pending'
 check 'and nothing stays published' '[ -z "$(ls -A webroot)" ]'
 
+group 'a CA speaks for itself alone'
+
+# auth NAME STATUS CHALLENGES: an authorization for a.example.
+auth() {
+	answer "POST_$1" '200 OK' '{"status":"'"$2"'","identifier":{
+"type":"dns","value":"a.example"},"challenges":['"$3"']}'
+}
+# one TYPE [MEMBERS]: one of its challenges.
+one() {
+	printf '{"type":"%s","url":"%s","token":"%s"%s}' "$1" "$ca/chall" \
+	    "$token" "${2-}"
+}
+# An authorization is for one of the order's names.
+# other_name TYPE VALUE [MEMBER]: the CA says that it is for this one.
+other_name() {
+	answer POST_authz '200 OK' '{"status":"pending","identifier":{
+"type":"'"$1"'","value":"'"$2"'"}'"${3-}"',"challenges":['"$(one http-01)"',
+'"$(one dns-01)"',{"type":"dns-persist-01","url":"'"$ca/chall"'",
+"issuer-domain-names":["ca.example"]}]}'
+}
+cat >asked <<'END'
+#!/bin/sh
+echo "$@" >>asked.for
+END
+chmod 755 asked
+fresh
+answer POST_chall '200 OK' '{"status":"processing","token":"'"$token"'"}'
+answer POST_order '200 OK' "$(order ready)"
+while read -r type value member; do
+	other_name "$type" "$value" "$member"
+	dies 76 'another name' ": $type $value $member; challenges"
+	for kind in http-01 dns-01 dns-persist-01; do
+		dies 76 'another name' ": $type $value $member
+		    step respond -t $kind -x ./asked <pending"
+	done
+	dies 76 'another name' ": $type $value $member
+	    step deactivate-authz <pending"
+done <<END
+dns bank.example
+dns example
+dns b.a.example
+dns a.example ,"wildcard":true
+dns *.a.example
+ip 192.0.2.1
+END
+check 'and no hook was called' '! [ -e asked.for ]'
+other_name dns A.Example
+check 'in any case' 'challenges -t http-01 | grep "http-01 dns a.example"'
+sed 's/^identifier.*/identifier dns *.a.example/' pending >wild
+for member in ',"wildcard":true' ''; do
+	other_name dns a.example "$member"
+	check "a wildcard${member:+, said to be one}" '
+		step challenges -t dns-persist-01 <wild >out && cat out &&
+		grep "dns \*.a.example .*_validation-persist.a.example \
+ca.example; .*policy=wildcard$" out'
+done
+sed '/^identifier/d' pending >nameless
+dies 65 identifier 'step challenges -t http-01 <nameless'
+
 group 'responders: what is said before anything is told'
 
 # answering NAME HOST:PORT RECORD [COMMAND...]: respond -l, until it is
@@ -3766,16 +3825,6 @@ denies() {
 }
 # payload FILE: what the JWS says.
 payload() { part "$1" payload | unb64; }
-# auth NAME STATUS CHALLENGES: an authorization for a.example.
-auth() {
-	answer "POST_$1" '200 OK' '{"status":"'"$2"'","identifier":{
-"type":"dns","value":"a.example"},"challenges":['"$3"']}'
-}
-# one TYPE [MEMBERS]: one of its challenges.
-one() {
-	printf '{"type":"%s","url":"%s","token":"%s"%s}' "$1" "$ca/chall" \
-	    "$token" "${2-}"
-}
 no_body='Content-Length: 0\r\n\r\n'
 error='"error":{"type":"urn:ietf:params:acme:error:connection",
 "detail":"nobody there"}'
