@@ -2965,6 +2965,31 @@ url_read(Str s, struct url *u)
 	return host_port(authority, &u->host, &u->port);
 }
 
+/* Have two URLs the same origin (RFC 6454 4)?  The scheme is https. */
+static bool
+same_origin(Str a, Str b)
+{
+	struct url u, v;
+	unsigned long m, n;
+	Str ip;
+
+	if (!url_read(a, &u) || !url_read(b, &v))
+		return false;
+	ip = ip_bytes(u.host);
+	return (same_word(u.host, v.host) ||
+	    (ip.n && same(ip, ip_bytes(v.host)))) &&
+	    number(u.port, 65535, &m) && number(v.port, 65535, &n) && m == n;
+}
+
+/* The origin of a URL, as it is written there; for messages. */
+static Str
+origin(Str url)
+{
+	struct url u;
+
+	return url_read(url, &u) ? u.origin : url;
+}
+
 static bool
 is_url(Str s)
 {
@@ -4234,6 +4259,7 @@ static const struct keyword {
 } keywords[] = {
 	{ "directory",        is_url,        false },
 	{ "new-nonce",        is_url,        false },
+	{ "origin",           is_url,        true },
 	{ "nonce",            is_nonce,      false },
 	{ "account",          is_url,        false },
 	{ "account-status",   is_word,       false },
@@ -4311,6 +4337,53 @@ drop(const char *word)
 }
 
 /*
+ * Where the CA is: the URL that its directory was read from in this step,
+ * after a redirect, or NONE.  Then new-nonce is known from the record, and
+ * was compared with that URL by the step that wrote it there.
+ */
+static Str directory_url;
+
+static Str
+ca_url(void)
+{
+	return directory_url.n ? directory_url : field("new-nonce");
+}
+
+/* Does an `origin` line, which only the user writes, allow a URL? */
+static bool
+is_allowed(Str url)
+{
+	for each_line(l, "origin")
+		if (same_origin(url, l->value))
+			return true;
+	return false;
+}
+
+/*
+ * Has a URL the CA's origin, or one that the user allows?  What a CA says
+ * binds itself alone: no other CA, where the same key may have an account,
+ * gets a request that this one wanted to be signed.
+ */
+static bool
+is_own(Str url)
+{
+	size_t mark = used;
+	bool own = same_origin(url, ca_url()) || is_allowed(url);
+
+	used = mark;
+	return own;
+}
+
+/* End the step if a URL that the CA gave is not its own. */
+static void
+need_own(Str url)
+{
+	if (!is_own(url))
+		die(BROKEN, "the CA at % names a URL of another origin, %: %",
+		    origin(ca_url()), origin(url), brief(url));
+}
+
+/*
  * Add a line, or set the one that there can be, to what a server said at
  * url: what would break the record is a fault of the server.
  */
@@ -4323,6 +4396,8 @@ put(const char *word, Str value, Str url)
 	if (!k->ok(value))
 		die(BROKEN, "the reply from % has an impossible %: %", url,
 		    str(word), brief(value));
+	if (k->ok == is_url)
+		need_own(value);
 	if (l && !k->many)
 		l->value = value;
 	else
@@ -4351,9 +4426,27 @@ bad_record(const char *file, size_t n, const char *what)
 	die(BAD, "%, line %: %", file_name(file), num(n), str(what));
 }
 
+/* The lines of an account's record (-a) that a step uses. */
+static bool
+is_account_line(Str word)
+{
+	return is(word, "account") || is(word, "directory") ||
+	    is(word, "new-nonce") || is(word, "origin");
+}
+
+/* Has the record this line already? */
+static bool
+has_line(Str word, Str value)
+{
+	for (size_t i = 0; i < nrecord; i++)
+		if (same(record[i].word, word) && same(record[i].value, value))
+			return true;
+	return false;
+}
+
 /*
- * Read a record.  Of an account's (-a) only the lines in `only` count;
- * what the record has already is not changed.
+ * Read a record.  Of an account's (-a) only some lines count, and none may
+ * differ from the record's own.
  */
 static void
 record_read(const char *file, bool account_only)
@@ -4372,17 +4465,16 @@ record_read(const char *file, bool account_only)
 			pass_failure(value);
 		if (!is_b64(word))
 			bad_record(file, n, "no keyword");
-		if (account_only && !is(word, "account") &&
-		    !is(word, "directory") && !is(word, "new-nonce"))
+		if (account_only && !is_account_line(word))
 			continue;
 		if ((k = keyword(word)) && !k->ok(value))
 			bad_record(file, n, "malformed");
 		if (!k) {	/* it passes through as it is */
 			word = all;
 			value = NONE;
+		} else if (account_only && has_line(word, value)) {
+			continue;
 		} else if (!k->many && field(k->word).n) {
-			if (account_only && same(field(k->word), value))
-				continue;
 			bad_record(file, n, account_only ? "not the same as "
 			    "in the record" : "the second of its kind");
 		}
@@ -4680,11 +4772,15 @@ directory(void)
 		*r = fetch("GET", url);
 	}
 	accept_reply(r);
+	directory_url = r->url;
 	directory_body = json_body(r);
 	return directory_body;
 }
 
-/* One of the directory's URLs; NONE where the CA does not offer it. */
+/*
+ * One of the directory's URLs; NONE where the CA does not offer it.  Only
+ * renewalInfo may be elsewhere: its requests are not signed (RFC 9773 4.1).
+ */
 static Str
 endpoint(const char *name)
 {
@@ -4694,6 +4790,8 @@ endpoint(const char *name)
 	if (url.n && !is_url(url))
 		broken(&directory_reply, "has no https URL for %: %",
 		    str(name), brief(url));
+	if (url.n && strcmp(name, "renewalInfo") != 0)
+		need_own(url);
 	return url;
 }
 
@@ -4708,6 +4806,22 @@ need_endpoint(const char *name)
 	if (!url.n)
 		die(REFUSED, "the CA does not offer %", str(name));
 	return url;
+}
+
+/*
+ * A directory may redirect to another CA's.  Orders can then go there, but
+ * nothing that the user has there is changed or ended, unless he names that
+ * CA himself.
+ */
+static void
+refuse_redirected(void)
+{
+	Str url = field("directory");
+
+	if (!same_origin(url, ca_url()) && !is_allowed(ca_url()))
+		die(BROKEN, "the directory % redirects to another origin, %; "
+		    "if that is your CA, name its directory with -d", url,
+		    origin(ca_url()));
 }
 
 /* Nonces that no request has spent (RFC 8555 6.5). */
@@ -4815,7 +4929,8 @@ acme_round(const struct post *p, struct reply *r, size_t *todo, size_t n)
 
 /*
  * The one way to the CA: a batch of requests is signed and sent, a batch
- * of replies comes back, in the same order, whatever their status.  A
+ * of replies comes back, in the same order, whatever their status.  None is
+ * signed unless all are for the CA's own origin.  A
  * nonce that was refused brings a fresh one, and the request goes out
  * again, until the step's time is up (RFC 8555 6.5).
  */
@@ -4824,6 +4939,8 @@ acme_batch(const struct post *p, struct reply *r, size_t n)
 {
 	size_t todo[WINDOW];
 
+	for (size_t i = 0; i < n; i++)
+		need_own(p[i].url);
 	for (size_t first = 0; first < n; first += WINDOW) {
 		size_t m = n - first < WINDOW ? n - first : WINDOW;
 
@@ -5324,7 +5441,11 @@ dns_account_01(const struct reply *r, Str object, Str name,
 	c->name = text("_%.%", base32((Str){ h.p, 10 }), c->name);
 }
 
-/* An issue-value that stays (draft-ietf-acme-dns-persist 3.1). */
+/*
+ * An issue-value that stays (draft-ietf-acme-dns-persist 3.1).  It is a
+ * right for an account at a CA, for good: so the account must be one of the
+ * CA that asks for it, and neither part may end early (RFC 8659 4.2).
+ */
 static void
 dns_persist_01(const struct reply *r, Str object, Str name,
     struct challenge *c)
@@ -5336,8 +5457,14 @@ dns_persist_01(const struct reply *r, Str object, Str name,
 		broken(r, "has a challenge for another account: %",
 		    brief(account));
 	if (!json_each(&list, &none, &issuer) || json_kind(issuer) != '"' ||
-	    !is_name(S("dns"), json_text(issuer)))
-		broken(r, "has a challenge without an issuer's name");
+	    !is_name(S("dns"), json_text(issuer)) ||
+	    begins(json_text(issuer), "*."))
+		broken(r, "has a dns-persist-01 challenge without a valid "
+		    "issuer-domain-names");
+	need_own(field("account"));
+	if (contains(field("account"), S(";")))
+		broken(r, "has a dns-persist-01 challenge, but the account's "
+		    "URL cannot be part of a TXT record: %", field("account"));
 	c->name = text("_validation-persist.%", name);
 	c->content = text("%; accounturi=%%", json_text(issuer),
 	    field("account"),
@@ -5384,6 +5511,7 @@ add_challenge(const struct reply *r, Str o, Str id_type, Str id)
 		if (!is_b64(token) || token.n > TOKEN)
 			broken(r, "has a token that is none: %", brief(token));
 	}
+	need_own(c.url);
 	t->make(r, o, base, &c);
 	put("challenge", text("% % % % % %", c.type, c.id_type, c.id, c.url,
 	    c.name, c.content), r->url);
@@ -7232,8 +7360,10 @@ do_account(char **arg)
 	take_account(&r);
 	change = with(change, "status", opt['D'] ? S("\"deactivated\"") :
 	    NONE);
-	if (change.n)
+	if (change.n) {
+		refuse_redirected();
 		r = acme_post(field("account"), braces(change));
+	}
 	account_store(&r);
 	if (!opt['D'])
 		orders = list_orders(&r);
@@ -7288,6 +7418,7 @@ do_key_change(char **arg)
 	(void)arg;
 	if (is_std(opt['K']))
 		usage("the new key must be in a file: -K FILE");
+	refuse_redirected();
 	key_read(&certificate_key, opt['K']);
 	if (same(public_key(&certificate_key), public_key(signer())))
 		die(BAD, "% is the same key as %", str(opt['K']),
@@ -7353,6 +7484,19 @@ do_new_authz(char **arg)
 	print_record();
 }
 
+/*
+ * See that what is to be deactivated is an authorization: an account has a
+ * status, too, and the same payload would end it (RFC 8555 7.3.6).
+ */
+static void
+need_authorization(const struct reply *r)
+{
+	Str o = json_body(r), type;
+
+	authorized(r, o, &type);
+	must(r, o, "challenges", '[');
+}
+
 /* deactivate-authz (RFC 8555 7.5.2) */
 static void
 do_deactivate_authz(char **arg)
@@ -7364,11 +7508,14 @@ do_deactivate_authz(char **arg)
 	(void)arg;
 	if (!count_lines("authorization") && field("order").n)
 		order_refresh();
+	refuse_redirected();
 	n = fetch_authorizations();
 	for (size_t i = 0; i < n; i++)
-		if (is_usable(&authorization[i]))
+		if (is_usable(&authorization[i])) {
+			need_authorization(&authorization[i]);
 			p[m++] = (struct post){ .url = authorization[i].url,
 			    .payload = S("{\"status\":\"deactivated\"}") };
+		}
 	acme_batch(p, r, m);
 	for (size_t i = 0; i < m; i++)
 		accept_reply(&r[i]);
@@ -7772,6 +7919,9 @@ post_and_print(const char *url, Str payload, bool once)
 
 	if (!is_url(p.url))
 		usage("no https URL: %", p.url);
+	if (!is_own(p.url))
+		usage("% is not a URL of the CA at %", p.url,
+		    origin(ca_url()));
 	acme_batch(&p, &r, 1);
 	accept_reply(&r);
 	print(r.body);
@@ -8146,6 +8296,25 @@ resolve_list(Str s)
 		add_resolved(one);
 }
 
+/*
+ * The `origin` lines of an account's record, for a command that uses no
+ * other line of it; it may be this command that will make the file.
+ */
+static void
+read_origins(const char *file)
+{
+	Str s = is_std(file) ? NONE : read_if_there(file), value;
+
+	for (size_t n = 1; s.n; n++) {
+		value = cut(&s, '\n');
+		if (!is(cut(&value, ' '), "origin"))
+			continue;
+		if (!is_url(value))
+			bad_record(file, n, "malformed");
+		add_line(S("origin"), value);
+	}
+}
+
 /* All that comes before the first request, so that it fails before. */
 static void
 prepare(const struct command *c)
@@ -8169,6 +8338,8 @@ prepare(const struct command *c)
 		record_read(NULL, false);
 	if (needs & RECORDED && account)
 		record_read(account, true);
+	else if (needs & NET && account)
+		read_origins(account);
 	start_clock();
 	if (!is_std(opt['o']))
 		out_open(opt['o'], c->run == do_key);

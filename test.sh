@@ -1859,6 +1859,14 @@ main(void)
 			if (!rfc3339(date(t), &u) || u != t)
 				bad = printf("%lld\n", t);
 		}
+#define ORIGIN(a, b) same_origin(S("https://" a), S("https://" b))
+	if (!ORIGIN("a.b", "A.B:443/x") || !ORIGIN("a:0443?x", "a/") ||
+	    !ORIGIN("[::1]:5", "[0:0::1]:5/a") || ORIGIN("a", "a.") ||
+	    ORIGIN("a", "b") || ORIGIN("a", "a:444") ||
+	    ORIGIN("a:443", "a.b") || ORIGIN("127.0.0.1", "127.0.0.2") ||
+	    ORIGIN("127.0.0.1", "[::1]") || same_origin(S(""), S("")) ||
+	    same_origin(S("http://a"), S("http://a")))
+		bad = puts("origins");
 	if (rfc3339(S("2026-01-01\00000:00:00Z"), &t) ||
 	    rfc3339(S("2026-01-01T00:00:00\00001:00"), &t))
 		bad = puts("a NUL passed for another character");
@@ -2561,10 +2569,13 @@ for code in 301 302 307 308; do
 	check "a redirect, $code" "fresh; redirect $code $ca/dir
 	    step directory -d $ca/old >out && grep $ca/newOrder out"
 done
+# The same server at another port: another origin.
+serve server
+other=https://localhost:$port
+answer GET_dir2 '200 OK' "$(printf %s "$directory" | sed "s|$ca|$other|g")"
 check 'a redirect to another port' '
-	serve server
-	redirect 302 "https://localhost:$port/dir"
-	step directory -d "$ca/old" >out && grep "$ca/newOrder" out'
+	redirect 302 "$other/dir2"
+	step directory -d "$ca/old" >out && grep "$other/newOrder" out'
 dies 76 . 'redirect 302 "http://localhost:$home/dir"
 	step directory -d "$ca/old"'
 dies 76 . 'redirect 302 "$ca/old"; step directory -d "$ca/old"'
@@ -2915,6 +2926,153 @@ one() {
 	printf '{"type":"%s","url":"%s","token":"%s"%s}' "$1" "$ca/chall" \
 	    "$token" "${2-}"
 }
+# strays WORDS CODE...: refused as a broken reply that names both origins,
+# before anything is signed.
+strays() {
+	rm -f www/requests
+	dies 76 "$ca.*$other$1" "$2"
+	check 'and nothing was signed for it' '
+		cat www/requests; not grep -c "POST_victim" www/requests'
+}
+fresh
+for name in newNonce newAccount newOrder newAuthz keyChange revokeCert; do
+	for command in directory 'new-account -y'; do
+		[ "$command$name" != "new-account -y$name" ] ||
+		    case $name in newNonce|newAccount) ;; *) continue ;; esac
+		answer GET_dir '200 OK' "$(printf %s \
+		    "{\"newAuthz\":\"$ca/newAuthz\",${directory#?}" |
+		    sed "s|\"$name\":\"[^\"]*\"|\"$name\":\"$other/victim\"|")"
+		strays /victim ": $name; step $command -d $ca/dir"
+	done
+done
+check 'not even an account was asked for' '
+	not grep -c POST www/requests'
+fresh
+answer POST_newAccount "$created" '{"status":"valid"}' \
+    "Location: $other/victim"
+strays /victim 'step new-account -d "$ca/dir" -y'
+strays /victim 'step account -d "$ca/dir" -D'
+strays /victim 'step new-order -d "$ca/dir" a.example'
+for where in authz order finalize certificate; do
+	fresh
+	answer POST_newOrder "$created" "$(order ready "$(
+		printf '"certificate":"%s"' "$ca/certificate")" |
+	    sed "s|$ca/$where|$other/victim|")" "Location: $(
+	    echo "$ca/order" | sed "s|$ca/$where|$other/victim|")"
+	strays /victim ": $where; new_order"
+done
+fresh
+authz '"type":"http-01","token":"'$token'"'
+sed -i "s|$ca/chall|$other/victim|" www/POST_authz
+sed -i 's/^Content-Length.*/Connection: close\r/' www/POST_authz
+: >www/POST_authz.close
+strays /victim 'challenges'
+strays /victim 'step respond -w webroot <pending'
+fresh
+answer POST_certificate '200 OK' "$(cat server.pem)" \
+    "Link: <$other/victim>;rel=\"alternate\""
+answer POST_order '200 OK' \
+    "$(order valid "\"certificate\":\"$ca/certificate\"")"
+{ sed 's/ready/valid/; s/a.example/localhost/' record
+echo "certificate $ca/certificate"; } >valid
+strays /victim 'step certificate -i nobody <valid'
+answer POST_newAccount '200 OK' \
+    '{"status":"valid","orders":"'"$other/victim"'"}' "Location: $ca/account/1"
+strays /victim 'step account -d "$ca/dir"'
+answer POST_newAccount '200 OK' \
+    '{"status":"valid","orders":"'"$ca/orders"'"}' "Location: $ca/account/1"
+answer POST_orders '200 OK' '[]' "Link: <$other/victim>;rel=\"next\""
+strays /victim 'step account -d "$ca/dir"'
+# Lines that an earlier step let pass, or that a script has changed.
+for word in account order authorization finalize certificate; do
+	{ grep -v -e "^$word" -e '^status' pending
+	echo status pending; echo "$word $other/victim"; } >stray
+	case $word in
+	account)	continue ;;
+	order)		command=order ;;
+	authorization)	command=challenges ;;
+	finalize)	command='finalize -K leaf.key'
+			sed -i 's/^status.*/status ready/' stray ;;
+	certificate)	command=certificate
+			sed -i 's/^status.*/status valid/' stray ;;
+	esac
+	strays /victim "step $command <stray"
+done
+dies 64 "$other.*$ca" 'step get -a account "$other/victim"'
+dies 64 "$other.*$ca" 'echo {} | step post -a account "$other/victim"'
+dies 64 "$ca" 'step get -a account "https://localhost/victim"'
+
+# Only an authorization is deactivated, and only by the CA that was named.
+fresh
+answer POST_authz '200 OK' '{"status":"valid","contact":[]}'
+dies 76 identifier 'step deactivate-authz <record'
+answer POST_authz '200 OK' '{"status":"valid","identifier":
+{"type":"dns","value":"a.example"}}'
+dies 76 challenges 'step deactivate-authz <record'
+auth authz valid "$(one http-01)"
+check 'an authorization is deactivated' '
+	rm -f www/requests
+	step deactivate-authz <record >out && cat out &&
+	is "{\"status\":\"deactivated\"}" \
+	    "part www/body.POST_authz.2 payload | unb64"'
+sed "s|^directory .*|directory $other/dir|" record >via
+dies 76 "$other/dir redirects to another origin, $ca" \
+    'step deactivate-authz <via'
+raw GET_old "HTTP/1.1 302 X\r\nLocation: $other/dir2\r
+Content-Length: 0\r\n\r\n"
+answer GET_dir2 '200 OK' "$(printf %s "$directory" | sed "s|$ca|$other|g")"
+answer POST_newAccount '200 OK' '{"status":"valid"}' \
+    "Location: $other/account/1"
+check 'a redirect: an account can be there' '
+	step new-account -d "$ca/old" >out && cat out &&
+	grep -x "directory $ca/old" out &&
+	grep -x "account $other/account/1" out'
+answer POST_newOrder "$created" "$(order ready | sed "s|$ca|$other|g")" \
+    "Location: $other/order"
+check 'a redirect: and an order, by the record of the account' '
+	step new-order -a out a.example >out2 && cat out2 &&
+	grep -x "order $other/order" out2'
+for option in -D '-m mailto:a@b.example'; do
+	dies 76 "$ca/old redirects to another origin, $other" \
+	    "step account -d '$ca/old' $option"
+done
+dies 76 "$ca/old redirects to another origin, $other" \
+    'step key-change -d "$ca/old" -K leaf.key'
+answer GET_dir2 '200 OK' "$directory"
+dies 76 "$other.*$ca/new" 'step new-account -d "$ca/old"'
+
+# What the user allows, in the account's record.
+fresh
+{ cat account; echo "origin $other"; } >wide
+answer POST_newOrder "$created" "$(order ready |
+    sed "s|$ca/finalize|$other/finalize|")" "Location: $other/order"
+answer POST_order '200 OK' "$(order ready |
+    sed "s|$ca/finalize|$other/finalize|")"
+check 'an origin that the account'\''s record allows' '
+	step new-order -a wide a.example >out && cat out &&
+	grep -x "order $other/order" out &&
+	grep -x "finalize $other/finalize" out &&
+	grep -x "origin $other" out'
+check 'it goes from step to step, once' '
+	step order -a wide <out >out2 && cat out2 &&
+	is 1 "grep -c \"^origin $other\$\" out2"'
+answer GET_dir '200 OK' "$(printf %s "$directory" |
+    sed "s|$ca/newAccount|$other/newAccount|")"
+answer POST_newAccount '200 OK' '{"status":"valid"}' \
+    "Location: $other/account/1"
+check 'new-account reads it, and keeps it' '
+	echo "origin $other" >early
+	step new-account -a early -d "$ca/dir" >out && cat out &&
+	grep -x "account $other/account/1" out && grep -x "origin $other" out'
+dies 65 'early, line 1' 'echo "origin http://x/" >early
+	step new-account -a early -d "$ca/dir"'
+dies 76 "$other" 'step new-account -a none -d "$ca/dir"'
+dies 76 "$other" ': >early; step new-account -a early -d "$ca/dir"'
+fresh
+answer GET_dir '200 OK' "${directory%\}},\"renewalInfo\":\"$other/ari\"}"
+dies 77 "$other/ari.*404" \
+    ': renewalInfo may be elsewhere; step renewal-info -d "$ca/dir" server.pem'
+
 # An authorization is for one of the order's names.
 # other_name TYPE VALUE [MEMBER]: the CA says that it is for this one.
 other_name() {
@@ -2961,6 +3119,28 @@ ca.example; .*policy=wildcard$" out'
 done
 sed '/^identifier/d' pending >nameless
 dies 65 identifier 'step challenges -t http-01 <nameless'
+
+# persist ISSUER ACCOUNT [RECORD]: what a TXT record would say for good.
+fresh
+persist() {
+	authz '"type":"dns-persist-01","issuer-domain-names":["'"$1"'"]'
+	sed "s|^account .*|account $2|" pending >persist.record
+}
+for issuer in 'ca.example; x=y' 'ca.example;' 'ca example' '*.ca.example' ''
+do
+	persist "$issuer" "$ca/account/1"
+	dies 76 issuer-domain-names ": '$issuer'
+	    step challenges <persist.record"
+done
+persist ca.example "$other/account/666666"
+dies 76 "$ca.*$other" 'step challenges <persist.record'
+persist ca.example "$ca/account;policy=wildcard"
+dies 76 'account' 'step challenges <persist.record'
+persist ca.example "$ca/account/1"
+check 'a dns-persist-01 challenge as it should be' '
+	step challenges <persist.record >out && cat out &&
+	grep " _validation-persist.a.example ca.example; \
+accounturi=$ca/account/1$" out'
 
 group 'responders: what is said before anything is told'
 
