@@ -5176,6 +5176,26 @@ check 'orders are listed, over several pages' '
     sed -n "s/^account-order //p" shown | sort | diff made -'
 check 'such a record can be used as an account record' '
     acme-step new-order -a shown shown.test | grep "^order https://"'
+# evil JSON: another CA, the canned one, has this directory.
+evil() {
+	(cd hostile && fresh && answer GET_dir '200 OK' "$1")
+	cat ca.pem hostile/root.pem >both.pem
+}
+for directory in "$(curl -sS --cacert ca.pem "$ACME_DIRECTORY")" \
+    "$(curl -sS --cacert ca.pem "$ACME_DIRECTORY" |
+    sed "s|\"newNonce\": \"[^\"]*|\"newNonce\":\"$ca/newNonce|")"; do
+	dies 76 "$ca.*https://localhost:$pebble" '
+	    evil "$directory"
+	    unset ACME_ACCOUNT
+	    acme-step account -D -C both.pem -d "$ca/dir"'
+done
+dies 76 "redirects to another origin, https://localhost:$pebble" '
+    evil {}; unset ACME_ACCOUNT
+    (cd hostile && raw GET_dir "HTTP/1.1 302 X\r\nLocation: \
+$ACME_DIRECTORY\r\nContent-Length: 0\r\n\r\n")
+    acme-step account -D -C both.pem -d "$ca/dir"'
+check 'no other CA has ended the account' '
+    acme-step account | grep -x "account-status valid"'
 
 group 'key rollover'
 acme-step key -t ec384 -o new.account.key
