@@ -1280,16 +1280,17 @@ der_any(Str *in, int *tag, Str *body, Str *whole)
 	return true;
 }
 
-/* The same for an element of one kind. */
+/* The same for an element of one kind; if it is another, nothing changes. */
 static bool
 der_next(Str *in, int tag, Str *body)
 {
-	Str whole, rest = *in;
+	Str inner, whole, rest = *in;
 	int t;
 
-	if (!der_any(&rest, &t, body, &whole) || t != tag)
+	if (!der_any(&rest, &t, &inner, &whole) || t != tag)
 		return false;
 	*in = rest;
+	*body = inner;
 	return true;
 }
 

@@ -3993,6 +3993,12 @@ check 'but not where the CA has no renewalInfo' '
 	part www/body.POST_newOrder.1 payload | unb64 >payload &&
 	grep identifiers payload && ! grep replaces payload'
 dies 77 renewalInfo 'step renewal-info -d "$ca/dir" named.pem'
+# An authority key identifier of a serial number alone.
+fresh
+meta "\"renewalInfo\":\"$ca/ari\""
+named 2.5.29.35=DER:3003820101 1
+dies 65 'no authority key identifier' \
+    'step renewal-info -d "$ca/dir" named.pem'
 
 group 'what real CAs do (canned replies)'
 
