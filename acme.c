@@ -210,6 +210,8 @@ harmless(Str s)
 	unsigned c = s.p[0], d = n > 1 ? s.p[1] : 0, e = n > 2 ? s.p[2] : 0;
 
 	if (c < 0x20 || c == 0x7f || (c == 0xc2 && d < 0xa0) ||
+	    (c == 0xd8 && d == 0x9c) ||
+	    (c == 0xe2 && d == 0x80 && (e == 0x8e || e == 0x8f)) ||
 	    (c == 0xe2 && d == 0x80 && e >= 0xa8 && e <= 0xae) ||
 	    (c == 0xe2 && d == 0x81 && e >= 0xa6 && e <= 0xa9))
 		return 0;
@@ -656,6 +658,25 @@ static Str
 brief(Str s)
 {
 	return s.n > 200 ? text("%...", (Str){ s.p, 200 }) : s;
+}
+
+/*
+ * A text as a message would show it, for what print() writes: a byte that
+ * is not harmless() becomes "?".
+ */
+static Str
+shown(Str s)
+{
+	unsigned char *p = take(s.n);
+	size_t at = 0;
+
+	while (at < s.n) {
+		size_t good = harmless(from(s, at)), n = good ? good : 1;
+
+		memcpy(p + at, good ? s.p + at : S("?").p, n);
+		at += n;
+	}
+	return (Str){ p, s.n };
 }
 
 /* In lower case, of ASCII alone: names and header fields have no other. */
@@ -3982,7 +4003,7 @@ jws_part(Str body, const char *name)
 
 	for (size_t i = 0; i < s.n; i++)
 		p[i] = s.p[i] < ' ' ? ' ' : s.p[i];
-	return (Str){ p, s.n };
+	return shown((Str){ p, s.n });
 }
 
 /*
@@ -7085,7 +7106,7 @@ static void
 due_answer(const char *file, bool due, Str reason)
 {
 	print(text("%% %\n", due ? S("due: ") : S("not due: "),
-	    file_name(file), reason));
+	    shown(file_name(file)), shown(reason)));
 	if (!due)
 		answer_no();
 	leave(DONE);

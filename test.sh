@@ -1787,6 +1787,15 @@ head -c 300 new.pem >cut.pem
 due 0 'no certificate' cut.pem
 openssl x509 -in new.pem -outform DER -out new.der
 due 1 'not due' new.der a.example b.example
+# a.example, and then ESC [31m and marks of direction in a name.
+a=82:09:61:2e:65:78:61:6d:70:6c:65
+certificate marks.pem '1 day ago' '89 days' "DER:30:1c:$a:82:0f:\
+61:1b:5b:33:31:6d:e2:80:8e:e2:80:8f:d8:9c:62"
+due 0 'names: dns a?.31m????????b$' marks.pem a.example
+due 0 '^due: a?.31m????????b is missing' \
+    '"$(printf "a\033[31m\342\200\216\342\200\217\330\234b")"'
+dies 1 'no a????????b in' \
+    'echo {} | "$acme" json "$(printf "a\342\200\216\342\200\217\330\234b")"'
 check 'due reads standard input' '
     "$acme" due - <new.pem >out; [ $? = 1 ] && grep "standard input" out'
 dies 66 none.pem '"$acme" due -K none.pem new.pem'
@@ -2174,6 +2183,15 @@ check 'post signs what it reads' '
 	is hello "echo \"{\\\"a\\\": [1]}\" | step post -a account $ca/it" &&
 	is "{\"a\": [1]}" "part www/body.POST_it.1 payload | unb64" &&
 	verifies account.key 256 www/body.POST_it.1'
+# The first request is for a nonce.
+check 'a box shows no control characters and marks of direction' '
+	printf "{\n\"a\":\"\302\233\342\200\216\177\"}" >marks
+	for i in 1 2; do
+		step post -B box -a account "$ca/it" <marks
+		[ $? = 75 ] && "$acme" send -C root.pem box || exit
+	done
+	cat box/2.request
+	grep -F "# payload: { \"a\":\"??????\"}" box/2.request'
 dies 65 JSON 'echo "{" | step post -a account "$ca/it"'
 dies 65 . 'step post -a account "$ca/it" </dev/null'
 check 'a new account is signed with its jwk' '
