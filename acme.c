@@ -1201,7 +1201,9 @@ enum {			/* identifier octets (X.690 8.1.2) */
 	VERSION_0 = 0xa0,	/* [0] of RFC 5280 4.1 */
 	ATTRS     = 0xa0,	/* [0] of RFC 2986 4.1 */
 	EC_PUBLIC = 0xa1,	/* [1] of RFC 5915 3 */
-	EXTS      = 0xa3	/* [3] of RFC 5280 4.1 */
+	EXTS      = 0xa3,	/* [3] of RFC 5280 4.1 */
+	PERMITTED = 0xa0,	/* [0] of RFC 5280 4.2.1.10 */
+	EXCLUDED  = 0xa1	/* [1] */
 };
 
 /* An element whose contents are the strings given, one after another. */
@@ -2311,8 +2313,10 @@ sign(const struct key *k, Str s, bool asn1)
 /* What we read of a certificate (RFC 5280 4.1); all point into der. */
 struct cert {
 	Str der, serial, issuer, subject, public_key;
-	Str alt_names;			/* GeneralNames, NONE if absent */
+	Str extensions;			/* Extension, one after another */
+	Str alt_names;			/* GeneralNames, or NONE */
 	Str key_id;			/* authority key identifier, or NONE */
+	bool v3;			/* its version is 3 */
 	bool issues;			/* others: cA of basicConstraints */
 	long long not_before, not_after;
 };
@@ -2397,30 +2401,114 @@ cert_validity(Str s, struct cert *c)
 	    x509_time(tag, body, &c->not_after) && s.n == 0;
 }
 
-/* The three extensions that we use, of the list (RFC 5280 4.2.1). */
+/* The extensions that we use (RFC 5280 4.2.1), by their OIDs' contents. */
+#define ALT_NAMES        S("\x55\x1d\x11")
+#define BASIC            S("\x55\x1d\x13")
+#define NAME_CONSTRAINTS S("\x55\x1d\x1e")
+#define AUTHORITY_KEY_ID S("\x55\x1d\x23")
+#define EXTENDED_USAGE   S("\x55\x1d\x25")
+
+struct extension {
+	Str id, value;
+	bool critical;
+};
+
+/* Take the next extension off a list; false at its end or at a fault. */
+static bool
+next_extension(Str *list, struct extension *e)
+{
+	Str s, critical = NONE;
+
+	if (!der_next(list, SEQUENCE, &s) || !der_next(&s, OID, &e->id))
+		return false;
+	der_next(&s, BOOLEAN, &critical);
+	e->critical = critical.n && critical.p[0];
+	return der_next(&s, OCTETS, &e->value) && s.n == 0;
+}
+
+static bool
+find_extension(const struct cert *c, Str id, struct extension *e)
+{
+	Str list = c->extensions;
+
+	while (next_extension(&list, e))
+		if (same(e->id, id))
+			return true;
+	return false;
+}
+
+/* An extension's sequence: its elements, NONE if absent or malformed. */
+static Str
+extension_list(const struct cert *c, Str id)
+{
+	struct extension e;
+	Str s;
+
+	return find_extension(c, id, &e) && der_next(&e.value, SEQUENCE, &s) &&
+	    e.value.n == 0 ? s : NONE;
+}
+
+/* Does a certificate have an extension twice (RFC 5280 4.2 forbids it)? */
+static bool
+has_twice(const struct cert *c)
+{
+	Str list = c->extensions, rest;
+	struct extension e, other;
+
+	while (next_extension(&list, &e))
+		for (rest = list; next_extension(&rest, &other); )
+			if (same(e.id, other.id))
+				return true;
+	return false;
+}
+
+/* Is it a tag of a GeneralName (RFC 5280 4.2.1.6)? */
+static bool
+is_name_tag(int tag)
+{
+	Str tags = S("\xa0\x81\x82\xa3\xa4\xa5\x86\x87\x88");
+
+	return memchr(tags.p, tag, tags.n) != NULL;
+}
+
+/* Are these GeneralNames, each well-formed, to the end? */
+static bool
+are_names(Str list)
+{
+	Str body, whole;
+	int tag;
+
+	while (list.n > 0)
+		if (!der_any(&list, &tag, &body, &whole) ||
+		    !is_name_tag(tag) ||
+		    (tag == IP_NAME && body.n != 4 && body.n != 16))
+			return false;
+	return true;
+}
+
+/*
+ * Take over what we use of the extensions; false if they are malformed.
+ * A list of names that is malformed, or is not the only one, counts as
+ * absent: nothing can be said of the names that it hides.
+ */
 static bool
 cert_extensions(Str list, struct cert *c)
 {
-	Str ext, id, value, critical, inner;
+	struct extension e;
+	Str s, issues;
 
-	while (list.n > 0) {
-		if (!der_next(&list, SEQUENCE, &ext) ||
-		    !der_next(&ext, OID, &id))
+	c->extensions = list;
+	while (list.n > 0)
+		if (!next_extension(&list, &e))
 			return false;
-		der_next(&ext, BOOLEAN, &critical);
-		if (!der_next(&ext, OCTETS, &value) || ext.n)
-			return false;
-		if (is(id, "\x55\x1d\x11") &&
-		    !der_next(&value, SEQUENCE, &c->alt_names))
-			return false;
-		if (is(id, "\x55\x1d\x13") &&
-		    der_next(&value, SEQUENCE, &inner))
-			c->issues = der_next(&inner, BOOLEAN, &critical) &&
-			    critical.n == 1 && critical.p[0];
-		if (is(id, "\x55\x1d\x23") &&
-		    der_next(&value, SEQUENCE, &inner))
-			der_next(&inner, 0x80, &c->key_id);
-	}
+	s = extension_list(c, ALT_NAMES);
+	if (s.n && are_names(s) && !has_twice(c))
+		c->alt_names = s;
+	s = extension_list(c, BASIC);
+	c->issues = der_next(&s, BOOLEAN, &issues) && issues.n == 1 &&
+	    issues.p[0];
+	s = extension_list(c, AUTHORITY_KEY_ID);
+	der_next(&s, 0x80, &c->key_id);
 	return true;
 }
 
@@ -2435,7 +2523,7 @@ cert_read(Str der, struct cert *c)
 	if (!der_next(&rest, SEQUENCE, &outer) || rest.n ||
 	    !der_next(&outer, SEQUENCE, &s))
 		return false;
-	der_next(&s, VERSION_0, &skip);
+	c->v3 = der_next(&s, VERSION_0, &skip) && same(skip, TWO);
 	if (!der_next(&s, INTEGER, &c->serial) ||
 	    !der_next(&s, SEQUENCE, &skip) ||
 	    !der_any(&s, &tag, &skip, &c->issuer) ||
@@ -2446,7 +2534,8 @@ cert_read(Str der, struct cert *c)
 	while (s.n > 0) {
 		if (!der_any(&s, &tag, &skip, &list))
 			return false;
-		if (tag == EXTS && (!der_next(&skip, SEQUENCE, &list) ||
+		if (tag == EXTS && (c->extensions.n ||
+		    !der_next(&skip, SEQUENCE, &list) || skip.n ||
 		    !cert_extensions(list, c)))
 			return false;
 	}
@@ -2567,6 +2656,7 @@ request_key(Str der, Str *key)
 /* The file of trust anchors; NULL: the two that are built in. */
 static const char *anchor_file;
 static br_x509_trust_anchor anchor[ANCHORS];
+static struct cert anchor_cert[ANCHORS]; /* built in: a subject alone */
 static size_t nanchor;
 
 /* Where systems keep their bundle. */
@@ -2644,13 +2734,14 @@ static const unsigned char isrg_x2[] = {
 };
 
 static void
-add_anchor(Str dn, unsigned flags, const br_x509_pkey *key)
+add_anchor(const struct cert *c, unsigned flags, const br_x509_pkey *key)
 {
 	if (nanchor == ANCHORS)
 		die(FAULT, "more than % trust anchors fit the server's chain",
 		    num(ANCHORS));
+	anchor_cert[nanchor] = *c;
 	anchor[nanchor++] = (br_x509_trust_anchor){
-	    { (unsigned char *)dn.p, dn.n }, flags, *key };
+	    { (unsigned char *)c->subject.p, c->subject.n }, flags, *key };
 }
 
 /* Their names: C=US, O=Internet Security Research Group, CN. */
@@ -2668,9 +2759,11 @@ built_in_anchors(void)
 	    (unsigned char *)"\1\0\1", 3 } } };
 	br_x509_pkey ec = { BR_KEYTYPE_EC, { .ec = {
 	    BR_EC_secp384r1, (unsigned char *)isrg_x2, sizeof isrg_x2 } } };
+	struct cert x1 = { .subject = S(ISRG_NAME "ISRG Root X1") };
+	struct cert x2 = { .subject = S(ISRG_NAME "ISRG Root X2") };
 
-	add_anchor(S(ISRG_NAME "ISRG Root X1"), BR_X509_TA_CA, &rsa);
-	add_anchor(S(ISRG_NAME "ISRG Root X2"), BR_X509_TA_CA, &ec);
+	add_anchor(&x1, BR_X509_TA_CA, &rsa);
+	add_anchor(&x2, BR_X509_TA_CA, &ec);
 }
 
 /*
@@ -2703,15 +2796,18 @@ anchor_key(Str spki, br_x509_pkey *key)
 	return true;
 }
 
-/* A certificate of the bundle becomes an anchor, if its key is usable. */
+/*
+ * A certificate of the bundle becomes an anchor, if its key is usable, and
+ * if it is clear which name constraints it has.
+ */
 static bool
 decode_anchor(const struct cert *c)
 {
 	br_x509_pkey key;
 
-	if (!anchor_key(c->public_key, &key))
+	if (!anchor_key(c->public_key, &key) || has_twice(c))
 		return false;
-	add_anchor(c->subject, c->issues ? BR_X509_TA_CA : 0, &key);
+	add_anchor(c, c->issues ? BR_X509_TA_CA : 0, &key);
 	return true;
 }
 
@@ -2777,9 +2873,9 @@ find_anchors(const char *option)
 
 /*
  * BearSSL's X.509 engine wants its anchors before it sees the chain, and
- * knows DNS names alone.  So this one, around it, first collects the
- * server's chain, then finds the anchors for it, lets BearSSL validate,
- * and looks for the IP address itself.
+ * checks less of it than it should.  So this one, around it, first
+ * collects the server's chain, then finds the anchors for it, lets BearSSL
+ * validate, and applies rules of its own to the path that BearSSL found.
  */
 static struct {
 	const br_x509_class *vtable;
@@ -2789,7 +2885,7 @@ static struct {
 	Str der[CERTS];
 	struct cert cert[CERTS];
 	size_t n, lost;			/* lost: certificates too many or big */
-	bool ok;
+	Str fault;			/* against our own rules, or NONE */
 } chain;
 
 static void
@@ -2798,6 +2894,7 @@ chain_start(const br_x509_class **self, const char *name)
 	(void)self;
 	chain.name = chain.ip.n ? NULL : name;
 	chain.n = chain.lost = 0;
+	chain.fault = NONE;
 }
 
 static void
@@ -2826,13 +2923,18 @@ chain_end_cert(const br_x509_class **self)
 		chain.n++;
 }
 
+/*
+ * Validate the chain by some of the anchors: 0, or BearSSL's error.  *n is
+ * the number of certificates on the path, which ends where an anchor has
+ * issued the last of them, or is the first; the others do not matter.
+ */
 static unsigned
-chain_validate(void)
+chain_validate(br_x509_minimal_context *x, const br_x509_trust_anchor *a,
+    size_t na, size_t *n)
 {
-	br_x509_minimal_context *x = &chain.inner;
 	const br_x509_class **v = &x->vtable;
 
-	br_x509_minimal_init(x, &br_sha256_vtable, anchor, nanchor);
+	br_x509_minimal_init(x, &br_sha256_vtable, a, na);
 	br_x509_minimal_set_rsa(x, br_rsa_i31_pkcs1_vrfy);
 	br_x509_minimal_set_ecdsa(x, curves, br_ecdsa_i31_vrfy_asn1);
 	br_x509_minimal_set_hash(x, br_sha256_ID, &br_sha256_vtable);
@@ -2840,34 +2942,352 @@ chain_validate(void)
 	br_x509_minimal_set_hash(x, br_sha512_ID, &br_sha512_vtable);
 	br_x509_minimal_set_minrsa(x, 2048 / 8);
 	(*v)->start_chain(v, chain.name);
-	for (size_t i = 0; i < chain.n; i++) {
-		(*v)->start_cert(v, (uint32_t)chain.der[i].n);
-		(*v)->append(v, chain.der[i].p, chain.der[i].n);
+	/* There is a key once the path has reached an anchor. */
+	for (*n = 0; *n < chain.n && !(*v)->get_pkey(v, NULL); ++*n) {
+		(*v)->start_cert(v, (uint32_t)chain.der[*n].n);
+		(*v)->append(v, chain.der[*n].p, chain.der[*n].n);
 		(*v)->end_cert(v);
 	}
 	return (*v)->end_chain(v);
+}
+
+/* Labels with single dots between them: no other DNS name ever matches. */
+static bool
+is_labels(Str s)
+{
+	return made_of(s, ALPHA DIGIT "-._") && s.n <= HOSTNAME &&
+	    s.p[0] != '.' && s.p[s.n - 1] != '.' && !contains(s, S(".."));
+}
+
+/* The wildcard of a dNSName is all of its first label (RFC 9525 6.3). */
+static bool
+is_wildcard(Str name)
+{
+	return begins(name, "*.");
+}
+
+static bool
+is_dns_name(Str name)
+{
+	return is_labels(from(name, is_wildcard(name) ? 2 : 0));
+}
+
+static bool
+names_host(Str name, Str host)
+{
+	if (is_wildcard(name) && cut(&host, '.').n)
+		name = from(name, 2);
+	return same_word(name, host);
+}
+
+/* Does the server's certificate have the URL's host name or address? */
+static bool
+has_host(const struct cert *c)
+{
+	Str list = c->alt_names, body, whole;
+	int tag;
+
+	while (der_any(&list, &tag, &body, &whole))
+		if (chain.ip.n ? tag == IP_NAME && same(body, chain.ip) :
+		    tag == DNS_NAME && is_dns_name(body) &&
+		    names_host(body, str(chain.name)))
+			return true;
+	return false;
+}
+
+/*
+ * May a certificate be a TLS server's (RFC 5280 4.2.1.12)?  What a CA's
+ * certificate says so binds those that it issues, as in other TLS clients.
+ */
+static bool
+is_for_servers(const struct cert *c)
+{
+	struct extension e;
+	Str list, id;
+
+	if (!find_extension(c, EXTENDED_USAGE, &e))
+		return true;
+	if (der_next(&e.value, SEQUENCE, &list))
+		while (der_next(&list, OID, &id))
+			if (is(id, "\x2b\x06\x01\x05\x05\x07\x03\x01"))
+				return true;
+	return false;
+}
+
+/*
+ * Name constraints (RFC 5280 4.2.1.10), of DNS names and addresses alone.
+ * A base that begins with a dot is in no standard, but in use: it permits
+ * what is below it, and excludes what is below it and the name itself.
+ */
+struct constraints {
+	Str permitted, excluded;	/* GeneralSubtree, one after another */
+};
+
+static bool
+is_dns_base(Str base)
+{
+	return base.n == 0 || is_labels(from(base, begins(base, ".")));
+}
+
+/* An address and a mask, whose ones come first. */
+static bool
+is_ip_base(Str base)
+{
+	bool end = false;
+
+	for (size_t i = base.n / 2; i < base.n; i++)
+		for (int bit = 0x80; bit; bit >>= 1) {
+			if (base.p[i] & bit && end)
+				return false;
+			end = !(base.p[i] & bit);
+		}
+	return base.n == 8 || base.n == 32;
+}
+
+/* Take the next subtree off a list; false at its end or at a fault. */
+static bool
+next_subtree(Str *list, int *tag, Str *base)
+{
+	Str s, whole;
+
+	return der_next(list, SEQUENCE, &s) &&
+	    der_any(&s, tag, base, &whole) && s.n == 0;
+}
+
+/* Is each subtree of a list well-formed, and of a known kind? */
+static bool
+are_subtrees(Str list)
+{
+	Str base;
+	int tag;
+
+	while (list.n > 0)
+		if (!next_subtree(&list, &tag, &base) || !is_name_tag(tag) ||
+		    (tag == DNS_NAME && !is_dns_base(base)) ||
+		    (tag == IP_NAME && !is_ip_base(base)))
+			return false;
+	return true;
+}
+
+/* A CA's constraints, if it has some; false if they are malformed. */
+static bool
+read_constraints(const struct cert *c, struct constraints *k)
+{
+	struct extension e;
+	Str s;
+
+	*k = (struct constraints){ NONE, NONE };
+	if (!find_extension(c, NAME_CONSTRAINTS, &e))
+		return true;
+	if (!der_next(&e.value, SEQUENCE, &s) || e.value.n)
+		return false;
+	der_next(&s, PERMITTED, &k->permitted);
+	der_next(&s, EXCLUDED, &k->excluded);
+	return s.n == 0 && are_subtrees(k->permitted) &&
+	    are_subtrees(k->excluded);
+}
+
+static bool
+ip_within(Str ip, Str base)
+{
+	if (base.n != 2 * ip.n)
+		return false;
+	for (size_t i = 0; i < ip.n; i++)
+		if ((ip.p[i] ^ base.p[i]) & base.p[ip.n + i])
+			return false;
+	return true;
+}
+
+/* Is all that a dNSName can match within a base? */
+static bool
+dns_within(Str name, Str base)
+{
+	bool below = begins(base, ".");
+	size_t dot;
+
+	base = from(base, below);
+	if (!is_dns_name(name))
+		return false;
+	if (base.n == 0 || base.n >= name.n)
+		return base.n == 0 || (!below && same_word(name, base));
+	dot = name.n - base.n - 1;
+	return name.p[dot] == '.' && same_word(from(name, dot + 1), base);
+}
+
+/* Is anything that a dNSName can match, or may mean, within a base? */
+static bool
+dns_touches(Str name, Str base)
+{
+	Str parent;
+
+	base = parent = from(base, begins(base, "."));
+	cut(&parent, '.');
+	return !is_dns_name(name) || dns_within(name, base) ||
+	    (is_wildcard(name) && same_word(from(name, 2), parent));
+}
+
+/*
+ * Do constraints allow a name: is it in a permitted subtree, if there are
+ * any of its kind, and in none that is excluded (RFC 5280 6.1.3 b and c)?
+ */
+static bool
+allows(const struct constraints *k, int kind, Str name)
+{
+	bool (*within)(Str, Str) = kind == IP_NAME ? ip_within : dns_within;
+	bool (*touches)(Str, Str) = kind == IP_NAME ? ip_within : dns_touches;
+	bool restricted = false, permitted = false;
+	Str list, base;
+	int tag;
+
+	for (list = k->permitted; next_subtree(&list, &tag, &base); )
+		if (tag == kind) {
+			restricted = true;
+			permitted |= within(name, base);
+		}
+	for (list = k->excluded; next_subtree(&list, &tag, &base); )
+		if (tag == kind && touches(name, base))
+			return false;
+	return permitted || !restricted;
+}
+
+/* The first name of a certificate that constraints forbid, or NONE. */
+static Str
+forbidden_name(const struct constraints *k, const struct cert *c)
+{
+	Str list = c->alt_names, rest, body, whole, name;
+	int tag;
+
+	for (rest = list; der_any(&rest, &tag, &body, &whole); list = rest)
+		if ((tag == DNS_NAME || tag == IP_NAME) &&
+		    !allows(k, tag, body) && cert_name(&list, &name))
+			return name;
+	return NONE;
+}
+
+/*
+ * How the first n certificates of the path break the name constraints of
+ * the CA above them, or NONE.  A certificate that a CA issued to itself is
+ * exempt, unless it is the server's (RFC 5280 6.1.3 b and c).
+ */
+static Str
+constraints_fault(const struct cert *ca, size_t n)
+{
+	struct constraints k;
+	Str name;
+
+	if (!read_constraints(ca, &k))
+		return S("a CA in its chain has malformed name constraints");
+	for (size_t i = 0; i < n; i++) {
+		const struct cert *c = &chain.cert[i];
+
+		if (i && same(c->issuer, c->subject))
+			continue;
+		name = forbidden_name(&k, c);
+		if (name.n)
+			return text("its name is outside the name "
+			    "constraints of its CA: %", brief(name));
+	}
+	return NONE;
+}
+
+/* Is the server's certificate a trust anchor, by its name and key? */
+static bool
+is_anchor(const struct cert *c)
+{
+	for (size_t i = 0; i < nanchor; i++)
+		if (same(c->subject, anchor_cert[i].subject) &&
+		    same(c->public_key, anchor_cert[i].public_key))
+			return true;
+	return false;
+}
+
+/*
+ * Has an anchor with name constraints issued the last of the n
+ * certificates?  Others may have its name: BearSSL tells by the signature.
+ */
+static bool
+constrains(size_t i, size_t n)
+{
+	br_x509_minimal_context x;
+	struct extension e;
+
+	return same(anchor_cert[i].subject, chain.cert[n - 1].issuer) &&
+	    find_extension(&anchor_cert[i], NAME_CONSTRAINTS, &e) &&
+	    chain_validate(&x, &anchor[i], 1, &n) == 0;
+}
+
+/* What no certificate of the path may have, or NONE. */
+static Str
+cert_fault(const struct cert *c)
+{
+	struct extension e;
+
+	if (!c->v3)
+		return S("is not X.509 version 3");
+	if (has_twice(c))
+		return S("has an extension twice");
+	if (!c->alt_names.n && find_extension(c, ALT_NAMES, &e))
+		return S("has a malformed subjectAltName");
+	if (!is_for_servers(c))
+		return S("is not for TLS servers (extended key usage)");
+	return NONE;
+}
+
+/* What the server's own certificate may not have, or NONE. */
+static Str
+server_fault(const struct cert *c)
+{
+	if (!c->alt_names.n)
+		return S("its certificate has no subjectAltName");
+	if (!has_host(c))
+		return S("its certificate is for another name");
+	if (c->issues && !is_anchor(c))
+		return S("its certificate is a CA certificate");
+	return NONE;
+}
+
+/* What BearSSL does not check in a path of n certificates, or NONE. */
+static Str
+path_fault(size_t n)
+{
+	Str fault;
+
+	for (size_t i = 0; i < n; i++)
+		if ((fault = cert_fault(&chain.cert[i])).n)
+			return text("% %", i ? S("a CA certificate in its "
+			    "chain") : S("its certificate"), fault);
+	fault = server_fault(&chain.cert[0]);
+	for (size_t i = 1; i < n && !fault.n; i++)
+		fault = constraints_fault(&chain.cert[i], i);
+	for (size_t i = 0; i < nanchor && !fault.n; i++)
+		if (constrains(i, n))
+			fault = constraints_fault(&anchor_cert[i], n);
+	return fault;
 }
 
 static unsigned
 chain_end(const br_x509_class **self)
 {
 	unsigned err;
+	size_t n;
 
 	(void)self;
 	if (chain.lost)
 		return BR_ERR_X509_LIMIT_EXCEEDED;
 	for (size_t i = 0; i < chain.n; i++)
-		if (!cert_read(chain.der[i], &chain.cert[i]))
+		if (!cert_read(chain.der[i], &chain.cert[i])) {
+			chain.fault = S("a certificate in its chain is "
+			    "malformed");
 			return BR_ERR_X509_UNEXPECTED;
+		}
 	nanchor = 0;
 	if (anchor_file)
 		read_anchors(chain.cert, chain.n);
 	else
 		built_in_anchors();
-	err = chain_validate();
-	if (err == 0 && chain.ip.n &&
-	    !cert_names(&chain.cert[0], S("ip"), ip_text(chain.ip)))
-		err = BR_ERR_X509_BAD_SERVER_NAME;
+	err = chain_validate(&chain.inner, anchor, nanchor, &n);
+	if (err == 0 && (chain.fault = path_fault(n)).n)
+		err = BR_ERR_X509_NOT_TRUSTED;
 	return err;
 }
 
@@ -2885,6 +3305,22 @@ static const br_x509_class chain_vtable = {
 	chain_end_cert, chain_end, chain_key
 };
 
+/* Of the critical extensions that BearSSL refuses, one has a remedy. */
+static Str
+critical_fault(void)
+{
+	struct extension e;
+
+	for (size_t i = 1; i < chain.n; i++)
+		if (find_extension(&chain.cert[i], NAME_CONSTRAINTS, &e) &&
+		    e.critical)
+			return S("a CA in its chain has critical name "
+			    "constraints, which are not supported; make that "
+			    "CA a trust anchor (-C)");
+	return S("a certificate in its chain has a critical extension that "
+	    "is not supported");
+}
+
 /* Why a chain did not convince: an expired one may be a wrong clock. */
 static Str
 chain_fault(int err)
@@ -2892,6 +3328,8 @@ chain_fault(int err)
 	long long now = (long long)time(NULL);
 	const struct cert *c = chain.cert, *end = c + chain.n;
 
+	if (chain.fault.n)
+		return chain.fault;
 	switch (err) {
 	case BR_ERR_X509_EXPIRED:
 		while (c < end && now >= c->not_before && now <= c->not_after)
@@ -2911,6 +3349,8 @@ chain_fault(int err)
 		return text("its certificate comes from no authority in % "
 		    "(see -C)",
 		    anchor_file ? str(anchor_file) : S("the built-in roots"));
+	case BR_ERR_X509_CRITICAL_EXTENSION:
+		return critical_fault();
 	case BR_ERR_X509_WEAK_PUBLIC_KEY:
 		return S("its certificate's key is too short");
 	case BR_ERR_X509_LIMIT_EXCEEDED:

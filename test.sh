@@ -1787,10 +1787,19 @@ head -c 300 new.pem >cut.pem
 due 0 'no certificate' cut.pem
 openssl x509 -in new.pem -outform DER -out new.der
 due 1 'not due' new.der a.example b.example
-# a.example, and then ESC [31m and marks of direction in a name.
+# a.example, and then: a name that ends too late; ESC [31m and marks of
+# direction in a name; a second list.
 a=82:09:61:2e:65:78:61:6d:70:6c:65
+certificate late.pem '1 day ago' '89 days' "DER:30:0e:$a:82:05:61"
 certificate marks.pem '1 day ago' '89 days' "DER:30:1c:$a:82:0f:\
 61:1b:5b:33:31:6d:e2:80:8e:e2:80:8f:d8:9c:62"
+certificate lists.pem '1 day ago' '89 days' "DNS:b.example
+2.5.29.99=DER:30:0b:$a"
+openssl x509 -in lists.pem -outform DER | xxd -p | tr -d '\n' |
+    sed s/0603551d63/0603551d11/ | xxd -r -p |
+    openssl x509 -inform DER -out lists.pem
+due 0 'names: dns a.example$' late.pem a.example
+due 0 'names: dns a.example$' lists.pem a.example
 due 0 'names: dns a?.31m????????b$' marks.pem a.example
 due 0 '^due: a?.31m????????b is missing' \
     '"$(printf "a\033[31m\342\200\216\342\200\217\330\234b")"'
@@ -1826,6 +1835,109 @@ equal(Str a, Str b, int line)
 		bad = printf("line %d: %.*s\n", line, (int)a.n, a.p);
 }
 #define IS(a, b) equal(a, S(b), __LINE__)
+/* An address and a mask of so many bits, as a base. */
+static Str
+subnet(const char *address, size_t bits)
+{
+	Str ip = ip_bytes(str(address));
+	unsigned char mask[16] = { 0 };
+
+	for (size_t i = 0; i < bits; i++)
+		mask[i / 8] |= (unsigned char)(0x80 >> i % 8);
+	return cat(NONE, ip, (Str){ mask, ip.n });
+}
+static Str
+subtree(int tag, Str base)
+{
+	return seq(der(tag, base));
+}
+/* What constraints of these bases say of a name: RFC 5280 4.2.1.10. */
+static void
+judge(int line, const char *permitted, const char *excluded, Str name,
+    bool want)
+{
+	struct constraints k = { NONE, NONE };
+
+	if (permitted)
+		k.permitted = subtree(DNS_NAME, str(permitted));
+	if (excluded)
+		k.excluded = subtree(DNS_NAME, str(excluded));
+	if (!are_subtrees(k.permitted) || !are_subtrees(k.excluded) ||
+	    allows(&k, DNS_NAME, name) != want)
+		bad = printf("line %d: %.*s\n", line, (int)name.n, name.p);
+}
+#define ALLOWS(p, x, name) judge(__LINE__, p, x, S(name), true)
+#define FORBIDS(p, x, name) judge(__LINE__, p, x, S(name), false)
+static void
+judge_ip(int line, Str base, const char *address, bool within)
+{
+	struct constraints k = { subtree(IP_NAME, base), NONE };
+	struct constraints x = { NONE, subtree(IP_NAME, base) };
+	Str ip = ip_bytes(str(address));
+
+	if (!are_subtrees(k.permitted) || allows(&k, IP_NAME, ip) != within ||
+	    allows(&x, IP_NAME, ip) == within ||
+	    !allows(&k, DNS_NAME, S("a.example")))
+		bad = printf("line %d: %s\n", line, address);
+}
+static void
+constraints(void)
+{
+	static const char *const odd[] = { ".", "a..b", "a.", "..a", "*.a",
+	    "a b", "\303\244.a" };
+	unsigned char gap[] = { 192, 0, 2, 0, 255, 0, 255, 0 };
+
+	ALLOWS("a.example", NULL, "a.example");
+	ALLOWS("a.example", NULL, "b.a.EXAMPLE");
+	ALLOWS("", NULL, "a.example");
+	ALLOWS("a.example", NULL, "*.a.example");
+	ALLOWS("a.example", "b.a.example", "c.a.example");
+	FORBIDS("a.example", NULL, "ba.example");
+	FORBIDS("a.example", NULL, "example");
+	FORBIDS("a.example", NULL, "*.example");
+	FORBIDS("a.example", NULL, "a.example.");
+	FORBIDS("a.example", NULL, "b..a.example");
+	FORBIDS("a.example", NULL, ".a.example");
+	FORBIDS("a.example", NULL, "b\0.a.example");
+	FORBIDS("a.example", NULL, "\303\244.a.example");
+	FORBIDS("a.example", NULL, "b*.a.example");
+	FORBIDS("a.example", NULL, "");
+	FORBIDS("", NULL, "a.example.");
+	ALLOWS(".a.example", NULL, "b.a.example");
+	FORBIDS(".a.example", NULL, "a.example");
+	FORBIDS(NULL, ".a.example", "a.example");
+	FORBIDS(NULL, ".a.example", "b.a.example");
+	ALLOWS(NULL, "a.example", "b.example");
+	ALLOWS(NULL, "a.example", "ba.example");
+	ALLOWS(NULL, "c.b.a.example", "*.a.example");
+	FORBIDS(NULL, "a.example", "A.example");
+	FORBIDS(NULL, "a.example", "*.a.example");
+	FORBIDS(NULL, "b.a.example", "*.a.example");
+	FORBIDS(NULL, "", "a.example");
+	FORBIDS(NULL, "a.example", "b.example.");
+	FORBIDS(NULL, "a.example", "b\0.example");
+	FORBIDS("a.example", "b.a.example", "c.b.a.example");
+	for (size_t i = 0; i < COUNT(odd); i++)
+		if (are_subtrees(subtree(DNS_NAME, str(odd[i]))))
+			bad = printf("constraint %s\n", odd[i]);
+	judge_ip(__LINE__, subnet("192.0.2.0", 24), "192.0.2.255", true);
+	judge_ip(__LINE__, subnet("192.0.2.9", 24), "192.0.2.255", true);
+	judge_ip(__LINE__, subnet("192.0.2.0", 24), "192.0.3.0", false);
+	judge_ip(__LINE__, subnet("192.0.2.0", 0), "127.0.0.1", true);
+	judge_ip(__LINE__, subnet("192.0.2.1", 32), "192.0.2.1", true);
+	judge_ip(__LINE__, subnet("2001:db8::", 33), "2001:db8:7fff::1", true);
+	judge_ip(__LINE__, subnet("2001:db8::", 33), "2001:db8:8000::", false);
+	judge_ip(__LINE__, subnet("::", 0), "192.0.2.1", false);
+	if (are_subtrees(subtree(IP_NAME, (Str){ gap, 8 })) ||
+	    are_subtrees(subtree(IP_NAME, (Str){ gap, 7 })) ||
+	    are_subtrees(subtree(IP_NAME, (Str){ gap, 4 })) ||
+	    are_subtrees(subtree(IP_NAME, NONE)) ||
+	    are_subtrees(subtree(0xa2, S("a.example"))) ||
+	    are_subtrees(seq(der(DNS_NAME, S("a")), der(0x80, ONE))) ||
+	    are_subtrees(S("\x30\x03\x82\x05" "a")) ||
+	    !are_subtrees(subtree(0x81, S("a.example"))))
+		bad = puts("constraints of other kinds");
+}
 int
 main(void)
 {
@@ -1879,6 +1991,7 @@ main(void)
 	if (rfc3339(S("2026-01-01\00000:00:00Z"), &t) ||
 	    rfc3339(S("2026-01-01T00:00:00\00001:00"), &t))
 		bad = puts("a NUL passed for another character");
+	constraints();
 	return bad != 0;
 }
 END
@@ -1938,7 +2051,7 @@ BDDF08C6 X2:69729B8E15A86EFC177A57AFB7171DFC64ADD28C2FCA8CF1507E34453CCB1470
 	${CC:-cc} -w -I"$src" roots.c -o roots -lbearssl &&
 	${RUN-} ./roots >got &&
 	grep -v "^subject\|ingerprint" want | diff - got'
-check 'base64url, JSON strings, DER and times' \
+check 'base64url, JSON strings, DER, times and name constraints' \
     '${CC:-cc} -w -I"$src" unit.c -o unit -lbearssl &&
     ${RUN-} ./unit'
 [ "$task" != offline ] || finish
@@ -1972,10 +2085,12 @@ issue() {
 	    -cert "$issuer.pem" -keyfile "$issuer.key" -in req.pem \
 	    -out "$subject.pem" -days 30 "$@" 2>/dev/null
 }
-# root NAME
+# root NAME [OPTION...]
 root() {
+	name=$1; shift
 	openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes \
-	    -subj "/CN=$1" -keyout "$1.key" -out "$1.pem" 2>/dev/null
+	    -subj "/CN=$name" -keyout "$name.key" -out "$name.pem" "$@" \
+	    2>/dev/null
 }
 root root
 root stranger
@@ -2276,6 +2391,166 @@ for name in nameless mail; do
 	    step directory -d https://127.0.0.1:$port/dir"
 done
 dies 69 . 'step directory -C stranger.pem -d "$ca/dir"'
+
+# offer CERTIFICATE: a server, in place of the last one that was offered.
+offered=''
+offer() {
+	[ -z "$offered" ] || { kill "$offered"; pids=${pids% *}; }
+	serve "$1"
+	offered=$!
+}
+# accepts NAME [OPTION...], unfit NAME WORDS [OPTION...]: what is offered.
+accepts() {
+	case_of=$1; shift
+	check "accepts $case_of $*" \
+	    "step directory -d https://localhost:$port/dir $*"
+}
+unfit() {
+	case_of=$1 words=$2; shift 2
+	dies 69 "$words" \
+	    ": $case_of; step directory -d https://localhost:$port/dir $*"
+}
+
+# tlv TAG VALUE: an element of DER, in hexadecimal.
+tlv() {
+	len=$((${#2} / 2))
+	if [ $len -lt 128 ]; then
+		printf '%s%02x%s' "$1" $len "$2"
+	else
+		printf '%s82%04x%s' "$1" $len "$2"
+	fi
+}
+# edited NAME SED-SCRIPT: its certificate, by root, with the hexadecimal of
+# what is signed changed, and signed again.
+edited() {
+	openssl x509 -in "$1.pem" -outform DER -out edited.der
+	openssl asn1parse -inform DER -in edited.der -strparse 4 -noout \
+	    -out edited.tbs
+	tbs=$(xxd -p edited.tbs | tr -d '\n' | sed "$2")
+	sig=$(echo "$tbs" | xxd -r -p |
+	    openssl dgst -sha256 -sign root.key | xxd -p | tr -d '\n')
+	tlv 30 "$tbs$(tlv 30 06082a8648ce3d040302)$(tlv 03 "00$sig")" |
+	xxd -r -p | openssl x509 -inform DER -out "$1.pem"
+}
+issuing=basicConstraints=critical,CA:TRUE
+two='1.2.3.4=DER:05:00
+1.2.3.5=DER:05:00'
+issue localhost root keyUsage=digitalSignature
+issue old root "$here"
+edited old s/a003020102/a003020100/
+issue twice root "$here
+$two"
+issue short-address root \
+    subjectAltName=DER:30:10:82:09:6c:6f:63:61:6c:68:6f:73:74:87:03:7f:00:01
+issue client root "$here
+extendedKeyUsage=clientAuth,emailProtection"
+issue any root "$here
+extendedKeyUsage=anyExtendedKeyUsage"
+issue both root "$here
+extendedKeyUsage=clientAuth,serverAuth"
+issue authority root "$here
+$issuing"
+issue mail-ca root "$issuing
+extendedKeyUsage=emailProtection"
+issue tls-ca root "$issuing
+extendedKeyUsage=serverAuth"
+issue twice-ca root "$issuing
+$two"
+for name in twice twice-ca; do
+	edited "$name" s/06032a0305/06032a0304/
+done
+for name in mail-ca tls-ca twice-ca; do
+	issue "by-$name" "$name" "$here"
+	cat "by-$name.pem" "$name.pem" >"by-$name-chain.pem"
+done
+while read -r name words; do
+	offer "$name"
+	case $words in
+	good)	accepts "$name" ;;
+	*)	unfit "$name" "$words" ;;
+	esac
+done <<'END'
+localhost its certificate has no subjectAltName
+old its certificate is not X.509 version 3
+twice its certificate has an extension twice
+short-address its certificate has a malformed subjectAltName
+client its certificate is not for TLS servers
+any its certificate is not for TLS servers
+both good
+authority its certificate is a CA certificate
+by-mail-ca-chain a CA certificate in its chain is not for TLS servers
+by-tls-ca-chain good
+by-twice-ca-chain a CA certificate in its chain has an extension twice
+END
+unfit 'by-twice-ca-chain' 'from no authority' -C twice-ca.pem
+offer self
+accepts 'a self-signed CA certificate' -C self.pem
+offer server
+accepts 'the server certificate itself' -C server.pem
+offer star
+check 'accepts a wildcard' '
+	step directory -H "a.localhost:$port:127.0.0.1" \
+	    -d "https://a.localhost:$port/dir"'
+
+# constrained NAME CONSTRAINTS NAMES: by a CA of its own, under root.
+constrained() {
+	issue "$1-ca" root "$issuing
+nameConstraints=$2"
+	issue "$1" "$1-ca" "subjectAltName=$3"
+	cat "$1.pem" "$1-ca.pem" >"$1-chain.pem"
+	offer "$1-chain"
+}
+# The constraints are those of a CA between, and then of the anchor.
+while read -r name constraints names words; do
+	constrained "$name" "$constraints" "$names"
+	for anchor in root "$name-ca"; do
+		case $words in
+		good)	accepts "$name" -C "$anchor.pem" ;;
+		*)	unfit "$name" "$words" -C "$anchor.pem" ;;
+		esac
+	done
+done <<'END'
+dns-in permitted;DNS:localhost DNS:localhost,DNS:*.localhost good
+dns-out permitted;DNS:a.example DNS:localhost constraints.*: dns localhost
+dns-one-out permitted;DNS:localhost DNS:localhost,DNS:b.example : dns b.example
+dns-excluded excluded;DNS:LocalHost DNS:localhost constraints.*: dns localhost
+dns-wild excluded;DNS:a.localhost DNS:localhost,DNS:*.localhost : dns \*.local
+dns-other excluded;DNS:a.example DNS:localhost,IP:127.0.0.1 good
+ip-in permitted;IP:127.0.0.0/255.0.0.0 DNS:localhost,IP:127.0.0.1 good
+ip-out permitted;IP:192.0.2.0/255.255.255.0 DNS:localhost,IP:127.0.0.1 : ip 127
+ip-excluded excluded;IP:127.0.0.0/255.0.0.0 DNS:localhost,IP:127.0.0.1 : ip 127
+e-mail permitted;email:a.example DNS:localhost good
+mask DER:30:0e:a0:0c:30:0a:87:08:7f:00:00:01:ff:00:ff:00 DNS:localhost malformed
+END
+constrained strict 'critical,permitted;DNS:localhost' DNS:localhost
+unfit strict 'critical name constraints' -C root.pem
+accepts strict -C strict-ca.pem
+constrained strict-out 'critical,permitted;DNS:a.example' DNS:localhost
+unfit strict-out 'outside' -C strict-out-ca.pem
+# What a CA issued to itself is exempt.
+root own -addext 'nameConstraints=permitted;DNS:localhost'
+issue own-again own "$issuing
+subjectAltName=DNS:ca.example" -subj /CN=own
+issue own-other own "$issuing
+subjectAltName=DNS:ca.example"
+for name in again other; do
+	issue "by-own-$name" "own-$name" "$here"
+	cat "by-own-$name.pem" "own-$name.pem" >"by-own-$name-chain.pem"
+done
+offer by-own-again-chain
+accepts by-own-again -C own.pem
+offer by-own-other-chain
+unfit by-own-other 'dns ca.example' -C own.pem
+# Two anchors of one name.
+root twin -addext 'nameConstraints=permitted;DNS:a.example'
+root free-twin -subj /CN=twin
+cat free-twin.pem twin.pem >twins.pem
+issue by-twin twin "$here"
+issue by-free-twin free-twin "$here"
+offer by-twin
+unfit by-twin 'outside' -C twins.pem
+offer by-free-twin
+accepts by-free-twin -C twins.pem
 # One that says, at length, that it is no authority.
 issue no-ca root 'basicConstraints=DER:30:03:01:01:00'
 issue by-no-ca no-ca "$here"
