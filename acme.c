@@ -4882,12 +4882,6 @@ pass_failure(Str value)
 	leave((int)status);
 }
 
-static void
-bad_record(const char *file, size_t n, const char *what)
-{
-	die(BAD, "%, line %: %", file_name(file), num(n), str(what));
-}
-
 /* The lines of an account's record (-a) that a step uses. */
 static bool
 is_account_line(Str word)
@@ -4906,44 +4900,69 @@ has_line(Str word, Str value)
 	return false;
 }
 
+/* Add a line of a record; what is wrong with it, or NULL. */
+static const char *
+take_line(Str all, bool account_only)
+{
+	Str value = all, word = cut(&value, ' ');
+	const struct keyword *k = keyword(word);
+
+	if (!is_line(all))
+		return "a control character";
+	if (!is_b64(word))
+		return "no keyword";
+	if (account_only && !is_account_line(word))
+		return NULL;
+	if (is(word, "end") || is(word, "failed") || (k && !k->ok(value)))
+		return "malformed";
+	if (account_only && has_line(word, value))
+		return NULL;
+	if (!k)			/* it passes through as it is */
+		add_line(all, NONE);
+	else if (k->many || !field(k->word).n)
+		add_line(word, value);
+	else
+		return account_only ? "not the same as in the record" :
+		    "the second of its kind";
+	return NULL;
+}
+
 /*
  * Read a record.  Of an account's (-a) only some lines count, and none may
- * differ from the record's own.
+ * differ from the record's own.  The line "end" tells a
+ * record from the beginning of one, which a step that is killed while it
+ * writes leaves on the pipe; a last line without a newline may be cut too.
  */
 static void
 record_read(const char *file, bool account_only)
 {
-	Str text = read_file(file), all, value, word;
-	const struct keyword *k;
+	Str text = read_file(file), all, value;
+	bool whole = text.n && text.p[text.n - 1] == '\n', ended = false;
+	const char *fault;
 
 	if (text.n == 0)
 		die(BAD, "% is empty", file_name(file));
 	for (size_t n = 1; text.n; n++) {
 		all = value = cut(&text, '\n');
-		if (!is_line(all))
-			bad_record(file, n, "a control character");
-		word = cut(&value, ' ');
-		if (is(word, "failed"))
+		if (is(cut(&value, ' '), "failed") && is_line(all) &&
+		    (text.n || whole || contains(value, S(" "))))
 			pass_failure(value);
-		if (!is_b64(word))
-			bad_record(file, n, "no keyword");
-		if (account_only && !is_account_line(word))
+		if (is(all, "end")) {
+			ended = true;
 			continue;
-		if ((k = keyword(word)) && !k->ok(value))
-			bad_record(file, n, "malformed");
-		if (!k) {	/* it passes through as it is */
-			word = all;
-			value = NONE;
-		} else if (account_only && has_line(word, value)) {
-			continue;
-		} else if (!k->many && field(k->word).n) {
-			bad_record(file, n, account_only ? "not the same as "
-			    "in the record" : "the second of its kind");
 		}
-		add_line(word, value);
+		fault = take_line(all, account_only);
+		if (fault && (text.n || whole || ended))
+			die(BAD, "%, line %: %", file_name(file), num(n),
+			    str(fault));
 	}
+	if (!ended)
+		die(BAD, "% is cut off: it has no 'end' line; run % again",
+		    file_name(file), account_only ? S("new-account") :
+		    S("the step that wrote it"));
 }
 
+/* The record as it is written, but for the line "end". */
 static Str
 record_text(void)
 {
@@ -5488,11 +5507,17 @@ acme_start(void)
 
 /* What this step leaves to the next: the record with a fresh nonce. */
 static void
-print_record(void)
+print_record_and(Str lines)
 {
 	if (nnonce)
 		add_line(S("nonce"), nonce_take());
-	print(record_text());
+	print(cat(NONE, record_text(), lines, S("end\n")));
+}
+
+static void
+print_record(void)
+{
+	print_record_and(NONE);
 }
 
 /* End a question's step whose answer is no; its words are printed. */
@@ -7829,9 +7854,7 @@ do_account(char **arg)
 	account_store(&r);
 	if (!opt['D'])
 		orders = list_orders(&r);
-	if (nnonce)
-		add_line(S("nonce"), nonce_take());
-	print(cat(NONE, record_text(), orders));
+	print_record_and(orders);
 }
 
 /*
@@ -8772,7 +8795,8 @@ read_origins(const char *file)
 		if (!is(cut(&value, ' '), "origin"))
 			continue;
 		if (!is_url(value))
-			bad_record(file, n, "malformed");
+			die(BAD, "%, line %: malformed", file_name(file),
+			    num(n));
 		add_line(S("origin"), value);
 	}
 }

@@ -2189,15 +2189,17 @@ directory $ca/dir
 new-nonce $ca/newNonce
 nonce from_the_record
 account $ca/account/1?x=y
+end
 END
 cat >record <<END
-$(cat account)
+$(sed '$d' account)
 order $ca/order
 status ready
 expires 2030-01-01T00:00:00Z
 identifier dns a.example
 authorization $ca/authz
 finalize $ca/finalize
+end
 END
 step() {
 	command=$1; shift
@@ -4445,7 +4447,7 @@ for type in $types; do
 	answer "POST_$type" "$refusal x" "$(problem "$type" '')"
 	answer "POST_$type.$again" "$created" "$(order ready)" \
 	    "Location: $ca/order"
-	echo "account $ca/account/1" >"of-$type"
+	printf '%s\n' "account $ca/account/1" end >"of-$type"
 	later "$type" "step new-order -v -T 9 -d $ca/$type -a of-$type \
 	    -R ari.pem a.example"
 done
@@ -4872,6 +4874,38 @@ check 'unknown lines pass through' '
 	{ cat record; echo "x-mine  two  words"; echo alone; } >mine
 	order_of mine >out && cat out && grep -qx "x-mine  two  words" out &&
 	grep -qx alone out'
+check 'and what is written ends with end, once' '
+	is end "tail -n 1 out" && is 1 "grep -cx end out"'
+check 'each beginning of a record is refused, and nothing is asked' '
+	rm -f www/requests
+	size=$(wc -c <record)
+	for n in $(seq 1 7 "$size") $(seq $((size - 12)) $((size - 2))); do
+		head -c "$n" record >part
+		order_of part >out 2>err; got=$?
+		[ "$got" = 65 ] && [ ! -s out ] &&
+		grep -q "standard input is cut off: .* run the step" err ||
+			{ echo "the first $n bytes: $got"; cat err; exit 1; }
+	done
+	[ ! -e www/requests ]'
+check 'a record whose last newline alone is missing is whole' '
+	head -c $(($(wc -c <record) - 1)) record >part
+	order_of part >out && grep -qx "status ready" out'
+# The step writes more than a pipe holds, and is killed meanwhile.
+answer POST_order '200 OK' \
+    "{\"status\":\"ready\",\"finalize\":\"$ca/finalize\"}"
+check 'what a step that was killed has passed on is cut off' '
+	{ "$acme" order -C root.pem -k account.key <long-record &
+	echo $! >pid; wait; } |
+	{ dd bs=1 count=1 of=part; kill -9 "$(cat pid)"
+	await not kill -0 "$(cat pid)"; cat >>part; }
+	wc -c part; [ "$(wc -c <part)" -gt 1 ] && grep "^order " part &&
+	not grep -x end part'
+dies 65 'standard input is cut off: it has no .end. line; run the step' \
+    'step respond -w webroot <part'
+dies 65 'part is cut off: it has no .end. line; run new-account again' \
+    'sed "\$d" account >part; step get -a part "$ca/it"'
+dies 65 'line 12: malformed' '{ cat record; echo end of it; } | step order'
+answer POST_order '200 OK' "$(order ready)"
 check 'the nonce of the record is spent' '
 	rm -f www/requests
 	order_of record >out &&
@@ -4947,6 +4981,10 @@ do
 		echo '$failed' | step $command >out 2>err; got=\$?
 		cat out err; [ \$got = 75 ] && [ ! -s out ] && [ ! -s err ]"
 done
+check 'a failure whose message is cut off keeps its status' '
+	printf "failed 75 new-order some wo" | step order >out 2>err
+	[ $? = 75 ] && [ ! -s out ] && [ ! -s err ]'
+dies 65 'cut off' 'printf "failed 7" | step order'
 check 'a failure passes on' '
 	echo "$failed" | step order | cat >out; is "$failed" "cat out"'
 check 'a failure touches no file' '
@@ -5105,7 +5143,7 @@ dies 77 'malformed' '
 group 'the record'
 check 'new-order' '
     acme-step new-order rec.test 127.0.0.1 >rec && cat rec &&
-    not grep -v "^[a-z-]* [!-~]" rec &&
+    not grep -v -e "^[a-z-]* [!-~]" -e "^end$" rec &&
     for word in directory new-nonce nonce account order expires finalize; do
 	[ "$(grep -c "^$word [!-~]*$" rec)" = 1 ] || exit
     done
@@ -5478,6 +5516,8 @@ check 'orders are listed, over several pages' '
     done | sort >made && [ "$(grep -c . made)" = 7 ] &&
     acme-step account >shown && cat shown &&
     sed -n "s/^account-order //p" shown | sort | diff made -'
+check 'the list of orders comes before the end of the record' '
+    is end "tail -n 1 shown" && is 1 "grep -cx end shown"'
 check 'such a record can be used as an account record' '
     acme-step new-order -a shown shown.test | grep "^order https://"'
 # evil JSON: another CA, the canned one, has this directory.
