@@ -370,13 +370,36 @@ doom(void (*end)(const struct doomed *), int n, const void *p)
 	sigprocmask(SIG_SETMASK, &old, NULL);
 }
 
-/* End what was doomed since there were n of it; no signal comes between. */
-static void
-undo(size_t n)
-{
-	sigset_t old;
+/*
+ * What could not be undone.  The warnings wait until signals are open again:
+ * writing them can block, since standard error can be a full pipe.
+ */
+static struct {
+	const char *template;		/* with two gaps */
+	Str a, b;
+} not_undone[COUNT(doomed)];
+static size_t nnot_undone;
 
-	hold_signals(&old);
+static void
+warn_later(const char *template, Str a, Str b)
+{
+	not_undone[nnot_undone].template = template;
+	not_undone[nnot_undone].a = a;
+	not_undone[nnot_undone++].b = b;
+}
+
+static void
+warn_now(void)
+{
+	for (size_t i = 0; i < nnot_undone; i++)
+		say(not_undone[i].template, not_undone[i].a, not_undone[i].b);
+	nnot_undone = 0;
+}
+
+/* End what was doomed since there were n of it; signals are held. */
+static void
+end_doomed(size_t n)
+{
 	while (ndoomed > n) {
 		struct doomed d = doomed[ndoomed - 1];
 
@@ -384,7 +407,18 @@ undo(size_t n)
 		if (d.end)
 			d.end(&d);
 	}
+}
+
+/* The same; no signal comes between. */
+static void
+undo(size_t n)
+{
+	sigset_t old;
+
+	hold_signals(&old);
+	end_doomed(n);
 	sigprocmask(SIG_SETMASK, &old, NULL);
+	warn_now();
 }
 
 /* What was doomed last is as it should be. */
@@ -398,7 +432,7 @@ static void
 remove_file(const struct doomed *d)
 {
 	if (unlinkat(d->n, d->p, 0) != 0 && errno != ENOENT)
-		warn("cannot remove %: %", str(d->p), why());
+		warn_later("cannot remove %: %", str(d->p), why());
 }
 
 static void
@@ -411,37 +445,77 @@ wipe(volatile void *p, size_t n)
 static void leave(int) __attribute__((noreturn));
 static void fail(int, const char *, ...) __attribute__((noreturn));
 
+enum { LAST_WORDS = 3 };	/* seconds that the last messages may take */
+
+/* How far the step is with its end, for on_signal(). */
+enum { NOT_YET, UNDOING, UNDONE };
+static struct {
+	volatile sig_atomic_t part;
+	volatile int status;		/* of the step, once it is UNDONE */
+} over;
+
+/*
+ * Undo what must not stay.  The messages that follow may block: LAST_WORDS
+ * or a signal ends the step then, but not a signal that came before.
+ */
+static void
+finish(int status)
+{
+	sigset_t none;
+
+	hold_signals(NULL);
+	over.part = UNDOING;
+	end_doomed(0);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	over.status = status;
+	over.part = UNDONE;
+	alarm(LAST_WORDS);
+	warn_now();
+}
+
 /* The only way out: nothing half-made and nothing secret stays behind. */
 static void
 leave(int status)
 {
+	if (over.part != UNDONE)
+		finish(status);
 	hold_signals(NULL);
-	undo(0);
 	for (size_t i = 0; i < nsecret; i++)
 		wipe(secret[i].p, secret[i].n);
 	wipe(heap, peak);
 	_exit(status);
 }
 
+static void
+line_message(const char *template, va_list *ap)
+{
+	line_add(foreword);
+	line_fill(template, ap);
+	line_add(afterword);
+	line_end();
+}
+
 /* End the step with a message: what was being done, to what, and why not. */
 #define die(status, ...) \
     (ALL_STR(__VA_ARGS__, NONE), fail(status, __VA_ARGS__))
 
+/* The next step is told first: it reads, and standard error may be stuck. */
 static void
 fail(int status, const char *template, ...)
 {
 	va_list ap;
 
-	hold_signals(NULL);
-	say_begin();
-	do {
+	finish(status);
+	if (tell_begin(status, step)) {
 		va_start(ap, template);
-		line_add(foreword);
-		line_fill(template, &ap);
-		line_add(afterword);
-		line_end();
+		line_message(template, &ap);
 		va_end(ap);
-	} while (line.fd != 1 && tell_begin(status, step));
+	}
+	say_begin();
+	va_start(ap, template);
+	line_message(template, &ap);
+	va_end(ap);
 	leave(status);
 }
 
@@ -472,6 +546,10 @@ on_signal(int sig)
 {
 	unsigned char b[20];
 
+	if (over.part == UNDOING)
+		return;
+	if (over.part == UNDONE)
+		leave(over.status);
 	foreword = NONE;	/* a failure that did not get so far */
 	if (sig == SIGALRM)
 		die(busy.status, "time limit of % s reached while %%",
@@ -1823,6 +1901,7 @@ static void
 print(Str s)
 {
 	tells = tells && out.fd != 1;
+	doing(IO, "writing ", out.file ? out.file : "standard output");
 	if (!write_all(out.fd, s))
 		not_written("write");
 	if (out.temporary)
@@ -4875,6 +4954,7 @@ pass_failure(Str value)
 
 	if (!number(code, 255, &status) || status == 0)
 		die(BAD, "malformed failed line");
+	finish((int)status);
 	if (tell_begin((int)status, name)) {
 		line_add(value);
 		line_end();
@@ -7132,8 +7212,8 @@ hook_take_down(const struct doomed *d)
 			nanosleep(&moment, NULL);
 	}
 	if (status != 0)
-		warn("the hook % could not take down %", str(h->call[1][0]),
-		    str(h->vars[2] + sizeof "ACME_NAME"));
+		warn_later("the hook % could not take down %",
+		    str(h->call[1][0]), str(h->vars[2] + sizeof "ACME_NAME"));
 }
 
 /* Does a hook still run, or is there something of it to read? */

@@ -1044,6 +1044,30 @@ misuse '"$acme" directory -d https://-proxy/'
 misuse '"$acme" directory -d "https://[none]/"'
 check 'a refused command line makes no file' '[ ! -e none.pem ]'
 
+# stuck FD COMMAND...: run it where this descriptor is a full pipe.
+mkfifo full.pipe
+stuck() {
+	(
+		fd=$1; shift
+		exec 7<>full.pipe
+		dd if=/dev/zero of=full.pipe bs=4096 oflag=nonblock 2>dd.err
+		eval "exec sh -c 'echo \$\$ >stuck.pid
+		    exec \"\$@\"' sh \"\$@\" $fd>&7"
+	)
+}
+check 'a step that cannot write its message ends, with its own status' '
+	stuck 2 timeout -s KILL 20 "$acme" nonsense; got=$?
+	echo "$got"; [ "$got" = 64 ] &&
+	{ stuck 2 timeout -s KILL 20 "$acme" thumbprint -k none.pem; got=$?
+	echo "$got"; [ "$got" = 66 ]; }'
+check 'and the next step is told' '
+	stuck 2 timeout -s KILL 20 "$acme" order </dev/null | cat >piped
+	cat piped; grep "^failed 65 order " piped'
+check 'nor does a next step that does not read hold it up' '
+	echo "failed 75 new-order some words" >piped
+	stuck 1 timeout -s KILL 20 "$acme" order <piped; got=$?
+	echo "$got"; [ "$got" = 75 ]'
+
 group 'offline: JSON'
 
 # takes STATUS FORMAT: read a list of texts, one a line, and print those
@@ -3613,6 +3637,33 @@ check 'but what a crash has left, which says the same' '
     step respond -w w <http.rec 2>err; got=$?
     cat err; ! asked 0 && [ $got != 0 ] && ls w | diff /dev/null -'
 
+# milliseconds: since 1970.
+milliseconds() { echo $(($(date +%s%N) / 1000000)); }
+# stuck_respond: start respond -w, as $job and $pid, where standard error
+# is a full pipe, and wait until it has published.
+stuck_respond() {
+	rm -rf w; mkdir w
+	stuck 2 "$acme" respond -C root.pem -k account.key -s 200 -w w \
+	    <http.rec & job=$!
+	await test -e "w/$token" && pid=$(cat stuck.pid)
+}
+# stuck_ends STATUS MAX: it ends so, within so many milliseconds.
+stuck_ends() {
+	start=$(milliseconds)
+	{ sleep 20; kill -KILL "$pid"; } 2>/dev/null & killer=$!
+	wait "$job"
+	got=$? took=$(($(milliseconds) - start))
+	kill "$killer"
+	echo "status $got, after $took ms"
+	[ "$got" = "$1" ] && [ "$took" -lt "$2" ]
+}
+check 'a full pipe at standard error: what was published goes at once' '
+    stuck_respond && kill -TERM "$pid" && await not test -e "w/$token"
+    gone=$?; kill -TERM "$pid"; stuck_ends 143 2500 && [ "$gone" = 0 ]'
+check 'and the step ends without a second signal, also after a warning' '
+    stuck_respond && rm "w/$token" && mkdir "w/$token" &&
+    kill -TERM "$pid"; stuck_ends 143 15000'
+
 group 'responders: HTTP'
 
 http=$(free_port)
@@ -4900,6 +4951,10 @@ check 'what a step that was killed has passed on is cut off' '
 	await not kill -0 "$(cat pid)"; cat >>part; }
 	wc -c part; [ "$(wc -c <part)" -gt 1 ] && grep "^order " part &&
 	not grep -x end part'
+check 'a reader that does not read is waited for until the time limit' '
+	{ step order -T 2 <long-record 2>err; echo $? >status; } | sleep 8
+	cat status err; [ "$(cat status)" = 74 ] &&
+	grep "limit of 2 s reached while writing standard output" err'
 dies 65 'standard input is cut off: it has no .end. line; run the step' \
     'step respond -w webroot <part'
 dies 65 'part is cut off: it has no .end. line; run new-account again' \
