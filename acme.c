@@ -1784,6 +1784,35 @@ create_temporary(int dir, const char **name, mode_t mode)
 	return create(dir, *name, mode);
 }
 
+/*
+ * Give a temporary file its name in dir, unless something has that name:
+ * false and errno, EEXIST then.  link() does both at once.  Where there are
+ * no hard links, what appears between the look and rename() is replaced.
+ * After link() the file has both names.
+ */
+static bool
+name_file(int dir, const char *temporary, const char *name)
+{
+	struct stat st;
+
+	if (linkat(dir, temporary, dir, name, 0) == 0)
+		return true;
+	if (errno == EEXIST)
+		return false;
+	if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) == 0) {
+		errno = EEXIST;
+		return false;
+	}
+	return errno == ENOENT && renameat(dir, temporary, dir, name) == 0;
+}
+
+/* Remove the temporary name, if it is still there; false and errno. */
+static bool
+drop_name(int dir, const char *temporary)
+{
+	return unlinkat(dir, temporary, 0) == 0 || errno == ENOENT;
+}
+
 /* The place that symbolic links show, so that it is replaced, not they. */
 static const char *
 follow(const char *file)
@@ -1816,6 +1845,23 @@ is_output(const struct stat *st)
 
 	return fstat(1, &own) == 0 && own.st_dev == st->st_dev &&
 	    own.st_ino == st->st_ino;
+}
+
+/* The file of a key that did not get its name: its content goes first. */
+static void
+remove_key(const struct doomed *d)
+{
+	static const unsigned char zeros[512];
+	struct stat st;
+	bool gone = fstat(out.fd, &st) == 0 && lseek(out.fd, 0, SEEK_SET) == 0;
+
+	for (off_t n = 0; gone && n < st.st_size; n += (off_t)sizeof zeros)
+		gone = write_all(out.fd, (Str){ zeros, sizeof zeros });
+	fsync(out.fd);
+	if (ftruncate(out.fd, 0) != 0 || !gone)
+		warn_later("cannot overwrite the key in %: %", str(d->p),
+		    why());
+	remove_file(d);
 }
 
 /* Make ready, before the first request, to write the result to a file. */
@@ -1852,6 +1898,8 @@ out_open(const char *file, bool key)
 	out.fd = create_temporary(out.dir, &out.temporary, key ? 0600 : 0666);
 	if (out.fd < 0 || (key && fchmod(out.fd, 0600) != 0))
 		no_place(why());
+	if (key)
+		doomed[ndoomed - 1].end = remove_key;
 	if (old)
 		keep_mode(&st);
 }
@@ -1875,25 +1923,37 @@ sync_file(int fd)
 }
 
 /*
- * Give the temporary file its name.  A key must not replace a file that
- * appeared meanwhile: link() knows; a file system without links cannot.
+ * Give a key its name.  From then on it stays, whatever happens; without
+ * it the key is overwritten and removed.
  */
+static void
+name_key(void)
+{
+	sigset_t old;
+	bool named, alone;
+
+	hold_signals(&old);
+	named = name_file(out.dir, out.temporary, out.base);
+	if (named)
+		spare();
+	alone = named && drop_name(out.dir, out.temporary);
+	sigprocmask(SIG_SETMASK, &old, NULL);
+	if (!named && errno == EEXIST)
+		no_place(S("it exists, and keys are never replaced"));
+	if (!named)
+		not_written("rename");
+	if (!alone)
+		die(IO, "the key is in %, but its temporary name % cannot "
+		    "be removed: %", str(out.file), str(out.temporary),
+		    why());
+}
+
 static void
 out_rename(void)
 {
-	struct stat st;
-
-	if (!out.key || (linkat(out.dir, out.temporary, out.dir, out.base,
-	    0) != 0 && errno != EEXIST && fstatat(out.dir, out.base, &st,
-	    AT_SYMLINK_NOFOLLOW) != 0)) {
-		if (renameat(out.dir, out.temporary, out.dir, out.base) != 0)
-			not_written("rename");
-		spare();
-		return;
-	}
-	if (errno == EEXIST)
-		no_place(S("it exists, and keys are never replaced"));
-	undo(ndoomed - 1);
+	if (renameat(out.dir, out.temporary, out.dir, out.base) != 0)
+		not_written("rename");
+	spare();
 }
 
 /* Write the result, all at once; nothing else ever writes it. */
@@ -1906,11 +1966,15 @@ print(Str s)
 		not_written("write");
 	if (out.temporary)
 		sync_file(out.fd);
-	if (close(out.fd) != 0)
+	/* A key may have to be overwritten yet; NFS writes at any close. */
+	if (close(out.key ? dup(out.fd) : out.fd) != 0)
 		not_written("close");
 	if (!out.temporary)
 		return;
-	out_rename();
+	if (out.key)
+		name_key();
+	else
+		out_rename();
 	sync_file(out.dir);
 }
 

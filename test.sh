@@ -2078,6 +2078,82 @@ BDDF08C6 X2:69729B8E15A86EFC177A57AFB7171DFC64ADD28C2FCA8CF1507E34453CCB1470
 check 'base64url, JSON strings, DER, times and name constraints' \
     '${CC:-cc} -w -I"$src" unit.c -o unit -lbearssl &&
     ${RUN-} ./unit'
+cat >faulty.c <<'END'
+#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE
+#include <sys/stat.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static bool
+fault(const char *name)
+{
+	return getenv("FAULT") && strstr(getenv("FAULT"), name);
+}
+static int
+fail_with(int error)
+{
+	errno = error;
+	return -1;
+}
+/* The file has one more name then, which shows what becomes of it. */
+static int
+faulty_linkat(int a, const char *from, int b, const char *to, int flags)
+{
+	linkat(a, from, AT_FDCWD, "kept", 0);
+	if (fault("appears"))
+		write(openat(b, to, O_WRONLY | O_CREAT | O_EXCL, 0600), "!", 1);
+	return fault("no links") ? fail_with(EPERM) :
+	    linkat(a, from, b, to, flags);
+}
+static int
+faulty_renameat(int a, const char *from, int b, const char *to)
+{
+	return fault("no rename") ? fail_with(EIO) : renameat(a, from, b, to);
+}
+static int
+faulty_unlinkat(int dir, const char *name, int flags)
+{
+	return fault("no unlink") ? fail_with(EACCES) :
+	    unlinkat(dir, name, flags);
+}
+#define linkat faulty_linkat
+#define renameat faulty_renameat
+#define unlinkat faulty_unlinkat
+#include "acme.c"
+END
+check 'the program with system calls that fail' \
+    '${CC:-cc} -w -I"$src" faulty.c -o faulty -lbearssl'
+# faulty FAULTS COMMAND...: with these, in a directory of its own.
+faulty() {
+	rm -rf faults && mkdir faults && cd faults || return
+	FAULT=$1; shift
+	export FAULT
+	${RUN-} ../faulty "$@"
+}
+# no_key FILE...: a key went, overwritten, and there are these files alone.
+no_key() {
+	cd faults && ls -lA && [ ! -s kept ] && rm kept &&
+	ls -A >../left && printf "$1" | diff - ../left
+}
+check 'a key on a file system without hard links' '
+    faulty "no links" key -o key.pem && rm kept && is key.pem "ls -A" &&
+    openssl pkey -in key.pem -noout -check'
+for links in links 'no links'; do
+	dies 73 'key.pem: it exists' "faulty '$links, appears' key -o key.pem"
+	check "where a file of its name appeared the key goes: $links" '
+	    is ! "cat faults/key.pem" && no_key "key.pem\n"'
+done
+dies 74 'cannot rename key.pem' 'faulty "no links, no rename" key -o key.pem'
+check 'and a key that cannot be renamed, too' 'no_key ""'
+dies 74 'the key is in key.pem, but its temporary name .acme-step' \
+    'faulty "no unlink" key -o key.pem'
+check 'the key stays, if it is only its temporary name that stays, too' '
+    cd faults && openssl pkey -in key.pem -noout -check &&
+    cmp key.pem .acme-step.*'
 [ "$task" != offline ] || finish
 
 group 'the canned server'
