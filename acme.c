@@ -43,6 +43,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -1722,6 +1723,13 @@ no_place(Str cause)
 	die(NO_PLACE, "cannot create %: %", str(out.file), cause);
 }
 
+/* -1 and errno if there is none. */
+static int
+open_directory(const char *name)
+{
+	return open(name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
 /* The directory part of a path, and the name in it. */
 static const char *
 split_path(const char *path, const char **base)
@@ -1914,11 +1922,17 @@ not_written(const char *what)
 }
 
 /* Some file systems cannot sync some files; that is no failure of ours. */
+static bool
+synced(int fd)
+{
+	return fsync(fd) == 0 || errno == EINVAL || errno == ENOTSUP ||
+	    errno == EROFS;
+}
+
 static void
 sync_file(int fd)
 {
-	if (fsync(fd) != 0 && errno != EINVAL && errno != ENOTSUP &&
-	    errno != EROFS)
+	if (!synced(fd))
 		not_written("sync");
 }
 
@@ -4570,7 +4584,7 @@ box_write(const char *name, Str s)
 	if (fd < 0)
 		die(NO_PLACE, "cannot create a file in %: %", str(box.name),
 		    why());
-	if (!write_all(fd, s) || fsync(fd) != 0 || close(fd) != 0 ||
+	if (!write_all(fd, s) || !synced(fd) || close(fd) != 0 ||
 	    renameat(box.dir, temporary, box.dir, name) != 0)
 		die(IO, "cannot write % in %: %", str(name), str(box.name),
 		    why());
@@ -5785,9 +5799,11 @@ order_refresh(void)
 
 /* The authorizations of the order, as their last fetch found them. */
 static struct reply authorization[NAMES];
+static size_t nauthorization;
 
+/* Ask for them, whatever the answers. */
 static size_t
-fetch_authorizations(void)
+ask_authorizations(void)
 {
 	static struct post p[NAMES];
 	size_t n = 0;
@@ -5803,6 +5819,15 @@ fetch_authorizations(void)
 	else
 		need("identifier");
 	acme_batch(p, authorization, n);
+	nauthorization = n;
+	return n;
+}
+
+static size_t
+fetch_authorizations(void)
+{
+	size_t n = ask_authorizations();
+
 	for (size_t i = 0; i < n; i++)
 		accept_reply(&authorization[i]);
 	return n;
@@ -6156,14 +6181,14 @@ not_offered(const char *type, Str id, Str others)
 }
 
 /*
- * Add the challenges of all authorizations that are still pending: those
+ * Add the challenges of the authorizations that are still pending: those
  * of a type, or all.  One that failed but is pending, as some CAs leave
  * it, may be answered again; what has come to its end may not.
  */
 static void
-fetch_challenges(const char *type)
+add_challenges(const char *type)
 {
-	size_t n = fetch_authorizations();
+	size_t n = nauthorization;
 	Str seen = failures(n), none, c, id_type;
 
 	for (size_t i = 0; i < n; i++) {
@@ -6231,49 +6256,196 @@ choose_challenges(const char *type)
 		die(FAULT, "more than % challenges", num(NAMES));
 }
 
-/* A file of ours that a crash has left: it says what it is to say. */
-static bool
-already_published(int dir, const char *name, Str content)
+/* Add those that the CA has validated: of a type, or all. */
+static void
+add_validated(const char *type)
 {
-	unsigned char b[TOKEN + 64];
-	int fd = openat(dir, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK |
-	    O_CLOEXEC);
-	ssize_t n = fd < 0 ? -1 : read(fd, b, sizeof b);
+	Str none, c, id_type;
 
+	for (size_t i = 0; i < nauthorization; i++) {
+		const struct reply *r = &authorization[i];
+		Str o = json_body(r), list = want(r, o, "challenges", '[');
+		Str name = authorized(r, o, &id_type);
+
+		while (json_each(&list, &none, &c))
+			if (is(text_of(c, "status"), "valid") &&
+			    (!type || is(text_of(c, "type"), type)))
+				add_challenge(r, c, id_type, name);
+	}
+}
+
+/*
+ * Is a file all that the content is, or its beginning, or empty?  Then it
+ * is one of ours, which a kill or a crash has left.
+ */
+static bool
+is_leftover(int dir, const char *name, Str content)
+{
+	unsigned char b[WORD];
+	struct stat st;
+	ssize_t n = -1;
+	int fd = openat(dir, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK |
+	    O_NOCTTY | O_CLOEXEC);
+
+	if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) &&
+	    st.st_size <= (off_t)content.n)
+		n = read(fd, b, sizeof b);
 	if (fd >= 0)
 		close(fd);
-	if (n < 0 || !same(content, (Str){ b, (size_t)n }))
+	return n >= 0 && n == st.st_size &&
+	    starts(content, (Str){ b, (size_t)n });
+}
+
+/* Give it the name of a challenge, also in place of a leftover. */
+static bool
+name_published(int dir, const char *temporary, const char *name, Str content)
+{
+	if (name_file(dir, temporary, name))
+		return true;
+	if (errno != EEXIST)
 		return false;
-	doom(remove_file, dir, name);
-	return true;
+	if (is_leftover(dir, name, content))
+		return renameat(dir, temporary, dir, name) == 0;
+	errno = EEXIST;
+	return false;
+}
+
+/* One file of respond -w: complete or absent, as all that we write. */
+static void
+publish_file(int dir, const char *dir_name, const struct challenge *c)
+{
+	const char *name = c_str(c->name), *temporary;
+	int fd = create_temporary(dir, &temporary, 0644);
+	sigset_t old;
+	bool named, alone;
+
+	if (fd < 0)
+		die(NO_PLACE, "cannot create % in %: %", c->name,
+		    str(dir_name), why());
+	/* The web server is another user, whatever our umask. */
+	if (fchmod(fd, 0644) != 0 || !write_all(fd, c->content) ||
+	    !synced(fd) || close(fd) != 0)
+		die(IO, "cannot write % in %: %", c->name, str(dir_name),
+		    why());
+	hold_signals(&old);
+	named = name_published(dir, temporary, name, c->content);
+	if (named)
+		doomed[ndoomed - 1].p = name;
+	alone = named && drop_name(dir, temporary);
+	sigprocmask(SIG_SETMASK, &old, NULL);
+	if (!named)
+		die(NO_PLACE, "cannot create % in %: %", c->name,
+		    str(dir_name), why());
+	if (!alone)
+		die(IO, "cannot remove % in %: %", str(temporary),
+		    str(dir_name), why());
 }
 
 /* http-01: a file for each token in DIR, for the web server to show. */
 static void
 publish_files(const char *dir_name)
 {
-	int fd, dir = open(dir_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	int dir = open_directory(dir_name);
 
 	if (dir < 0)
 		die(NO_PLACE, "cannot open the directory %: %", str(dir_name),
 		    why());
 	for each_line(l, "challenge") {
 		struct challenge c = challenge_read(l->value);
-		const char *name = c_str(c.name);
 
-		fd = create(dir, name, 0644);
-		if (fd < 0 && errno == EEXIST &&
-		    already_published(dir, name, c.content))
-			continue;
-		if (fd < 0)
-			die(NO_PLACE, "cannot create % in %: %", c.name,
-			    str(dir_name), why());
-		/* The web server is another user, whatever our umask. */
-		if (fchmod(fd, 0644) != 0 || !write_all(fd, c.content) ||
-		    close(fd) != 0)
-			die(IO, "cannot write % in %: %", c.name,
-			    str(dir_name), why());
+		publish_file(dir, dir_name, &c);
 	}
+}
+
+/* Remove what a run that was killed has left of a challenge, if anything. */
+static void
+remove_leftover(int dir, Str token, Str content)
+{
+	const char *name = c_str(token);
+
+	if (is_leftover(dir, name, content) &&
+	    unlinkat(dir, name, 0) != 0 && errno != ENOENT)
+		warn("cannot remove %: %", token, why());
+}
+
+/* The same for the fetched authorizations, if they are no longer pending. */
+static void
+remove_leftovers(const char *dir_name)
+{
+	int dir = open_directory(dir_name);
+	Str o, list, none, c, token, status;
+
+	for (size_t i = 0; dir >= 0 && i < nauthorization; i++) {
+		const struct reply *r = &authorization[i];
+
+		if (r->status != 200 || !json_read(r->body, &o))
+			continue;
+		status = text_of(o, "status");
+		if (!status.n || is(status, "pending"))
+			continue;
+		list = list_of(o, "challenges");
+		while (json_each(&list, &none, &c)) {
+			token = text_of(c, "token");
+			if (is(text_of(c, "type"), "http-01") &&
+			    is_b64(token) && token.n <= TOKEN)
+				remove_leftover(dir, token,
+				    key_authorization(token));
+		}
+	}
+	close(dir);
+}
+
+/*
+ * Is there a file that only respond -w of this account can have written?
+ * The list is not closed: free() would come with that, see dial_name().
+ */
+static bool
+has_leftover(const char *dir_name)
+{
+	DIR *list = opendir(dir_name);
+	struct dirent *e;
+	struct stat st;
+	bool found = false;
+
+	while (list && !found && (e = readdir(list))) {
+		size_t mark = used;
+		Str name = str(e->d_name), content;
+
+		if (!is_b64(name) || name.n > TOKEN)
+			continue;
+		content = key_authorization(name);
+		found = fstatat(dirfd(list), e->d_name, &st,
+		    AT_SYMLINK_NOFOLLOW) == 0 &&
+		    st.st_size == (off_t)content.n &&
+		    is_leftover(dirfd(list), e->d_name, content);
+		used = mark;
+	}
+	return found;
+}
+
+/*
+ * The order needs no responses any more: remove what a run that was killed
+ * has left in DIR.  Its names are in the record, or else the CA has them,
+ * which is asked only if there is such a file.
+ */
+static void
+clean_up_files(const char *dir_name)
+{
+	int dir = open_directory(dir_name);
+
+	for each_line(l, "challenge") {
+		struct challenge c = challenge_read(l->value);
+
+		if (dir >= 0 && is(c.type, "http-01"))
+			remove_leftover(dir, c.name, c.content);
+	}
+	close(dir);
+	if (count_lines("challenge") || !has_leftover(dir_name))
+		return;
+	if (!count_lines("authorization"))
+		order_refresh();
+	ask_authorizations();
+	remove_leftovers(dir_name);
 }
 
 /*
@@ -7319,6 +7491,18 @@ hook_output(int fd, pid_t pid)
 	return s;
 }
 
+/* Make the calls for a challenge. */
+static void
+hook_make(struct hook *h, const struct challenge *c, Str token)
+{
+	*h = (struct hook){ .nvars = 0 };
+	hook_var(h, "ACME_TYPE", c->type);
+	hook_var(h, "ACME_IDENTIFIER", c->id);
+	hook_var(h, "ACME_NAME", c->name);
+	hook_var(h, "ACME_CONTENT", c->content);
+	hook_style->make(h, c, token);
+}
+
 /*
  * Publish one challenge.  False where the hook declines it, as only some
  * conventions allow.  What it publishes is taken down by leave() or undo().
@@ -7330,12 +7514,7 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 	sigset_t old;
 	pid_t pid;
 
-	*h = (struct hook){ .nvars = 0 };
-	hook_var(h, "ACME_TYPE", c->type);
-	hook_var(h, "ACME_IDENTIFIER", c->id);
-	hook_var(h, "ACME_NAME", c->name);
-	hook_var(h, "ACME_CONTENT", c->content);
-	hook_style->make(h, c, token);
+	hook_make(h, c, token);
 	doing(LATER, "running the hook ", hook_program);
 	if (hook_style->speaks && pipe(fds) != 0)
 		die(FAULT, "cannot make a pipe: %", why());
@@ -7369,9 +7548,26 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 	return false;
 }
 
+/* The token of a challenge in the authorizations that have been fetched. */
+static Str
+known_token(Str url)
+{
+	Str none, c;
+
+	for (size_t i = 0; i < nauthorization; i++) {
+		const struct reply *r = &authorization[i];
+		Str list = list_of(json_body(r), "challenges");
+
+		while (json_each(&list, &none, &c))
+			if (same(absolute(r->url, text_of(c, "url")), url))
+				return text_of(c, "token");
+	}
+	return NONE;
+}
+
 /*
- * The token of a challenge, which its line has only for http-01; the CA
- * tells it again.
+ * The token of a challenge, which its line has only for http-01: from its
+ * authorization, if this step has fetched that, or else from the CA.
  */
 static Str
 fetch_token(const struct challenge *c)
@@ -7381,6 +7577,9 @@ fetch_token(const struct challenge *c)
 
 	if (is(c->type, "http-01") || !hook_style->token)
 		return c->name;
+	token = known_token(c->url);
+	if (token.n)
+		return token;
 	r = acme_post(c->url, NONE);
 	token = want(&r, json_body(&r), "token", '"');
 	if (token.n && !is_b64(token))
@@ -7425,6 +7624,35 @@ publish_by_hooks(void)
 			    "%", str(hook_program),
 			    challenge_read(l->value).id);
 	drop("");
+}
+
+/*
+ * The order became ready after its record was written: an earlier run has
+ * responded.  It may have been killed: call the hooks to take down what it
+ * may have left.
+ */
+static void
+clean_up_by_hooks(const char *type)
+{
+	size_t before = ndoomed;
+	struct hook *h = hooks;
+
+	add_validated(type);
+	for each_line(l, "challenge") {
+		struct challenge c = challenge_read(l->value);
+
+		if (h == hooks + NAMES)
+			die(FAULT, "more than % challenges", num(NAMES));
+		if (hook_style->make == lego_hook && !begins(c.type, "dns-"))
+			continue;
+		hook_make(h, &c, fetch_token(&c));
+		if (hook_style->speaks)
+			hook_var(h, "CERTBOT_AUTH_OUTPUT", NONE);
+		doom(hook_take_down, 0, h++);
+	}
+	validated = true;
+	undo(before);
+	drop("challenge");
 }
 
 /* --------------------------------------------------- 23. Finalization -- */
@@ -8281,7 +8509,8 @@ do_challenges(char **arg)
 		return;
 	}
 	drop("challenge");
-	fetch_challenges(opt['t']);
+	fetch_authorizations();
+	add_challenges(opt['t']);
 	print_record();
 }
 
@@ -8317,19 +8546,32 @@ respond_type(void)
 	return type;
 }
 
-/* Find the challenges to answer, one for each name but where a hook may
- * decline some. */
+/*
+ * Find the challenges to answer: one for each name, unless a hook may
+ * decline some.  A name that is no longer pending has none, but a run that
+ * was killed may have left something of it.
+ */
 static void
 find_challenges(const char *type)
 {
-	if (!count_lines("challenge"))
-		fetch_challenges(type);
+	bool fetch = !count_lines("challenge");
+	bool pending = order_status() == PENDING;
+
+	if (fetch) {
+		fetch_authorizations();
+		if (opt['w'])
+			remove_leftovers(opt['w']);
+		add_challenges(type);
+	}
 	if (type || !hook_style || !hook_style->declines)
 		choose_challenges(type);
 	if (!count_lines("challenge") && field("order").n)
 		order_refresh();
 	if (!count_lines("challenge") && order_status() == PENDING)
 		die(REFUSED, "the CA offers no challenge that we know");
+	if (fetch && pending && opt['x'] && !count_lines("challenge") &&
+	    order_status() != INVALID)
+		clean_up_by_hooks(type);
 }
 
 /*
@@ -8353,6 +8595,8 @@ do_respond(char **arg)
 	if (opt['x'])
 		choose_hook(opt['x']);
 	if (order_status() & (READY | VALID)) {
+		if (opt['w'])
+			clean_up_files(opt['w']);
 		print_record();
 		return;
 	}

@@ -3697,7 +3697,7 @@ check 'an order that is ready passes, whatever was to be published' '
 
 group 'responders: -w'
 for kind in 'ln -s ../account.key' 'echo x >' 'mkdir' 'mkfifo' \
-    'ln -s nowhere'; do
+    'ln -s nowhere' 'ln -s /dev/null' 'printf %sx "$token.$print" >'; do
 	check "it leaves what is there as it is: $kind" '
 	    rm -rf w; mkdir w
 	    (cd w && eval "$kind $token") && ls -l w >before
@@ -3711,7 +3711,82 @@ check 'but what a crash has left, which says the same' '
     rm -rf w; mkdir w
     printf %s "$token.$print" >"w/$token"
     step respond -w w <http.rec 2>err; got=$?
-    cat err; ! asked 0 && [ $got != 0 ] && ls w | diff /dev/null -'
+    cat err; ! asked 0 && [ $got != 0 ] && ls -A w | diff /dev/null -'
+
+fresh
+answer POST_plain '200 OK' '{"type":"http-01","status":"processing"}'
+answer POST_order '200 OK' "$(order ready)"
+# authorized NAME MEMBERS: an authorization with one challenge of these.
+authorized() {
+	answer "POST_$1" '200 OK' '{"status":"'"$2"'","identifier":{"type":
+"dns","value":"'"$3"'"},"challenges":[{"type":"http-01","status":"'"$4"'",
+"url":"'"$ca/chall"'","token":"'"$5"'"}]}'
+}
+# What the CA is told, and what it finds then.
+runs POST_chall 'rm -f seen; cp -p ../w/* seen; ls -A ../w >names
+    cat POST_plain'
+for left in '' "$(printf %s "$token.$print" | head -c 60)" "$token.$print"
+do
+	check "but a leftover is taken over: '$left'" '
+	    rm -rf w; mkdir w; (umask 077; printf %s "$left" >"w/$token")
+	    step respond -w w <http.rec >out; got=$?
+	    cat out; ls -l www/seen; [ $got = 0 ] &&
+	    grep -x "status ready" out && is "$token.$print" "cat www/seen" &&
+	    is 644 "stat -c %a www/seen" && is "$token" "cat www/names" &&
+	    ls -A w | diff /dev/null -'
+done
+# killed RECORD: a run that is killed as soon as it has told the CA.
+killed() {
+	runs POST_chall 'kill -9 "$(cat ../killed.pid)"'
+	rm -rf w; mkdir w
+	sh -c 'echo $$ >killed.pid; exec "$@"' sh "$acme" respond \
+	    -C root.pem -k account.key -w w <"$1" >out
+	[ $? = 137 ] && is "$token.$print" "cat w/$token" &&
+	rm -f www/requests
+}
+# cleaned RECORD: the same command, when nothing is pending any more.
+cleaned() {
+	step respond -w w <"$1" >out; got=$?
+	cat out; ls -lA w; cat www/requests
+	[ $got = 0 ] && grep -x "status ready" out && [ -z "$(ls -A w)" ]
+}
+# The other file is of another order, which may be pending yet.
+authorized authz pending a.example pending "$token"
+check 'after a kill the same command cleans up: the order is ready' '
+    killed pending && authorized authz valid a.example valid "$token" &&
+    cleaned pending && not asked 1'
+check 'so it does where the record says so, and names the challenges' '
+    { cat record; grep ^challenge http.rec; } >named.rec
+    killed http.rec && cleaned named.rec && [ ! -e www/requests ] &&
+    printf %s "$token" >"w/$token" && cleaned named.rec'
+check 'and where the record says so alone' '
+    killed http.rec && authorized authz valid a.example valid "$token" &&
+    cleaned record'
+check 'it asks for nothing where there is nothing' '
+    rm -f www/requests; echo x >w/x; : >w/y; step respond -w w <record |
+    diff record - && [ ! -e www/requests ] && [ -e w/x ] && [ -e w/y ]'
+check 'it leaves what is of another order, or says something else' '
+    rm -rf w; mkdir w
+    printf %s "other.$print" >w/other; printf %s "$token.x" >"w/$token"
+    step respond -w w <record >out && cat out && ls w &&
+    [ -e w/other ] && [ -e "w/$token" ]'
+check 'one name is valid, the other pending' '
+    { cat pending; echo "authorization $ca/authz2"
+    echo "identifier dns b.example"; } >two.names
+    rm -rf w www/requests; mkdir w; printf %s "$token.$print" >"w/$token"
+    authorized authz2 pending b.example pending "of-b"
+    runs POST_chall "ls -A ../w >names; cat POST_plain"
+    answer POST_order "200 OK" "{\"status\":\"ready\"}"
+    cleaned two.names; got=$?
+    answer POST_order "200 OK" "$(order ready)"
+    [ $got = 0 ] && asked 1 && is of-b "cat www/names"'
+authorized authz invalid a.example invalid "$token"
+check 'an order that has failed meanwhile' '
+    rm -rf w; mkdir w; printf %s "$token.$print" >"w/$token"
+    step respond -w w <pending 2>err; got=$?
+    cat err; [ $got = 77 ] && [ -z "$(ls -A w)" ]'
+fresh
+: >www/requests
 
 # milliseconds: since 1970.
 milliseconds() { echo $(($(date +%s%N) / 1000000)); }
@@ -4156,6 +4231,32 @@ check 'certbot' '
     hooked certbot:./hook,./undo http.rec >out &&
     grep -x "CERTBOT_TOKEN=$token" found &&
     [ "$(grep -cx "CERTBOT_VALIDATION=$d" found)" = 2 ]'
+# validated TYPE: the CA has, after the record was written.
+validated() {
+	rm -f www/requests
+	answer POST_authz '200 OK' '{"status":"valid","identifier":{"type":
+"dns","value":"a.example"},"challenges":[{"type":"'"$1"'","status":"valid",
+"url":"'"$ca/chall"'","token":"'"$token"'"},{"type":"dns-02","status":"valid",
+"url":"'"$ca/x"'"}]}'
+}
+validated dns-01
+check 'after a kill the same command takes down, if the order is ready' '
+    hooked ./hook pending -t dns-01 >out && grep -x "status ready" out &&
+    not grep ^challenge out &&
+    called "[clean_challenge] [a.example] [$token] [$digest]" && asked 0 &&
+    hooked ./hook pending >out &&
+    called "[clean_challenge] [a.example] [$token] [$digest]" &&
+    hooked uacme:./hook pending >out &&
+    called "[done] [dns-01] [a.example] [$token] [$digest]" &&
+    hooked certbot:./hook,./undo pending -t dns-01 >out &&
+    is undo "cat calls" && grep -x "CERTBOT_VALIDATION=$digest" found &&
+    hooked lego:./hook pending -t dns-01 >out && called \
+	"[cleanup] [_acme-challenge.a.example.] [$digest]"'
+check 'but not what was never published' '
+    hooked ./hook pending -t http-01 >out && grep -x "status ready" out &&
+    [ ! -e calls ] && validated http-01 &&
+    hooked lego:./hook pending >out && [ ! -e calls ] &&
+    hooked ./hook record -t http-01 | diff record - && [ ! -e calls ]'
 answer POST_chall.9 '403 Forbidden' "$(problem unauthorized)"
 check 'uacme is told when it failed' '
     rm -f www/POST_chall; answer POST_chall "403 Forbidden" "{}"
@@ -4213,7 +4314,7 @@ check 'a hook of uacme'\''s declines one challenge, and takes another' '
 FAIL='exit 1'
 dies 77 'the hook ./hook declines all challenges for a.example' \
     'hooked uacme:./hook http.rec 2>all; got=$?; tail -n 1 all >&2; exit $got'
-FAIL='head -c 9000 /dev/zero | tr "\0" x'
+FAIL='head -c 9000 /dev/zero | tr "\0" x; echo'
 dies 70 'prints more than 4096 bytes' \
     'hooked certbot:./hook,./undo http.rec 2>all; got=$?
     grep respond all >&2; exit $got'
@@ -5471,6 +5572,23 @@ for signal in INT:130 QUIT:131 TERM:143; do
 	    [ $got = "${signal#*:}" ] && published 0 &&
 	    [ $(($(date +%s) - start)) -lt 15 ]'
 done
+check 'after SIGKILL the same command goes on, and cleans up' '
+    acme-step new-order -o killed killed.test || exit
+    acme-step respond -w "$www" -s 40 <killed & pid=$!
+    await published 1; kill -KILL $pid; wait $pid
+    published 1 && acme-step respond -w "$www" <killed >out &&
+    grep -x "status ready" out && published 0'
+check 'also if the order has become ready meanwhile' '
+    acme-step new-order -o killed killed2.test &&
+    acme-step challenges -t http-01 <killed >told || exit
+    acme-step respond -w "$www" -s 40 <killed & pid=$!
+    await published 1; kill -KILL $pid; wait $pid
+    published 1 && acme-step respond -n <told >out &&
+    acme-step order -W <killed >ready && published 1 &&
+    acme-step respond -w "$www" <killed >out &&
+    grep -x "status ready" out && published 0 &&
+    acme-step finalize -K one.key.pem -o killed.pem <out &&
+    issued one.key.pem killed.pem DNS:killed2.test'
 check 'the web server may read what we publish' '
     umask 077
     acme-step respond -t http-01 -w "$www" -s 30 <slow & pid=$!
