@@ -1821,25 +1821,51 @@ drop_name(int dir, const char *temporary)
 	return unlinkat(dir, temporary, 0) == 0 || errno == ENOENT;
 }
 
-/* The place that symbolic links show, so that it is replaced, not they. */
-static const char *
-follow(const char *file)
+/*
+ * In a sticky directory that others can write, such as /tmp, what belongs
+ * neither to us nor to the directory's owner may be there to divert our
+ * output.  It is refused, as Linux can do it by itself for what it opens.
+ */
+static void
+not_of_others(const char *file, const struct stat *st)
 {
 	const char *base;
+	struct stat dir;
 
-	for (int i = 0; i < 40; i++) {
+	if (st->st_uid == geteuid() || stat(split_path(file, &base), &dir) ||
+	    st->st_uid == dir.st_uid || !(dir.st_mode & S_ISVTX) ||
+	    !(dir.st_mode & (S_IWGRP | S_IWOTH)))
+		return;
+	no_place(text("% belongs to another user, in a directory that others "
+	    "can write", str(file)));
+}
+
+/*
+ * The place that symbolic links show, so that it is replaced, not they;
+ * *st is what lstat() says of it.  It is a link only if the link shows
+ * what has no path, as those in /proc/self/fd can.
+ */
+static const char *
+follow(const char *file, struct stat *st)
+{
+	const char *base, *next;
+
+	for (int i = 0; i < 40; i++, file = next) {
 		char *to = (char *)take(PATH_MAX);
-		ssize_t n = readlink(file, to, PATH_MAX - 1);
+		ssize_t n;
 
-		if (n < 0 && errno == EINVAL)
+		if (lstat(file, st) != 0)
+			break;
+		not_of_others(file, st);
+		if (!S_ISLNK(st->st_mode))
 			return file;
-		if (n < 0)
+		if ((n = readlink(file, to, PATH_MAX - 1)) < 0)
 			no_place(why());
 		to[n] = 0;
-		file = to[0] == '/' ? to :
+		next = to[0] == '/' ? to :
 		    c_str(text("%/%", str(split_path(file, &base)), str(to)));
-		if (access(file, F_OK) != 0)
-			break;
+		if (access(next, F_OK) != 0 && access(file, F_OK) == 0)
+			return file;
 	}
 	no_place(S("it is a symbolic link that leads nowhere"));
 	return file;
@@ -1886,16 +1912,15 @@ out_open(const char *file, bool key)
 		no_place(S("it exists, and keys are never replaced"));
 	if (old && stat(file, &st) == 0 && is_output(&st))
 		return;
-	if (old && stat(file, &st) == 0 && !S_ISREG(st.st_mode)) {
+	if (old)
+		file = follow(file, &st);
+	if (old && !S_ISREG(st.st_mode)) {
 		doing(NO_PLACE, "waiting for a reader of ", file);
-		out.fd = open(file, O_WRONLY | O_NOCTTY | O_CLOEXEC);
+		out.fd = open(file, O_WRONLY | O_NOCTTY | O_CLOEXEC |
+		    (S_ISLNK(st.st_mode) ? 0 : O_NOFOLLOW));
 		if (out.fd < 0)
 			no_place(why());
 		return;
-	}
-	if (old) {
-		file = follow(file);
-		old = stat(file, &st) == 0;
 	}
 	out.dir = open(split_path(file, &out.base),
 	    O_RDONLY | O_DIRECTORY | O_CLOEXEC);
