@@ -1824,7 +1824,7 @@ drop_name(int dir, const char *temporary)
 /*
  * In a sticky directory that others can write, such as /tmp, what belongs
  * neither to us nor to the directory's owner may be there to divert our
- * output.  It is refused, as Linux can do it by itself for what it opens.
+ * output.  It is refused, as Linux can refuse what a path leads through.
  */
 static void
 not_of_others(const char *file, const struct stat *st)
@@ -1841,9 +1841,9 @@ not_of_others(const char *file, const struct stat *st)
 }
 
 /*
- * The place that symbolic links show, so that it is replaced, not they;
- * *st is what lstat() says of it.  It is a link only if the link shows
- * what has no path, as those in /proc/self/fd can.
+ * The file that symbolic links lead to, so that it is replaced and not
+ * they; *st is what lstat() reports of it.  It is still a link if that
+ * leads to something without a path, as those in /proc/self/fd can.
  */
 static const char *
 follow(const char *file, struct stat *st)
@@ -1881,7 +1881,7 @@ is_output(const struct stat *st)
 	    own.st_ino == st->st_ino;
 }
 
-/* The file of a key that did not get its name: its content goes first. */
+/* Remove a key that did not get its name, once it is overwritten. */
 static void
 remove_key(const struct doomed *d)
 {
@@ -5826,7 +5826,7 @@ order_refresh(void)
 static struct reply authorization[NAMES];
 static size_t nauthorization;
 
-/* Ask for them, whatever the answers. */
+/* Fetch them, whatever the status of the replies. */
 static size_t
 ask_authorizations(void)
 {
@@ -6300,7 +6300,7 @@ add_validated(const char *type)
 }
 
 /*
- * Is a file all that the content is, or its beginning, or empty?  Then it
+ * Does a file hold the content or its beginning, or is it empty?  Then it
  * is one of ours, which a kill or a crash has left.
  */
 static bool
@@ -6321,7 +6321,7 @@ is_leftover(int dir, const char *name, Str content)
 	    starts(content, (Str){ b, (size_t)n });
 }
 
-/* Give it the name of a challenge, also in place of a leftover. */
+/* Give a temporary file the name of a challenge; a leftover is replaced. */
 static bool
 name_published(int dir, const char *temporary, const char *name, Str content)
 {
@@ -6449,9 +6449,9 @@ has_leftover(const char *dir_name)
 }
 
 /*
- * The order needs no responses any more: remove what a run that was killed
- * has left in DIR.  Its names are in the record, or else the CA has them,
- * which is asked only if there is such a file.
+ * The order needs no more responses: remove what a run that was killed has
+ * left in DIR.  The tokens are in the record's challenge lines; without
+ * these the CA is asked, but only if there is such a file.
  */
 static void
 clean_up_files(const char *dir_name)
@@ -7583,9 +7583,15 @@ known_token(Str url)
 		const struct reply *r = &authorization[i];
 		Str list = list_of(json_body(r), "challenges");
 
-		while (json_each(&list, &none, &c))
-			if (same(absolute(r->url, text_of(c, "url")), url))
+		while (json_each(&list, &none, &c)) {
+			size_t mark = used;
+			bool found = same(absolute(r->url,
+			    text_of(c, "url")), url);
+
+			used = mark;
+			if (found)
 				return text_of(c, "token");
+		}
 	}
 	return NONE;
 }
@@ -7603,7 +7609,7 @@ fetch_token(const struct challenge *c)
 	if (is(c->type, "http-01") || !hook_style->token)
 		return c->name;
 	token = known_token(c->url);
-	if (token.n)
+	if (is_b64(token))
 		return token;
 	r = acme_post(c->url, NONE);
 	token = want(&r, json_body(&r), "token", '"');
@@ -7653,8 +7659,8 @@ publish_by_hooks(void)
 
 /*
  * The order became ready after its record was written: an earlier run has
- * responded.  It may have been killed: call the hooks to take down what it
- * may have left.
+ * responded.  It may have been killed, so that the hooks are called to
+ * clean up after it.
  */
 static void
 clean_up_by_hooks(const char *type)

@@ -3846,7 +3846,12 @@ stuck_ends() {
 }
 check 'a full pipe at standard error: what was published goes at once' '
     stuck_respond && kill -TERM "$pid" && await not test -e "w/$token"
-    gone=$?; kill -TERM "$pid"; stuck_ends 143 2500 && [ "$gone" = 0 ]'
+    gone=$?; sleep 0.5; kill -TERM "$pid"; stuck_ends 143 2000 &&
+    [ "$gone" = 0 ]'
+check 'a step that is stuck in a message of -v ends at its time limit' '
+    stuck 2 timeout -s KILL 20 "$acme" order -v -T 2 -C root.pem \
+	-k account.key <record; got=$?
+    echo "$got"; [ "$got" = 69 ]'
 check 'and the step ends without a second signal, also after a warning' '
     stuck_respond && rm "w/$token" && mkdir "w/$token" &&
     kill -TERM "$pid"; stuck_ends 143 15000'
