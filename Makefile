@@ -6,24 +6,21 @@ PREFIX   = /usr/local
 BINDIR   = $(PREFIX)/bin
 DOCDIR   = $(PREFIX)/share/doc/acme-step
 
-# What only the static binary wants.  Debian's archive of BearSSL was made
-# with glibc: --defsym gives its checked functions the plain ones of musl.
-# Nothing unwinds the stack: SCRIPT, which the linker reads from its
-# standard input, drops 12 KB of tables for that.  Nothing relocates it
-# either: musl's static start leaves RELRO alone, which costs a page.  Six
-# of GCC's optimizations make the code bigger, though -Oz has them on.
+# The static program is a PIE.  Debian's musl-gcc makes a dynamic one of
+# -static-pie, so the linker is told itself; musl's start code for it is
+# rcrt1.o, and no other is needed, since nothing here has constructors.
+# It relocates by the load address only: without --exclude-libs the linker
+# for s390x would leave it symbols to look up.
+# Debian's archive of BearSSL was built with glibc: --defsym replaces
+# its checked functions with musl's plain ones.
 CC       = musl-gcc
-CFLAGS   = -Oz
-LDFLAGS  = -static -fno-pie -no-pie -Wl,-T,/dev/stdin \
-           -Wl,-z,norelro,-z,noseparate-code \
-           -fno-inline-functions-called-once -fno-expensive-optimizations \
-           -fno-caller-saves -fno-if-conversion -fno-jump-tables \
-           -fno-tree-tail-merge \
+CFLAGS   = -Os -ffunction-sections -fdata-sections \
+           -fno-asynchronous-unwind-tables
+LDFLAGS  = -static -nostartfiles -l:rcrt1.o \
+           -Wl,-pie,--no-dynamic-linker,--exclude-libs,ALL \
            -Wl,--defsym=__memcpy_chk=memcpy \
            -Wl,--defsym=__memset_chk=memset \
            -Wl,--defsym=__memmove_chk=memmove
-SCRIPT   = SECTIONS { /DISCARD/ : { *(.eh_frame .comment) } } \
-           INSERT AFTER .rodata;
 
 # A source tree of BearSSL, built with $(CC), in place of the system's.
 BEARSSL  =
@@ -31,8 +28,9 @@ BEARSSL  =
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
            -Wno-sign-conversion -Wstrict-prototypes -Wmissing-prototypes \
            -Wwrite-strings -Wvla -Wformat=2 -Wundef
-HARDEN   = -s -fstack-protector -ffunction-sections -fdata-sections \
-           -Wl,-z,relro,-z,now,-z,noexecstack,--gc-sections,--build-id=none
+HARDEN   = -fPIE -fstack-protector-strong \
+           -Wl,-z,relro,-z,now,-z,noexecstack,-z,text
+SMALL    = -s -Wl,--gc-sections,--build-id=none
 SAN      = -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
 # $$inc and $$lib: where BearSSL's headers and archive are.
@@ -47,13 +45,13 @@ FIND     = set -e; if [ "$(BEARSSL)" ]; then \
 			[ ! -f "$$lib" ] || break; \
 		done; \
 	fi
-COMPILE  = -std=c99 $(WARN) -isystem "$$inc" $(CFLAGS)
+COMPILE  = -std=c99 $(WARN) -isystem "$$inc"
 
 all: acme-step
 
 acme-step: acme.c Makefile
 	@$(FIND); set -x; \
-	echo '$(SCRIPT)' | $(CC) $(COMPILE) $(HARDEN) $(LDFLAGS) \
+	$(CC) $(COMPILE) $(CFLAGS) $(HARDEN) $(SMALL) $(LDFLAGS) \
 	    -o $@ acme.c "$$lib"
 
 acme-step-san: acme.c Makefile

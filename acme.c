@@ -36,7 +36,9 @@
  */
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE		/* getentropy */
+#define _GNU_SOURCE		/* dl_iterate_phdr, getpagesize */
 #include <sys/types.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -47,6 +49,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <link.h>
 #include <netdb.h>
 #include <poll.h>
 #include <signal.h>
@@ -9084,6 +9087,30 @@ hold_descriptors(void)
 		close(fd);
 }
 
+/*
+ * Make the constants that were relocated at the start read-only
+ * (GNU_RELRO): a dynamic loader does this, musl's start code of a static
+ * program does not.  dl_iterate_phdr() passes the program itself first.
+ */
+static int
+protect_relocated(struct dl_phdr_info *program, size_t size, void *data)
+{
+	uintptr_t page = (uintptr_t)getpagesize();
+
+	(void)size;
+	(void)data;
+	for (int i = 0; i < program->dlpi_phnum; i++) {
+		const ElfW(Phdr) *h = &program->dlpi_phdr[i];
+		uintptr_t start = program->dlpi_addr + h->p_vaddr;
+		uintptr_t end = (start + h->p_memsz) / page * page;
+
+		start = start / page * page;
+		if (h->p_type == PT_GNU_RELRO)
+			mprotect((void *)start, end - start, PROT_READ);
+	}
+	return 1;
+}
+
 /* An option, or its variable where that is set and not empty. */
 static const char *
 option(int letter)
@@ -9271,6 +9298,7 @@ main(int argc, char **argv)
 	const struct command *c;
 	char **arg;
 
+	dl_iterate_phdr(protect_relocated, NULL);
 	hold_descriptors();
 	conn.fd = -1;
 	hide(&account_key, sizeof account_key);

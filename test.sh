@@ -894,8 +894,21 @@ built() {
 	make CC="$cc" BEARSSL="$there" >log 2>&1
 	got=$?
 	cat log
-	[ "$got" = 0 ] && not grep warning log &&
-	readelf -lW acme-step | not grep INTERP
+	[ "$got" = 0 ] && not grep warning log && static_pie acme-step
+}
+
+# static_pie FILE: it needs no other file, can be loaded anywhere, needs no
+# loader for that but its start code (which knows one kind of relocation),
+# and has what becomes read-only, but nothing writable and executable.
+static_pie() {
+	readelf -hlW "$1" >headers && readelf -dW "$1" >dynamic &&
+	cat headers dynamic &&
+	grep "Type: *DYN" headers && not grep INTERP headers &&
+	not grep -e NEEDED -e TEXTREL dynamic &&
+	readelf -rW "$1" | grep " R_" >relocations &&
+	not grep -v RELATIVE relocations &&
+	grep GNU_RELRO headers && grep "GNU_STACK.* RW " headers &&
+	not grep " RWE " headers
 }
 
 issues() (
@@ -5720,9 +5733,29 @@ case $acme in
 *-san)	# needs its libraries
 	;;
 *)	group 'FROM scratch'
-	check 'the binary is static' '
-	    readelf -lW "$acme" | not grep INTERP &&
-	    readelf -dW "$acme" | not grep NEEDED'
+	check 'the program is a static PIE' 'static_pie "$acme"'
+	check 'of less than 300,000 bytes' '
+	    size=$(wc -c <"$acme"); echo "$size"; [ "$size" -lt 300000 ]'
+	# mapped FILE: where the program is in memory, as its command sees it.
+	mapped() {
+		acme-step directory -P "cp /proc/\$PPID/maps all" 2>err
+		grep -F "$(readlink -f "$acme")" all >"$1" && cat "$1"
+	}
+	# mode_at ADDRESS MAP: what may be done there.
+	mode_at() {
+		while read -r range mode _; do
+			[ $((0x${range%-*})) -gt "$1" ] ||
+			    [ $((0x${range#*-})) -le "$1" ] || echo "$mode"
+		done <"$2"
+	}
+	check 'what was relocated is read-only while it runs' '
+	    mapped map && base=$((0x$(cut -d - -f 1 map | head -n 1))) &&
+	    set -- $(readelf -lW "$acme" | grep GNU_RELRO) &&
+	    first=$((base + $3)) last=$((base + $3 + $6 - 1)) &&
+	    [ "$(mode_at $first map) $(mode_at $last map)" = "r--p r--p" ]'
+	check 'two runs have different addresses' '
+	    mapped map1 && mapped map2 &&
+	    not cmp map1 map2'
 	mkdir scratch && cp "$acme" scratch/acme-step && cp ca.pem scratch
 	in_scratch() {
 		if [ "$(id -u)" = 0 ]; then
@@ -6490,6 +6523,11 @@ check 'make install and uninstall' '
     cmp acme-step "$tmp/inst/usr/bin/acme-step" &&
     make PREFIX=/usr DESTDIR="$tmp/inst" uninstall &&
     find "$tmp/inst" -type f | not grep .'
+check 'acme.c is compiled with -fstack-protector-strong' '
+    mkdir guarded && cp "$src/acme.c" "$src/Makefile" guarded &&
+    cd guarded && unset MAKEFLAGS && make CC="musl-gcc -save-temps" &&
+    guards=$(cat ./*.s | grep -c __stack_chk_fail) && echo "$guards" &&
+    [ "$guards" -gt 60 ]	# -fstack-protector alone: 14'
 check 'the contents of acme.c are its sections' '
     sed -n "s/^\/\* -* \([0-9]*\. .*\) -- \*\//\1/p" "$src/acme.c" |
     sort >a && [ "$(grep -c . a)" -gt 20 ] &&
