@@ -3680,7 +3680,6 @@ become_child(void)
 
 	ndoomed = 0;
 	tells = false;
-	setpgid(0, 0);
 	signal(SIGPIPE, SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
@@ -3815,6 +3814,61 @@ stop_group(const struct doomed *d)
 
 static const char *proxy_command;	/* -P */
 
+/* Its first word: the others can hold a password. */
+static Str
+command_name(void)
+{
+	const char *s = proxy_command + strspn(proxy_command, " \t\n");
+
+	return (Str){ (const unsigned char *)s, strcspn(s, " \t\n") };
+}
+
+/* Is the process, a child, still running? */
+static bool
+is_running(pid_t pid)
+{
+	siginfo_t ended = { .si_pid = 0 };
+
+	return waitid(P_PID, (id_t)pid, &ended, WEXITED | WNOHANG | WNOWAIT)
+	    == 0 && !ended.si_pid;
+}
+
+enum { ENDING = 1000 };	/* ms to end at the end of input, and at SIGTERM */
+
+/*
+ * End the command of -P if it shares our process group: then a signal can
+ * be sent to the command alone.  Most commands end at the end of their
+ * input, with all that they started; SIGTERM lets one that is asking for a
+ * password turn the terminal's echo on again.
+ */
+static void
+stop_command(const struct doomed *d)
+{
+	const int tick = 10;
+
+	close(conn.fd);
+	conn.fd = -1;
+	for (int ms = 0; ms < 2 * ENDING && is_running(d->n); ms += tick) {
+		if (ms == ENDING) {
+			kill(d->n, SIGTERM);
+			kill(d->n, SIGCONT);
+		}
+		poll(NULL, 0, tick);
+	}
+	if (is_running(d->n))
+		kill(d->n, SIGKILL);
+	waitpid(d->n, NULL, 0);
+}
+
+/* Is there a terminal where the command could ask for a password? */
+static bool
+has_terminal(void)
+{
+	int fd = open("/dev/tty", O_RDWR | O_NOCTTY);
+
+	return fd >= 0 && close(fd) == 0;
+}
+
 /* The command with %h, %p and %% filled in; the host has safe letters. */
 static const char *
 fill_command(const char *host, const char *port)
@@ -3841,16 +3895,19 @@ static int
 dial_command(const char *host, const char *port)
 {
 	const char *command = fill_command(host, port);
+	bool shares = has_terminal();
 	sigset_t old;
 	int fds[2];
 
-	doing(CA_DOWN, "connecting through ", proxy_command);
+	doing(CA_DOWN, "connecting through ", c_str(command_name()));
 	hold_signals(&old);
 	if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds) != 0 ||
 	    (conn.command = fork()) < 0)
 		die(FAULT, "cannot start a process: %", why());
 	if (conn.command == 0) {
 		become_child();
+		if (!shares)
+			setpgid(0, 0);
 		dup2(fds[1], 0);
 		dup2(fds[1], 1);
 		close(fds[0]);
@@ -3860,8 +3917,10 @@ dial_command(const char *host, const char *port)
 		warn("cannot run /bin/sh for -P: %", why());
 		_exit(127);
 	}
-	setpgid(conn.command, conn.command);
-	doomed[0] = (struct doomed){ stop_group, conn.command, NULL };
+	if (!shares)
+		setpgid(conn.command, conn.command);
+	doomed[0] = (struct doomed){ shares ? stop_command : stop_group,
+	    conn.command, NULL };
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[1]);
 	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
@@ -4128,8 +4187,8 @@ command_fault(void)
 	nanosleep(&moment, NULL);
 	if (waitpid(conn.command, &status, WNOHANG) != conn.command)
 		return text("the command % ended the connection",
-		    str(proxy_command));
-	return text("the command % %", str(proxy_command), ending(status));
+		    command_name());
+	return text("the command % %", command_name(), ending(status));
 }
 
 /* Why there is no TLS with the server. */
@@ -4178,7 +4237,7 @@ conn_close(void)
 	close(conn.fd);
 	conn.fd = -1;
 	if (conn.command)
-		stop_group(&doomed[0]);
+		doomed[0].end(&doomed[0]);
 	doomed[0].end = NULL;
 	conn.command = 0;
 }
@@ -7419,6 +7478,7 @@ static void
 hook_exec(const struct hook *h, const char *const *call, int says)
 {
 	become_child();
+	setpgid(0, 0);
 	environ = hook_environment(h);
 	dup2(says, 1);
 	execvp(call[0], (char *const *)call);

@@ -6268,7 +6268,7 @@ check '%% and an address' '
 dies 69 'false.* failed with status 1' 'acme-step directory -P false'
 check 'a command that cannot be run' '
     acme-step directory -P "nosuch %h" 2>err
-    [ $? = 69 ] && grep "the command nosuch %h failed with status 127" err'
+    [ $? = 69 ] && grep "the command nosuch failed with status 127" err'
 dies 69 'ended by signal 9' \
     "acme-step directory -P 'sh -c \"kill -9 \\\$\\\$\"'"
 dies 69 'TLS' 'acme-step directory -P "echo hello"'
@@ -6278,6 +6278,55 @@ check 'the command is gone with the step' '
 for wrong in '%' '%x' 'a %h %'; do
 	dies 64 'knows %h, %p and %%' "acme-step directory -P '$wrong'"
 done
+gone() { not pgrep -f "$1"; }
+nap="sleep 300.$$"	# by which it is found
+check 'nor does what it started outlive the step' '
+    setsid -w acme-step directory -T 1 -P "sh -c \"$nap | cat\"" 2>err
+    [ $? = 69 ] && await gone "^$nap$"'
+
+# at_terminal FILE: the shell runs it on a terminal of its own, where
+# somebody types the password.
+at_terminal() {
+	echo sesame |
+	socat -t 30 - "EXEC:sh $1,pty,setsid,ctty,stderr"
+}
+cat >asking.sh <<'END'
+read -r answer </dev/tty && [ "$answer" = sesame ] || exit
+exec socat - "TCP:$1:$2"
+END
+echo 'acme-step directory -T 10 -o asked -P "sh asking.sh %h %p"' >ask.sh
+check '-P: the command can ask for a password on the terminal' '
+    at_terminal ask.sh; grep "^new-order https://localhost:$pebble/" asked'
+cat >noecho.sh <<'END'
+stty -echo </dev/tty
+trap 'stty echo </dev/tty; exit' TERM
+while :; do sleep 0.05; done
+END
+cat >limit.sh <<END
+acme-step directory -T 1 -P 'sh $tmp/noecho.sh'
+echo "status \$?"
+stty -a | grep -o '[-]*echo '
+END
+check 'a time limit there: the terminal echoes again' '
+    at_terminal limit.sh >typed; cat typed
+    grep "time limit of 1 s" typed && grep "status 69" typed &&
+    grep "^echo " typed && gone "$tmp/noecho.sh"'
+cat >stay.sh <<END
+acme-step directory -T 1 -P '$nap'
+acme-step directory -P 'sh $tmp/stubborn.sh' &
+until [ -e stubborn ]; do sleep 0.1; done
+kill \$!
+wait \$!
+echo "status \$?"
+END
+cat >stubborn.sh <<'END'
+trap '' HUP INT TERM
+: >stubborn
+while :; do sleep 0.1; done
+END
+check 'nor does the command outlive the step there' '
+    at_terminal stay.sh >typed; cat typed; grep "status 143" typed &&
+    gone "^$nap$" && gone "$tmp/stubborn.sh"'
 
 # proxy [LINE]...: a real one, with more configuration.
 proxy_start() {
