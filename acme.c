@@ -3890,7 +3890,11 @@ fill_command(const char *host, const char *port)
 	}
 }
 
-/* A stream through the standard input and output of a command (-P). */
+/*
+ * A stream through the standard input and output of a command (-P).  If
+ * there is a terminal it stays in our process group: from a group in the
+ * background ssh could not ask for a password there.
+ */
 static int
 dial_command(const char *host, const char *port)
 {
@@ -3954,21 +3958,69 @@ struct proxy {
 	Str host, port;
 };
 
+/*
+ * Take the scheme off a proxy's URL; one that has none is http.  False for
+ * any other: its password would not be encrypted, though the user may
+ * believe that it is.
+ */
+static bool
+take_scheme(Str *s)
+{
+	Str rest = *s, scheme = cut(&rest, ':');
+
+	if (!contains(*s, S("://")))
+		return true;
+	*s = from(rest, 2);
+	return same_word(scheme, S("http")) && begins(rest, "//");
+}
+
+/*
+ * Take USER:PASSWORD@ off the front of s.  It ends at the last @: what
+ * follows is the host, which messages show.
+ */
+static Str
+take_userinfo(Str *s)
+{
+	Str all = *s;
+	size_t n = s->n;
+
+	while (n > 0 && s->p[n - 1] != '@')
+		n--;
+	*s = from(*s, n);
+	return (Str){ all.p, n > 0 ? n - 1 : 0 };
+}
+
+/* The value can hold a password, so no message shows it. */
 static void
 read_proxy(Str s, struct proxy *p)
 {
-	Str whole = s;
+	bool http = take_scheme(&s);
+	Str authority = cut(&s, '/');
 
 	*p = (struct proxy){ .port = S("80") };
-	if (begins(s, "http://"))
-		s = from(s, 7);
-	if (contains(s, S("@"))) {
-		p->password = cut(&s, '@');
-		p->user = cut(&p->password, ':');
-	}
-	if (!host_port(cut(&s, '/'), &p->host, &p->port) ||
-	    begins(s, "/"))
-		usage("https_proxy is no http://HOST:PORT: %", brief(whole));
+	p->password = take_userinfo(&authority);
+	p->user = cut(&p->password, ':');
+	if (!http || s.n || !host_port(authority, &p->host, &p->port))
+		usage("https_proxy must be http://[USER:PASSWORD@]HOST[:PORT]");
+}
+
+/* The proxy to a host, or NONE. */
+static Str
+proxy_to(Str host)
+{
+	return needs_no_proxy(host) ? NONE :
+	    variable("https_proxy", "HTTPS_PROXY");
+}
+
+/* See to it that the proxy to the host of a URL, if any, can be read. */
+static void
+check_proxy(Str url)
+{
+	struct url u;
+	struct proxy p;
+
+	if (!proxy_command && url_read(url, &u) && proxy_to(u.host).n)
+		read_proxy(proxy_to(u.host), &p);
 }
 
 /* Without its percent signs (RFC 3986 2.1). */
@@ -4039,30 +4091,47 @@ header(const char *name, Str value)
 	return value.n ? text("%: %\r\n", str(name), value) : NONE;
 }
 
-/* A stream through a proxy (RFC 9110 9.3.6, RFC 7617 2). */
+/* What a proxy's user and password are in HTTP (RFC 7617 2), or NONE. */
+static Str
+credentials(const struct proxy *p)
+{
+	return !p->user.n && !p->password.n ? NONE : text("Basic %",
+	    base64(text("%:%", percent_decoded(p->user),
+	        percent_decoded(p->password))));
+}
+
+/* The answer of a proxy that was sent a password, which it may repeat. */
+static Str
+answer_without_secrets(Str code)
+{
+	return code.n == 3 && made_of(code, DIGIT) ? text("status %", code) :
+	    S("its answer is not HTTP");
+}
+
+/* A stream through a proxy (RFC 9110 9.3.6). */
 static int
 dial_proxy(Str url, const char *host, const char *port)
 {
 	Str target = text(strchr(host, ':') ? "[%]:%" : "%:%", str(host),
-	    str(port)), status, code;
+	    str(port)), status, code, basic;
 	size_t room = HEAD;
 	struct proxy p;
 	int fd;
 
 	read_proxy(url, &p);
+	basic = credentials(&p);
 	fd = dial_tcp(c_str(p.host), c_str(p.port));
 	doing(CA_DOWN, "waiting for the proxy ", c_str(p.host));
 	if (!write_all(fd, text("CONNECT % HTTP/1.1\r\n%%\r\n", target,
-	    header("Host", target), header("Proxy-Authorization",
-	    p.user.n ? text("Basic %", base64(text("%:%",
-	        percent_decoded(p.user), percent_decoded(p.password)))) :
-	    NONE))))
+	    header("Host", target), header("Proxy-Authorization", basic))))
 		die(CA_DOWN, "cannot write to the proxy %: %", p.host, why());
 	code = status = proxy_line(fd, &room, p.host);
 	cut(&code, ' ');
+	code = cut(&code, ' ');
 	if (!begins(status, "HTTP/1.") || !begins(code, "2"))
 		die(CA_DOWN, "the proxy % does not connect to %: %", p.host,
-		    target, brief(status));
+		    target, basic.n ? answer_without_secrets(code) :
+		    brief(status));
 	while (proxy_line(fd, &room, p.host).n)
 		continue;
 	return fd;
@@ -4072,13 +4141,11 @@ dial_proxy(Str url, const char *host, const char *port)
 static int
 dial(const char *host, const char *port)
 {
-	Str proxy = variable("https_proxy", "HTTPS_PROXY");
+	Str proxy = proxy_to(str(host));
 
 	if (proxy_command)
 		return dial_command(host, port);
-	if (proxy.n && !needs_no_proxy(str(host)))
-		return dial_proxy(proxy, host, port);
-	return dial_tcp(host, port);
+	return proxy.n ? dial_proxy(proxy, host, port) : dial_tcp(host, port);
 }
 
 /*
@@ -9347,6 +9414,8 @@ prepare(const struct command *c)
 	if (!(needs & NET))
 		return;
 	choose_directory();
+	if (!boxed)
+		check_proxy(field("directory"));
 	acme_start();
 	if ((needs & ACCOUNT) == ACCOUNT)
 		need_account();

@@ -6386,10 +6386,81 @@ check 'an IPv6 literal' '
 	"TCP:127.0.0.1:$proxy"
     await listening "$proxy" && sleep 0.3 &&
     https_proxy="http://user:p%41ss@[::1]:$proxy/" acme-step directory'
-for wrong in https://127.0.0.1:1 http:// 'http://a b' http://a:b \
-    http://a:99999 http://a:0; do
-	dies 64 'https_proxy' "https_proxy='$wrong' acme-step directory"
+# hushed STATUS CODE...: it exits so, and no output has the password of
+# user:sesame, nor that in base64.
+hushed() {
+	want=$1; shift
+	code=$*
+	check "exits $want, and shows no password: $(printf %s "$code" |
+	    tr -s ' \t\n' ' ')" quiet
+}
+quiet() {
+	(set +x; eval "$code") >out 2>err
+	got=$?
+	echo "exit status $got"
+	cat out err
+	[ "$got" = "$want" ] && grep "^acme-step: " err &&
+	    not grep -i -e sesame -e c2VzYW1l -e nlc2FtZ -e zZXNhbW out err
+}
+ear=$(free_port)
+server_start socat -u "TCP-LISTEN:$ear,bind=127.0.0.1,fork,reuseaddr" \
+    OPEN:heard,creat,append
+up "$ear"
+for scheme in https HTTPS Https socks4 socks5 socks5h ftp ' http' http:http; do
+	hushed 64 "https_proxy='$scheme://user:sesame@127.0.0.1:$ear' \
+	    acme-step directory -T 2"
 done
+check 'nothing was sent' '[ ! -s heard ]'
+check 'but HTTP is http' '
+    https_proxy=HTTP://user:sesame@127.0.0.1:$ear acme-step directory -T 1 \
+	2>err
+    [ $? = 69 ] && grep "^Proxy-Authorization: Basic dXNlcjpzZXNhbWU=" heard'
+for wrong in http:/user:sesame@127.0.0.1:1 http:user:sesame@ sesame:x \
+    http://user:se/same:sesame@127.0.0.1:1 http://127.0.0.1:1/sesame \
+    http://user:sesame http://user:sesame@ 'http://sesame a' \
+    http://user:sesame@a:99999 http://user:sesame@a:0; do
+	hushed 64 "https_proxy='$wrong' acme-step directory"
+done
+for wrong in https://127.0.0.1:1 http:// http://a:b; do
+	dies 64 'https_proxy must be http://' \
+	    "https_proxy='$wrong' acme-step directory"
+	dies 64 'https_proxy must be http://' \
+	    "HTTPS_PROXY='$wrong' acme-step new-order proxied.test"
+done
+echo 'echo "$@" >>published' >note.sh && chmod +x note.sh
+check 'it is refused before anything is published' '
+    acme-step new-order proxied.test | acme-step challenges -o unasked &&
+    https_proxy=https://127.0.0.1:1 acme-step respond -t http-01 \
+	-x ./note.sh <unasked
+    [ $? = 64 ] && [ ! -e published ]'
+check 'one that is not used does not matter' '
+    export https_proxy=https://127.0.0.1:1
+    acme-step version && acme-step thumbprint &&
+    acme-step directory -P "socat - TCP:%h:%p" &&
+    no_proxy="*" acme-step directory && no_proxy=LOCALHOST acme-step account
+    acme-step directory -B unused; [ $? = 75 ] &&
+    no_proxy=localhost acme-step send unused && acme-step send unused'
+hushed 64 'rm -f unused/1.response
+    https_proxy=https://user:sesame@127.0.0.1:$ear acme-step send unused'
+hushed 69 'https_proxy=http://user:sesame@127.0.0.1:1 acme-step directory'
+hushed 69 'https_proxy=http://user:a@sesame@127.0.0.1:1 acme-step directory'
+hushed 69 'https_proxy=http://user:@sesame@nowhere.invalid acme-step directory'
+hushed 69 'https_proxy=http://sesame@127.0.0.1:$proxy acme-step directory -v'
+hushed 69 'https_proxy=user:sesame@127.0.0.1:$proxy acme-step directory -v'
+hushed 143 'https_proxy=http://user:sesame@127.0.0.1:$ear \
+    timeout --preserve-status 1 acme-step directory'
+hushed 69 'acme-step directory -P "false sesame"'
+hushed 69 'acme-step directory -P "  true	sesame"'
+hushed 69 'ACME_PROXY_COMMAND="sh -c \"sleep 9; : sesame\"" \
+    acme-step directory -T 1'
+hushed 65 'ACME_EAB_HMAC_KEY=sesame acme-step new-account -y'
+hushed 65 'ACME_EAB_KID=kid ACME_EAB_HMAC_KEY="se same!" \
+    acme-step new-account -y'
+hushed 65 'echo "kid sesame sesame" >bound; acme-step new-account -y -e bound'
+check 'a password that has an @' '
+    https_proxy=http://user:p@ss:w@127.0.0.1:$ear acme-step directory -T 1 \
+	2>err
+    [ $? = 69 ] && grep " Basic dXNlcjpwQHNzOnc=" heard'
 # answers CODE: what a proxy says is the shell's CODE.
 answers() {
 	echo "$1" >proxy.sh
@@ -6402,6 +6473,11 @@ answers() {
 through() { https_proxy=http://127.0.0.1:$proxy acme-step directory "$@"; }
 answers 'read -r x; echo SSH-2.0-x'
 dies 69 'SSH-2.0-x' through
+for answer in 'HTTP/1.1 407 not sesame' sesame 'HTTP/1.1 sesame'; do
+	answers "read -r x; echo '$answer'"
+	hushed 69 'https_proxy=http://user:sesame@127.0.0.1:$proxy \
+	    acme-step directory'
+done
 answers 'read -r x; printf "HTTP/1.1 502 \033[31mno\r\n\r\n"'
 dies 69 '502 ?\[31mno' through
 answers 'read -r x; echo "HTTP/1.1 200 OK"'
