@@ -9218,6 +9218,7 @@ hold_descriptors(void)
  * Make the constants that were relocated at the start read-only
  * (GNU_RELRO): a dynamic loader does this, musl's start code of a static
  * program does not.  dl_iterate_phdr() passes the program itself first.
+ * A kernel that refuses costs this protection and nothing else.
  */
 static int
 protect_relocated(struct dl_phdr_info *program, size_t size, void *data)
