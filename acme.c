@@ -84,7 +84,12 @@ enum {
 	TOKEN    = 200,		/* a challenge's token: it is a file name */
 	NONCE    = 250,		/* RFC 8555 6.5 sets none; Boulder's have 43 */
 	WINDOW   = 32,		/* requests under way at once */
-	TRIES    = 3,		/* of a request that met a fault */
+	NONCES   = 8,		/* asked for at once; Let's Encrypt: 20/s */
+	TRIES    = 3,		/* of a request, after server errors */
+	RESENDS  = 2,		/* of a request whose reply was lost */
+	REFUSALS = 20,		/* rounds of badNonce without a pause */
+	LAG      = 10,		/* seconds until a replica knows a new URL */
+	PAGES    = 1000,	/* of an account's list of orders */
 	CONNECT  = 10,		/* seconds for each address of a name */
 	RESOLVED = 16,		/* -H, in all */
 	MAX_WAIT = 86400 * 30	/* seconds in -T and -s */
@@ -4375,7 +4380,8 @@ struct message {
 
 struct reply {
 	int status;
-	Str url, location, nonce, links, body;
+	Str url, location, nonce;
+	Str head, body;		/* one after the other, on the heap */
 	long retry_after;	/* seconds from now, -1 if absent */
 	bool last;		/* the connection ends with it */
 };
@@ -4391,8 +4397,8 @@ blame(const struct reply *r)
 static bool verbose;		/* -v */
 
 /*
- * One line up to its LF, without CR LF, on top of the heap; at most `room`
- * bytes.  False where the connection ends before the line does.
+ * One line, on top of the heap with its end; *s is without CR LF.  At most
+ * `room` bytes.  False where the connection ends before the line does.
  */
 static bool
 http_line(struct reply *r, size_t *room, Str *s)
@@ -4409,6 +4415,7 @@ http_line(struct reply *r, size_t *room, Str *s)
 		*take(1) = (unsigned char)c;
 		s->n++;
 	}
+	*take(1) = '\n';
 	if (s->n && s->p[s->n - 1] == '\r')
 		s->n--;
 	for (size_t i = 0; i < s->n; i++)
@@ -4478,9 +4485,6 @@ http_field(struct reply *r, struct framing *f, Str name, Str value)
 			r->nonce = value;
 	} else if (same_word(name, S("Retry-After")))
 		r->retry_after = retry_after(value);
-	else if (same_word(name, S("Link")))
-		r->links = cat(NONE, r->links, r->links.n ? S(",") : NONE,
-		    value);
 	else if (same_word(name, S("Content-Length"))) {
 		if (!number(value, 1UL << 31, &n) ||
 		    (f->has_length && n != f->length))
@@ -4511,6 +4515,7 @@ http_head(struct reply *r, struct framing *f)
 				return false;
 			cut_off(r);
 		}
+		r->head.p = s.p;
 		r->status = http_status(r, s);
 		for (;;) {
 			if (!http_line(r, &room, &s))
@@ -4525,7 +4530,24 @@ http_head(struct reply *r, struct framing *f)
 				http_field(r, f, name, trim(s));
 		}
 	} while (r->status < 200);
+	r->head.n = (size_t)(heap + used - r->head.p);
 	return true;
+}
+
+/* The next value of a header field; `head` becomes what follows it. */
+static bool
+next_field(Str *head, Str name, Str *value)
+{
+	while (head->n) {
+		*value = cut(head, '\n');
+		if (!same_word(cut(value, ':'), name))
+			continue;
+		if (value->n && value->p[value->n - 1] == '\r')
+			value->n--;
+		*value = trim(*value);
+		return true;
+	}
+	return false;
 }
 
 /* Read n bytes more of the body, on top of the heap. */
@@ -4784,11 +4806,15 @@ box_check(Str request, Str response)
 static Str
 box_response(const struct reply *r)
 {
+	Str head = r->head, links = NONE, value;
+
+	while (next_field(&head, S("Link"), &value))
+		links = cat(NONE, links, header("Link", value));
 	return text("HTTP/1.1 % \r\n%%%%Content-Length: %\r\n\r\n%",
 	    num((unsigned)r->status),
 	    header("Location", r->location),
 	    header("Replay-Nonce", r->nonce),
-	    header("Link", r->links),
+	    links,
 	    header("Retry-After", r->retry_after < 0 ? NONE :
 	        num((unsigned long)r->retry_after)),
 	    num(r->body.n), r->body);
@@ -5484,35 +5510,56 @@ absolute(Str base, Str ref)
 	    cat(NONE, u.origin, ref);
 }
 
+/* A walk through the Link headers of a reply, to be begun with begin_links. */
+struct links {
+	const struct reply *reply;
+	Str head, value;	/* what is still to be read */
+};
+
+static struct links
+begin_links(const struct reply *r)
+{
+	return (struct links){ r, r->head, NONE };
+}
+
+/* Is a relation among a link's parameters (RFC 8288 3)? */
+static bool
+has_relation(Str params, Str relation)
+{
+	bool found = false;
+	Str name, value;
+
+	while (params.n) {
+		value = cut_unquoted(&params, ';');
+		name = trim(cut(&value, '='));
+		value = trim(value);
+		if (value.n > 1 && value.p[0] == '"')
+			value = (Str){ value.p + 1, value.n - 2 };
+		while (same_word(name, S("rel")) && value.n)
+			found |= same_word(cut(&value, ' '), relation);
+	}
+	return found;
+}
+
 /*
  * The next URL of a relation in the Link headers (RFC 8288 3), absolute;
- * NONE after the last.  `links` is all of them and becomes the rest.
+ * NONE after the last.
  */
 static Str
-next_link(const struct reply *r, Str *links, Str relation)
+next_link(struct links *l, Str relation)
 {
-	while (links->n) {
-		bool found = false;
-		Str url, params, name, value;
+	while (l->value.n || next_field(&l->head, S("Link"), &l->value)) {
+		Str url;
 
-		cut(links, '<');
-		url = cut(links, '>');
-		params = cut_unquoted(links, ',');
-		while (params.n) {
-			value = cut_unquoted(&params, ';');
-			name = trim(cut(&value, '='));
-			value = trim(value);
-			if (value.n > 1 && value.p[0] == '"')
-				value = (Str){ value.p + 1, value.n - 2 };
-			while (same_word(name, S("rel")) && value.n)
-				found |= same_word(cut(&value, ' '), relation);
-		}
-		url = absolute(r->url, url);
-		if (found && !is_url(url))
-			broken(r, "has a link that is no https URL: %",
+		cut(&l->value, '<');
+		url = cut(&l->value, '>');
+		if (!has_relation(cut_unquoted(&l->value, ','), relation))
+			continue;
+		url = absolute(l->reply->url, url);
+		if (!is_url(url))
+			broken(l->reply, "has a link that is no https URL: %",
 			    brief(url));
-		if (found)
-			return url;
+		return url;
 	}
 	return NONE;
 }
@@ -7937,13 +7984,16 @@ static size_t
 choose_chain(struct reply *r, const char *issuer)
 {
 	struct reply first = *r;
-	Str links = r->links, all = NONE;
-	size_t n = read_chain(r);
+	struct links links = begin_links(&first);
+	Str all = NONE;
+	size_t mark = used, n = read_chain(r);
 
 	while (!same(top_issuer(n), str(issuer))) {
-		Str url = next_link(&first, &links, S("alternate"));
+		Str url;
 
-		all = cat(NONE, all, all.n ? S(", ") : NONE, top_issuer(n));
+		all = keep(mark, cat(NONE, all, all.n ? S(", ") : NONE,
+		    top_issuer(n)));
+		url = next_link(&links, S("alternate"));
 		if (!url.n)
 			die(REFUSED, "no chain of the certificate ends at %, "
 			    "but at: %; without -i this step prints the first",
@@ -8339,32 +8389,55 @@ do_new_account(char **arg)
 	print_record();
 }
 
-/* The account's orders as lines, where the CA lists them (7.1.2.1). */
+/* Add a page of an account's orders to `all`, on top of the heap. */
+static Str
+add_orders(Str all, const struct reply *r)
+{
+	Str v, list, none, lines;
+
+	if (!json_read(r->body, &v))
+		broken(r, "is not JSON");
+	list = json_kind(v) == '[' ? v : want(r, json_body(r), "orders", '[');
+	for (lines = cat(NONE, all); json_each(&list, &none, &v); ) {
+		v = absolute(r->url, json_kind(v) == '"' ? json_text(v) :
+		    NONE);
+		if (!is_url(v))
+			broken(r, "has an order that is no URL");
+		lines = cat(lines, S("account-order "), v, S("\n"));
+	}
+	return lines;
+}
+
+/*
+ * The account's orders as lines, where the CA lists them (RFC 8555
+ * 7.1.2.1), page by page.
+ */
 static Str
 list_orders(const struct reply *account)
 {
-	Str all = NONE, v, list, none, links, url;
+	Str all = NONE, next = want(account, json_body(account), "orders",
+	    '"');
+	size_t mark = used;
+	struct links links;
 	struct reply r;
 
-	url = want(account, json_body(account), "orders", '"');
-	url = absolute(account->url, url);
-	if (url.n && !is_url(url))
-		broken(account, "has no https URL for orders: %", brief(url));
-	while (url.n) {
-		r = acme_post(url, NONE);
-		if (!json_read(r.body, &v))
-			broken(&r, "is not JSON");
-		list = json_kind(v) == '[' ? v : want(&r, json_body(&r),
-		    "orders", '[');
-		for (all = cat(NONE, all); json_each(&list, &none, &v); ) {
-			v = absolute(r.url, json_kind(v) == '"' ?
-			    json_text(v) : NONE);
-			if (!is_url(v))
-				broken(&r, "has an order that is no URL");
-			all = cat(all, S("account-order "), v, S("\n"));
-		}
-		links = r.links;
-		url = next_link(&r, &links, S("next"));
+	next = absolute(account->url, next);
+	if (next.n && !is_url(next))
+		broken(account, "has no https URL for orders: %",
+		    brief(next));
+	for (int page = 1; next.n; page++) {
+		if (page > PAGES)
+			die(FAULT, "the list of orders has more than % pages",
+			    num(PAGES));
+		r = acme_post(next, NONE);
+		all = add_orders(all, &r);
+		links = begin_links(&r);
+		next = next_link(&links, S("next"));
+		if (same(next, r.url))
+			broken(&r, "names itself as its next page");
+		/* Both are kept, as one, and what the page took is not. */
+		next.p = keep(mark, cat(NONE, all, next)).p + all.n;
+		all.p = next.p - all.n;
 	}
 	return all;
 }
