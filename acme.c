@@ -4375,7 +4375,8 @@ conn_byte(void)
 struct message {
 	const char *method;
 	Str url, body;
-	bool once;		/* not to be sent again, come what may */
+	bool once;		/* not sent again if its reply is lost */
+	int lost;		/* replies to it that were lost */
 };
 
 struct reply {
@@ -4681,6 +4682,9 @@ url_target(const struct url *u)
 	    text("/%", u->path);
 }
 
+/* 408: the server waited for a request, not for this one (RFC 9110 15.5.9). */
+enum { TIMED_OUT = 408 };
+
 /*
  * Send messages, all in one write, and receive their replies in order;
  * returns how many came.  Only messages to one origin go together.
@@ -4706,7 +4710,8 @@ pipeline(const struct message *q, struct reply *r, size_t n)
 	if (!conn_write(all))
 		m = 0;
 	used = mark;
-	while (got < m && http_receive(&q[got], &r[got]))
+	while (got < m && http_receive(&q[got], &r[got]) &&
+	    r[got].status != TIMED_OUT)
 		if (r[got++].last)
 			break;
 	if (got == 0 || got < m || r[got - 1].last)
@@ -4906,34 +4911,45 @@ open_box(const char *name, bool make)
 }
 
 /*
- * Every message gets its reply, or the step ends.  A connection that was
- * closed before a reply is opened again: at once if it had been idle or
- * had answered others, else after a pause; the server will see by its
- * nonce whether it has the message already.
+ * The reply to a message was lost.  The server may have the message, so it
+ * is sent again at most RESENDS times; on a connection that was new, after
+ * a pause.
  */
 static void
-exchange(const struct message *q, struct reply *r, size_t n)
+reply_lost(struct message *q, bool new_connection)
 {
-	size_t done = 0, window = WINDOW;
+	if (q->once || ++q->lost > RESENDS || (new_connection &&
+	    !pause_for("waiting to connect again", 1000 << (q->lost - 1))))
+		die(CA_DOWN, "the connection to % ended before a reply",
+		    str(conn.host));
+}
+
+/*
+ * Every message gets its reply, or the step ends.  A server that closes
+ * the connection over several messages at once is asked one by one from
+ * then on; one that had been idle says nothing about that.
+ */
+static void
+exchange(struct message *q, struct reply *r, size_t n)
+{
+	static size_t window = WINDOW;
+	size_t done = 0;
 
 	if (boxed) {
 		box_batch(q, r, n);
 		return;
 	}
-	for (int tries = 0; done < n; ) {
+	while (done < n) {
 		bool idle = conn.fd >= 0;
 		size_t want = n - done < window ? n - done : window;
 		size_t got = pipeline(q + done, r + done, want);
 
-		if (got < want && got > 0)
-			window = 1;
 		done += got;
-		if (got > 0 || (idle && !q[done].once))
+		if (got == want)
 			continue;
-		if (q[done].once || ++tries == TRIES || !pause_for(
-		    "waiting to connect again", 1000 << (tries - 1)))
-			die(CA_DOWN, "the connection to % ended before a "
-			    "reply", str(conn.host));
+		reply_lost(&q[done], !idle && want == 1);
+		if (got > 0 || !idle)
+			window = 1;
 	}
 }
 
@@ -5334,7 +5350,8 @@ struct post {
 	Str payload;		/* NONE: POST-as-GET (RFC 8555 6.3) */
 	const struct key *key;	/* NULL: the account's */
 	bool jwk;		/* it is not the account that signs: 6.2 */
-	bool once;
+	bool once;		/* sent once, whatever happens */
+	bool made;		/* of a thing that was just made: see LAG */
 };
 
 static const char *account_file;	/* the account's key, -k */
@@ -5471,31 +5488,50 @@ accept_reply(const struct reply *r)
 		come_back(r, r->retry_after);
 	if (r->status < 400)
 		broken(r, "is a redirect, which ACME does not have here");
-	die(r->status < 500 ? REFUSED : CA_DOWN, "%: %", r->url, problem(r));
+	die(r->status < 500 || r->status == 501 ? REFUSED : CA_DOWN, "%: %",
+	    r->url, problem(r));
 }
 
+/* What a request has been through so far. */
+struct attempt {
+	size_t post;		/* which of a batch it is */
+	int lost;		/* replies that were lost */
+	int errors;		/* server errors (5xx) without Retry-After */
+	int missing;		/* 404 to what was made a moment ago */
+	bool done;
+};
+
 /*
- * Does the server want to be asked once more?  Then the pause that it
- * asks for is over when this returns.  A longer one than the step has
- * ends the step.
+ * For how many ms to wait before a request is sent again, -1 if its reply
+ * stands.  `made`: its URL is of a thing that this step or the one before
+ * may have made, which not every replica of the CA's knows at once.
  */
-static bool
-again(const struct reply *r, int *tries)
+static long long
+retry_pause(const struct reply *r, struct attempt *a, bool made)
 {
 	long wait = r->retry_after;
 
-	if (r->status < 500 && r->status != 429)
-		return false;
-	if (wait < 0 && r->status == 429)
-		return false;
-	if (wait < 0 && ++*tries == TRIES)
-		return false;
-	if (wait < 0)
-		return pause_for("waiting for the server to recover",
-		    1000 << (*tries - 1));
-	if (!pause_for("waiting as the CA asks", wait ? wait * 1000LL : 1000))
-		come_back(r, wait);
-	return true;
+	if (r->status == 404 && made && !boxed && a->missing++ < LAG)
+		return 1000;
+	if (r->status == 501 || (r->status < 500 && r->status != 429))
+		return -1;
+	if (wait >= 0)
+		return wait ? wait * 1000LL : 1000;
+	if (r->status == 429 || ++a->errors == TRIES)
+		return -1;
+	return 1000 << (a->errors - 1);
+}
+
+/* Pause before a request is sent again; ends the step if time is short. */
+static void
+pause_after(const struct reply *r, long long ms)
+{
+	if (pause_for(r->retry_after < 0 ? "waiting for the CA to recover" :
+	    "pausing at the CA's request", ms))
+		return;
+	if (r->retry_after >= 0)
+		come_back(r, r->retry_after);
+	accept_reply(r);
 }
 
 /* A reference in a reply, made absolute (RFC 3986 5.2, what ACME needs). */
@@ -5579,14 +5615,17 @@ location(const struct reply *r)
 static struct reply
 fetch(const char *method, Str url)
 {
-	struct message q = { method, url, NONE, false };
+	struct message q = { .method = method, .url = url };
+	struct attempt a = { .post = 0 };
 	struct reply r;
-	int tries = 0;
+	long long pause;
 
-	do
+	for (;;) {
 		exchange(&q, &r, 1);
-	while (again(&r, &tries));
-	return r;
+		if ((pause = retry_pause(&r, &a, false)) < 0)
+			return r;
+		pause_after(&r, pause);
+	}
 }
 
 static Str directory_body;	/* JSON, once it has been fetched */
@@ -5687,27 +5726,33 @@ nonce_take(void)
 	return cat(NONE, (Str){ nonce[nnonce].b, nonce[nnonce].n });
 }
 
-/* Have n nonces (RFC 8555 7.2); some servers give them to GET alone. */
-static void
+/*
+ * Make sure that there are nonces for n requests, or for NONCES of them:
+ * each reply brings another (RFC 8555 7.2, 6.5).  Some servers return a
+ * nonce only for GET.  Returns for how many requests there are enough.
+ */
+static size_t
 nonce_fetch(size_t n)
 {
-	struct message q[WINDOW] = { { .method = NULL } };
-	struct reply r[WINDOW], one;
-	size_t lack = n > nnonce ? n - nnonce : 0;
+	struct message q[NONCES] = { { .method = NULL } };
+	struct reply r[NONCES], one;
+	size_t want = n < NONCES ? n : NONCES;
+	size_t lack = want > nnonce ? want - nnonce : 0;
 
 	for (size_t i = 0; i < lack; i++)
-		q[i] = (struct message){ "HEAD", field("new-nonce"), NONE,
-		    false };
+		q[i] = (struct message){ .method = "HEAD",
+		    .url = field("new-nonce") };
 	exchange(q, r, lack);
 	for (size_t i = 0; i < lack; i++)
 		nonce_put(r[i].nonce);
-	while (nnonce < n) {
+	while (nnonce == 0) {
 		one = fetch("GET", field("new-nonce"));
 		accept_reply(&one);
 		if (!one.nonce.n)
 			broken(&one, "has no nonce");
 		nonce_put(one.nonce);
 	}
+	return n < nnonce ? n : nnonce;
 }
 
 /* What is signed (RFC 7515 5.1): a protected header and a payload. */
@@ -5742,68 +5787,113 @@ signed_text(const struct post *p)
 	return keep(mark, jws(input, sign(k, input, false)));
 }
 
-/* Send the ones in todo[], and forget those that are answered. */
+/* The same for a signed request; badNonce wants no pause. */
+static long long
+post_pause(const struct post *p, const struct reply *r, struct attempt *a)
+{
+	if (has_type(r, "badNonce"))
+		return 0;
+	return p->once ? -1 : retry_pause(r, a, p->made);
+}
+
+/* Move what a reply holds down to the top of the heap, and keep it there. */
+static void
+keep_reply(struct reply *r)
+{
+	Str *part[] = { &r->location, &r->nonce, &r->head, &r->body };
+	size_t n = (size_t)(r->body.p + r->body.n - r->head.p);
+	unsigned char *to = heap + used;
+	const unsigned char *old = r->head.p;
+
+	memmove(to, old, n);
+	used += n;
+	for (size_t i = 0; i < COUNT(part); i++)
+		if (part[i]->n)
+			part[i]->p = to + (part[i]->p - old);
+	r->body.p = r->body.n ? r->body.p : to + n;
+}
+
+/*
+ * Send as many of the requests in todo[] as there are nonces for.  Replies
+ * that stand are kept in r[], all else that the round took is given back;
+ * the other requests move to the front of todo[], and what pause they want
+ * is over.  Returns how many are left.  *stuck counts the rounds in which
+ * all nonces were refused.
+ */
 static size_t
-acme_round(const struct post *p, struct reply *r, size_t *todo, size_t n)
+acme_round(const struct post *p, struct reply *r, struct attempt *todo,
+    size_t n, int *stuck)
 {
 	struct message q[WINDOW] = { { .method = NULL } };
-	struct reply got[WINDOW];
+	struct reply got[WINDOW], *slow = NULL;
+	size_t mark = used, m = nonce_fetch(n < WINDOW ? n : WINDOW);
 	size_t left = 0;
-	static int tries;
+	long long pause, most = 0;
 
-	nonce_fetch(n);
-	for (size_t i = 0; i < n; i++)
-		q[i] = (struct message){ "POST", p[todo[i]].url,
-		    signed_text(&p[todo[i]]), p[todo[i]].once };
-	exchange(q, got, n);
-	for (size_t i = 0; i < n; i++)
-		nonce_put(got[i].nonce);
-	for (size_t i = 0; i < n; i++) {
-		r[todo[i]] = got[i];
-		if (has_type(&got[i], "badNonce") ||
-		    (!p[todo[i]].once && again(&got[i], &tries)))
-			todo[left++] = todo[i];
+	for (size_t i = 0; i < m; i++) {
+		const struct post *post = &p[todo[i].post];
+
+		q[i] = (struct message){ "POST", post->url,
+		    signed_text(post), post->once, todo[i].lost };
 	}
+	exchange(q, got, m);
+	++*stuck;
+	for (size_t i = 0; i < m; i++) {
+		struct attempt *a = &todo[i];
+
+		nonce_put(got[i].nonce);
+		a->lost = q[i].lost;
+		pause = post_pause(&p[a->post], &got[i], a);
+		a->done = pause < 0;
+		if (pause != 0)
+			*stuck = 0;
+		if (pause > most) {
+			slow = &got[i];
+			most = pause;
+		}
+	}
+	if (slow)
+		pause_after(slow, most);
+	else if (*stuck > REFUSALS &&
+	    !pause_for("waiting for a nonce that the CA accepts", 250))
+		accept_reply(&got[0]);
+	used = mark;
+	for (size_t i = 0; i < n; i++)
+		if (i < m && todo[i].done) {
+			r[todo[i].post] = got[i];
+			keep_reply(&r[todo[i].post]);
+		} else
+			todo[left++] = todo[i];
 	return left;
 }
 
 /*
  * The one way to the CA: a batch of requests is signed and sent, a batch
  * of replies comes back, in the same order, whatever their status.  None is
- * signed unless all are for the CA's own origin.  A
- * nonce that was refused brings a fresh one, and the request goes out
- * again, until the step's time is up (RFC 8555 6.5).
+ * signed unless all are for the CA's own origin.  A nonce that was refused
+ * brings a fresh one, and the request goes out again, until the step's time
+ * is up (RFC 8555 6.5).
  */
 static void
 acme_batch(const struct post *p, struct reply *r, size_t n)
 {
-	size_t todo[WINDOW];
+	struct attempt todo[NAMES];
+	int stuck = 0;
 
-	for (size_t i = 0; i < n; i++)
+	for (size_t i = 0; i < n; i++) {
 		need_own(p[i].url);
-	for (size_t first = 0; first < n; first += WINDOW) {
-		size_t m = n - first < WINDOW ? n - first : WINDOW;
-
-		for (size_t i = 0; i < m; i++)
-			todo[i] = first + i;
-		for (int round = 0; m > 0; round++) {
-			size_t mark = used, left = acme_round(p, r, todo, m);
-
-			if (round >= 20 && left && !pause_for("waiting for a "
-			    "nonce that the CA takes", 1000))
-				accept_reply(&r[todo[0]]);
-			if (left == m)
-				used = mark;
-			m = left;
-		}
+		todo[i] = (struct attempt){ .post = i };
 	}
+	while (n > 0)
+		n = acme_round(p, r, todo, n, &stuck);
 }
 
 /* A single request, whose success is all that the caller can use. */
 static struct reply
 acme_post(Str url, Str payload)
 {
-	struct post p = { .url = url, .payload = payload };
+	struct post p = { .url = url, .payload = payload,
+	    .made = !payload.n };
 	struct reply r;
 
 	acme_batch(&p, &r, 1);
@@ -6013,7 +6103,7 @@ ask_authorizations(void)
 		if (n == NAMES)
 			die(FAULT, "an order has more than % authorizations",
 			    num(NAMES));
-		p[n++] = (struct post){ .url = l->value };
+		p[n++] = (struct post){ .url = l->value, .made = true };
 	}
 	if (n == 0)
 		need("order");
@@ -6665,9 +6755,11 @@ tell_ca(void)
 
 	for each_line(l, "challenge")
 		p[n++] = (struct post){ .url = challenge_read(l->value).url,
-		    .payload = S("{}") };
+		    .payload = S("{}"), .made = true };
 	acme_batch(p, r, n);
 	for (size_t i = 0; i < n; i++) {
+		if (has_type(&r[i], "conflict"))
+			continue;	/* it is being validated already */
 		if (r[i].status < 400 || r[i].status >= 500 ||
 		    r[i].status == 429) {
 			accept_reply(&r[i]);
@@ -8036,7 +8128,7 @@ static bool
 send_request(Str csr)
 {
 	struct post p = { .url = need("finalize"),
-	    .payload = text("{\"csr\":\"%\"}", b64(csr)) };
+	    .payload = text("{\"csr\":\"%\"}", b64(csr)), .made = true };
 	struct reply r;
 
 	acme_batch(&p, &r, 1);
