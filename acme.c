@@ -6210,26 +6210,66 @@ failures(size_t n)
 	return all;
 }
 
+/* Count the errors of challenges that failed, and those that are the CA's. */
+static void
+count_errors(const struct reply *r, size_t *all, size_t *internal)
+{
+	Str o = json_body(r), list = list_of(o, "challenges"), none, c;
+
+	while (json_each(&list, &none, &c)) {
+		Str type = text_of(json_member(c, "error"), "type");
+
+		*all += type.n > 0;
+		*internal += is(type, ERROR "serverInternal");
+	}
+}
+
 /*
- * End the step of an order that became invalid.  What the challenges say
- * is nearer to the cause than what the order says, if anything.
+ * End the step of an order that cannot become valid, with what was seen of
+ * the first n authorizations or, if that is nothing, with the order's
+ * error.  If the CA itself failed (RFC 8555 6.7, serverInternal), there is
+ * nothing for the user to correct.
  */
+static void
+validation_failed(const char *what, size_t n, Str error)
+{
+	Str seen = failures(n);
+	size_t all = 0, internal = 0;
+
+	for (size_t i = 0; i < n; i++)
+		count_errors(&authorization[i], &all, &internal);
+	if (all == 0 && error.n) {
+		all = 1;
+		internal = is(text_of(error, "type"), ERROR "serverInternal");
+	}
+	if (!seen.n)
+		seen = error.n ? problem_text(error) :
+		    S("the CA does not say why");
+	if (all && all == internal)
+		afterword = S("; the CA itself failed: place a new order");
+	die(all && all == internal ? CA_DOWN : REFUSED, "% %", str(what),
+	    seen);
+}
+
+#define NOT_VALIDATED "the CA could not validate"
+
+/* End the step of an order that became invalid. */
 static void
 order_failed(void)
 {
 	struct reply r = acme_post(need("order"), NONE);
 	Str error = want(&r, json_body(&r), "error", '{');
-	Str seen = failures(fetch_authorizations());
 
-	if (!seen.n)
-		seen = error.n ? problem_text(error) :
-		    S("the CA does not say why");
-	die(REFUSED, "the order is invalid: %", seen);
+	validation_failed("the order is invalid:", fetch_authorizations(),
+	    error);
 }
 
-/* End a step whose order is still pending: say which names lack what. */
+/*
+ * End a step whose order is still pending: say which names lack what, and
+ * after how many seconds the CA wants to be asked again, if it says so.
+ */
 static void
-order_lacks(void)
+order_lacks(long after)
 {
 	size_t n = fetch_authorizations(), mark = used;
 	Str all = NONE, none, c, type, error;
@@ -6250,6 +6290,9 @@ order_lacks(void)
 		}
 		all = keep(mark, all);
 	}
+	if (after > 0)
+		afterword = text("; try again after % s",
+		    num((unsigned long)after));
 	die(LATER, "the order is still pending%", all);
 }
 
@@ -6257,18 +6300,32 @@ order_lacks(void)
 static void
 look_for_failures(void)
 {
-	size_t mark = used;
-	Str seen = failures(fetch_authorizations());
+	size_t mark = used, n = fetch_authorizations();
 
-	if (seen.n)
-		die(REFUSED, "the CA could not validate %", seen);
+	if (failures(n).n)
+		validation_failed(NOT_VALIDATED, n, NONE);
 	used = mark;
 }
 
 /*
- * Ask for the order again and again, until its status is none of a set.
- * The pauses are the server's, or short ones that grow.  A step whose
- * time would run out first ends here.
+ * Wait between two looks at an order or an authorization: for as long as
+ * the CA asks (`after` seconds, if positive) or, if the step does not have
+ * so long, for a pause of our own, in ms, which grows.  False if the step
+ * has not even that.
+ */
+static bool
+pause_between(const char *what, long after, long long *pause)
+{
+	long long own = *pause;
+
+	*pause = own < 4000 ? own * 2 : 5000;
+	return (after > 0 && pause_for(what, after * 1000LL)) ||
+	    pause_for(what, own);
+}
+
+/*
+ * Fetch the order again and again, until its status is not in a set.  Ends
+ * the step if the time limit comes first.
  */
 static void
 order_await(unsigned set, const char *what, long after)
@@ -6277,17 +6334,15 @@ order_await(unsigned set, const char *what, long after)
 	struct reply r;
 
 	for (int polls = 1; order_status() & set; polls++) {
-		long long ms = after > 0 ? after * 1000LL : pause;
 		size_t mark = used;
 
-		if (!pause_for(what, ms)) {
+		if (!pause_between(what, after, &pause)) {
 			if (order_status() == PENDING)
-				order_lacks();
+				order_lacks(after);
 			die(LATER, "the order is still %; try again after % s",
-			    field("status"),
-			    num((unsigned long long)(ms + 999) / 1000));
+			    field("status"), num(after > 0 ?
+			    (unsigned long)after : 5));
 		}
-		pause = pause < 4000 ? pause * 2 : 5000;
 		r = acme_post(need("order"), NONE);
 		after = r.retry_after;
 		if (status_bit(want(&r, json_body(&r), "status", '"')) &
@@ -6312,11 +6367,10 @@ authorizations_await(const char *what)
 
 	for (;;) {
 		size_t mark = used, n = fetch_authorizations(), waiting = 0;
-		Str seen = failures(n);
 		long after = -1;
 
-		if (seen.n)
-			die(REFUSED, "the CA could not validate %", seen);
+		if (failures(n).n)
+			validation_failed(NOT_VALIDATED, n, NONE);
 		for (size_t i = 0; i < n; i++) {
 			const struct reply *r = &authorization[i];
 
@@ -6327,9 +6381,8 @@ authorizations_await(const char *what)
 		if (waiting == 0)
 			return;
 		used = mark;
-		if (!pause_for(what, after > 0 ? after * 1000LL : pause))
+		if (!pause_between(what, after, &pause))
 			die(LATER, "an authorization is still pending");
-		pause = pause < 4000 ? pause * 2 : 5000;
 	}
 }
 
@@ -6480,7 +6533,8 @@ static void
 add_challenges(const char *type)
 {
 	size_t n = nauthorization;
-	Str seen = failures(n), none, c, id_type;
+	bool failed = failures(n).n > 0;
+	Str none, c, id_type;
 
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
@@ -6489,7 +6543,7 @@ add_challenges(const char *type)
 		size_t before = nrecord;
 
 		if (!is_usable(r))
-			die(REFUSED, "the CA could not validate %", seen);
+			validation_failed(NOT_VALIDATED, n, NONE);
 		if (!is_pending(r, o))
 			continue;
 		list = must(r, o, "challenges", '[');
@@ -6502,8 +6556,8 @@ add_challenges(const char *type)
 			if (!type || same(t, str(type)))
 				add_challenge(r, c, id_type, name);
 		}
-		if (seen.n && nrecord == before)
-			die(REFUSED, "the CA could not validate %", seen);
+		if (failed && nrecord == before)
+			validation_failed(NOT_VALIDATED, n, NONE);
 		if (type && nrecord == before)
 			not_offered(type, name, offered);
 	}

@@ -4693,11 +4693,21 @@ answer POST_order '200 OK' "$(order valid "$certificate")"
 chain "$(cat leaf.pem)"
 check 'quirk 6: Retry-After in seconds, as a date, negative, absent' '
 	finalize >out && diff out leaf.pem'
-for status in '200 OK' '202 Accepted' '429 x' '503 x'; do
+for status in '429 x' '503 x'; do
 	answer POST_finalize "$status" "$(order processing)" \
 	    'Retry-After: 86400'
 	denies "quirk 6: Retry-After of a day, with $status" 75 \
 	    'after 86400 s' finalize
+done
+for status in '200 OK' '202 Accepted'; do
+	answer POST_finalize "$status" "$(order processing)" \
+	    'Retry-After: 86400'
+	check "quirk 32: Retry-After of a day for what takes seconds, $status" '
+		finalize >out && diff out leaf.pem'
+	answer POST_order '200 OK' "$(order processing)" 'Retry-After: 86400'
+	denies "quirk 32: but it never comes, $status" 75 'after 86400 s' \
+	    finalize -T 2
+	answer POST_order '200 OK' "$(order valid "$certificate")"
 done
 
 fresh
@@ -4815,7 +4825,7 @@ answer POST_chall '200 OK' "$(one http-01 ',"status":"valid"')"
 answer POST_order '200 OK' "$(order ready)"
 check 'quirk 13: a second POST to a challenge is 409: its state decides' '
 	respond >out && grep -x "status ready" out'
-answer POST_chall '409 x' "$(problem conflict ',"detail":"never"')"
+answer POST_chall '409 x' "$(problem malformed ',"detail":"never"')"
 denies 'quirk 13: a challenge that is 409 and stays pending' 77 never \
     'respond'
 fresh
@@ -4924,6 +4934,23 @@ answer POST_order '200 OK' "$(order invalid)"
 auth authz invalid "$(one http-01 ",\"status\":\"invalid\",$error")"
 denies 'quirk 21: an invalid order without an error: the challenge says' \
     77 'a.example: .*nobody there' 'step order -W <pending'
+
+fresh
+internal='{"type":"urn:ietf:params:acme:error:serverInternal",
+"detail":"Could not communicate with VA"}'
+answer POST_order '200 OK' "$(order invalid "\"error\":$internal")"
+auth authz valid "$(one http-01)"
+denies 'an order that the CA itself spoilt' 69 \
+    'communicate with VA.*place a new order' 'step order -W <pending'
+answer POST_order '200 OK' "$(order invalid)"
+auth authz invalid "$(one http-01 ",\"status\":\"invalid\",
+\"error\":$internal")"
+denies 'a challenge that the CA could not try' 69 \
+    'communicate with VA.*place a new order' 'step order -W <pending'
+auth authz invalid "$(one http-01 ",\"status\":\"invalid\",
+\"error\":$internal"),$(one dns-01 ",\"status\":\"invalid\",$error")"
+denies 'but another challenge failed for a reason' 77 \
+    'nobody there' 'step order -W <pending'
 
 for state in pending processing valid; do
 	fresh
@@ -5139,9 +5166,33 @@ dies 70 'https URL' 'step renewal-info -d "$ca/dir" ari.pem'
 # Pages that go round and round.
 answer POST_newAccount '200 OK' '{"status":"valid","orders":"/orders"}' \
     "Location: $ca/account/1"
-answer POST_orders '200 OK' "[\"$ca/1\"]$(head -c 200000 /dev/zero |
-    tr '\0' ' ')" 'Link: </orders>;rel=next'
-dies 70 '3 MiB' 'step account -T 30 -d "$ca/dir"'
+answer POST_orders '200 OK' "[\"$ca/1\"]" 'Link: </orders>;rel=next'
+dies 76 'names itself' 'step account -T 30 -d "$ca/dir"'
+answer POST_orders '200 OK' "[\"$ca/1\"]$(head -c 20000 /dev/zero |
+    tr '\0' ' ')" 'Link: </orders2>;rel=next'
+answer POST_orders2 '200 OK' "[\"$ca/2\"]" 'Link: </orders3>;rel=next'
+cp www/POST_orders www/POST_orders3
+later paging 'step account -T 120 -d "$ca/dir"'
+settle
+dies 70 'more than 1000 pages' 'replay paging'
+# A hundred Link headers, and as many chains to choose from.
+set --
+for i in $(seq 100); do
+	set -- "$@" "Link: <$ca/certificate?$i>;rel=\"alternate\""
+done
+fresh
+answer POST_order '200 OK' "$(order valid "$certificate")"
+answer POST_certificate '200 OK' "$(cat leaf.pem
+for i in 1 2 3 4 5 6 7 8 9; do cat root.pem; done)" "$@"
+for i in $(seq 100); do
+	cp www/POST_certificate "www/POST_certificate?$i"
+done
+set --
+later choosing 'step certificate -T 120 -i nobody <record'
+settle
+dies 77 'only: root, root\|at: root, root' 'replay choosing'
+check 'each of a hundred chains was looked at' '
+	[ "$(grep -c "certificate?" www/requests)" = 100 ]'
 
 group 'records'
 
@@ -6220,6 +6271,198 @@ by_hook dns-01 dehydrated:./dehydrated.sh
 by_hook '' uacme:./uacme.sh
 by_hook dns-01 lego:./lego.sh
 by_hook dns-01 certbot:./auth.sh,./cleanup.sh
+
+group 'a relay before Pebble, which loses, limits and lags'
+
+# relay.sh: hands requests on to Pebble, and its replies back.  The Nth
+# request POST /x/y runs rules/POST_x.N, else rules/POST_x: "forward" there
+# hands it on, "reply STATUS HEADERS BODY" answers it.
+cat >relay.sh <<'END'
+cr=$(printf '\r')
+forward() {
+	set -- -sS --raw --http1.1 --cacert ca.pem -i -X "$method" \
+	    -H 'Content-Type: application/jose+json' -H 'Expect:' \
+	    -H "Host: $host"
+	case $method in
+	POST)	set -- "$@" --data-binary @"relayed/body.$$" ;;
+	HEAD)	set -- "$@" -I ;;
+	esac
+	curl "$@" "https://localhost:$pebble$path"
+}
+reply() {
+	printf 'HTTP/1.1 %s\r\n%sContent-Length: %s\r\n\r\n%s' "$1" \
+	    "${2:+$2$cr
+}" "$(printf %s "$3" | wc -c)" "$3"
+}
+while read -r method path _; do
+	name=${path#/}
+	name=${method}_${name%%/*}
+	echo "$name" >>relayed/requests
+	n=$(grep -cxe "$name" relayed/requests)
+	length=0
+	while IFS= read -r line; do
+		line=${line%"$cr"}
+		[ "$line" ] || break
+		case $line in
+		[Cc]ontent-[Ll]ength:*) length=${line##* } ;;
+		[Hh]ost:*) host=${line##* } ;;
+		esac
+	done
+	head -c "$length" >"relayed/body.$$"
+	if [ -e "rules/$name.$n" ]; then
+		. "rules/$name.$n"
+	elif [ -e "rules/$name" ]; then
+		. "rules/$name"
+	else
+		forward
+	fi
+done
+END
+pebble_stop
+pebble_start
+unset ACME_ACCOUNT
+relay=$(free_port)
+server_start env "pebble=$pebble" socat "OPENSSL-LISTEN:$relay,\
+bind=127.0.0.1,fork,reuseaddr,verify=0,cert=server.pem,key=server.key" \
+    'EXEC:sh relay.sh'
+up "$relay"
+# relayed NAME: how many such requests there were.
+relayed() { grep -cxe "$1" relayed/requests; }
+# rules NAME CODE [NAME CODE]...: these, and no others.
+rules() {
+	rm -rf rules relayed
+	mkdir rules relayed
+	: >relayed/requests
+	while [ $# -gt 1 ]; do
+		printf '%s\n' "$2" >"rules/$1"
+		shift 2
+	done
+}
+rules
+ACME_DIRECTORY=https://localhost:$relay/dir
+acme-step new-account -y -o account
+ACME_ACCOUNT=$tmp/account
+export ACME_ACCOUNT
+# through NAME...: a certificate for these names.
+through() {
+	acme-step new-order "$@" |
+	acme-step respond -t http-01 -w "$www" |
+	acme-step finalize -K one.key.pem -o relay.pem &&
+	openssl x509 -in relay.pem -noout -ext subjectAltName |
+	grep -i "DNS:$1"
+}
+check 'the relay hands everything on' 'through plain.test'
+lose='forward >/dev/null; exit'
+busy='reply "503 Busy" "" ""'
+
+# What makes something is sent three times at most.
+rules POST_order-plz "$lose"
+dies 69 'ended before a reply' 'acme-step new-order lost.test'
+rules POST_order-plz 'forward >relayed/reply
+    ! grep -q "^HTTP.* 201" relayed/reply ||
+	{ echo made >>relayed/requests; exit; }
+    cat relayed/reply'
+dies 69 'ended before a reply' 'acme-step new-order -T 20 lost.test'
+check 'an order whose reply is always lost is placed three times at most' '
+    cat relayed/requests; n=$(relayed made)
+    [ "$n" -ge 2 ] && [ "$n" -le 3 ]'
+for name in order-plz authZ chalZ my-order finalize-order certZ; do
+	rules "POST_$name.1" "$lose"
+	check "the first reply of $name is lost" "
+	    through lost-$name.test"
+done
+rules POST_revoke-cert.1 "$lose"
+dies 77 alreadyRevoked 'acme-step revoke-cert relay.pem'
+rules POST_rollover-account-key.1 "$lose"
+check 'the first reply to a key change is lost' '
+    rm -f other.key.pem; acme-step key -o other.key.pem &&
+    acme-step key-change -K other.key.pem >changed &&
+    mv other.key.pem "$ACME_KEY"'
+rules POST_sign-me-up "$lose"
+dies 69 'ended before a reply' '
+    unset ACME_ACCOUNT; acme-step account'
+
+# Server errors are counted for each request by itself.
+rules GET_dir.1 "$busy" POST_order-plz.1 "$busy" POST_authZ.1 "$busy" \
+    POST_chalZ.1 "$busy" POST_my-order.1 "$busy" POST_finalize-order.1 "$busy" \
+    POST_certZ.1 "$busy"
+later busy-once 'through busy.test'
+settle
+check 'each request meets one 503' 'replay busy-once'
+within busy-once 4 20
+rules POST_authZ 'case $n in [1-6]) reply "503 Busy" "Retry-After: 2" "" ;;
+    *) forward ;; esac'
+later busy-batch 'through busy1.test busy2.test busy3.test busy4.test \
+    busy5.test busy6.test'
+settle
+check 'a batch of them, each with Retry-After' 'replay busy-batch'
+within busy-batch 2 8
+rules POST_my-order "$busy"
+dies 69 503 'acme-step new-order 503.test | acme-step order -T 20'
+check 'one request is tried three times' '
+    [ "$(relayed POST_my-order)" = 3 ]'
+rules POST_my-order 'reply "501 None" "" ""'
+dies 77 501 'acme-step new-order 501.test | acme-step order'
+check 'but not if it is 501' '[ "$(relayed POST_my-order)" = 1 ]'
+
+# A server that hangs up as soon as a second request is behind the first.
+rules
+cat >rules/any <<'END'
+if [ "$(timeout 0.1 head -c 1 | wc -c)" = 1 ]; then
+	echo cut >>relayed/requests
+	exit
+fi
+forward
+END
+for name in HEAD_nonce-plz POST_authZ POST_chalZ; do
+	cp rules/any "rules/$name"
+done
+check 'requests go one by one where the server wants it so' '
+    through single1.test single2.test single3.test single4.test &&
+    [ "$(relayed cut)" -ge 1 ]'
+rules HEAD_nonce-plz '[ "$n" -le 8 ] && forward ||
+    reply "503 Busy" "Retry-After: 3600" ""'
+set --
+while [ $# -lt 40 ]; do set -- "$@" "few$#.test"; done
+few=$*
+check 'few nonces are asked for, whatever the number of names' '
+    acme-step new-order $few | acme-step challenges -t http-01 >few &&
+    [ "$(grep -c ^challenge few)" = 40 ] &&
+    [ "$(relayed HEAD_nonce-plz)" -le 8 ]'
+rules POST_order-plz.1 'forward; sleep 0.2
+    reply "408 Request Timeout" "Connection: close" ""; exit' \
+    POST_authZ 'forward; sleep 0.2
+    reply "408 Request Timeout" "Connection: close" ""; exit'
+check '408 on a connection that was idle is nobody'\''s reply' '
+    through idle.test && grep -x POST_authZ relayed/requests'
+rules POST_chalZ 'forward >/dev/null
+    reply "409 Conflict" "" \
+	"{\"type\":\"urn:ietf:params:acme:error:conflict\"}"'
+check '409 conflict: the challenge is being validated already' '
+    through conflict.test'
+gone='reply "404 Not Found" "" "{\"type\":\"urn:ietf:params:acme:error:malformed\"}"'
+for name in authZ chalZ my-order finalize-order certZ; do
+	rules "POST_$name.1" "$gone" "POST_$name.2" "$gone"
+	later "lag-$name" "cd \$(mktemp -d -p \"$tmp\") &&
+	    cp -r $tmp/rules $tmp/relayed . && cd $tmp && through lag.test"
+	settle
+	check "a replica that does not know $name yet" "replay lag-$name"
+done
+rules POST_my-order "$gone"
+later lost-order 'acme-step new-order gone.test | acme-step order'
+settle
+dies 77 malformed 'replay lost-order'
+within lost-order 8 14
+later_than='forward | sed "/^Retry-After:/d; 1s/\$/\nRetry-After: 86400$cr/"'
+rules POST_my-order "$later_than"
+later retry-late 'through late.test'
+settle
+check 'Retry-After: 86400 for what takes seconds' 'replay retry-late'
+within retry-late 0 9
+rules POST_my-order "$later_than"
+dies 75 'try again after 86400 s' '
+    acme-step new-order never.test | acme-step order -W -T 3'
+unset few
 
 group 'ways to the CA'
 pebble_stop
