@@ -2129,8 +2129,7 @@ check 'base64url, JSON strings, DER, times and name constraints' \
     '${CC:-cc} -w -I"$src" unit.c -o unit -lbearssl &&
     ${RUN-} ./unit'
 cat >faulty.c <<'END'
-#define _POSIX_C_SOURCE 200809L
-#define _DEFAULT_SOURCE
+#define _GNU_SOURCE
 #include <sys/stat.h>
 #include <errno.h>
 #include <fcntl.h>
