@@ -39,6 +39,7 @@
 #define _GNU_SOURCE		/* dl_iterate_phdr, getpagesize */
 #include <sys/types.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -161,6 +162,8 @@ static struct {
 	size_t n;
 } secret[8];
 static size_t nsecret;
+
+static struct rlimit core_limit;	/* as the step was started with */
 
 static Str
 str(const char *s)
@@ -570,7 +573,7 @@ static void
 catch_signals(void)
 {
 	static const int caught[] = { SIGHUP, SIGINT, SIGQUIT, SIGTERM,
-	    SIGALRM };
+	    SIGXCPU, SIGXFSZ, SIGALRM };
 	struct sigaction act = { .sa_handler = on_signal }, old;
 
 	sigfillset(&act.sa_mask);
@@ -3667,6 +3670,7 @@ static struct {
 } conn;
 
 static int family = AF_UNSPEC;		/* -4, -6 */
+extern char **environ;
 
 /* A variable under the first of two names that is set and not empty. */
 static Str
@@ -3677,6 +3681,18 @@ variable(const char *a, const char *b)
 	return s.n ? s : str(getenv(b));
 }
 
+/* Secrets that only a step has a use for; its children do not get them. */
+static void
+drop_secret_variables(void)
+{
+	char **to = environ;
+
+	for (char **e = environ; *e; e++)
+		if (!begins(str(*e), "ACME_EAB_"))
+			*to++ = *e;
+	*to = NULL;
+}
+
 /* In a new process: what the old one must clean up is not ours. */
 static void
 become_child(void)
@@ -3685,6 +3701,8 @@ become_child(void)
 
 	ndoomed = 0;
 	tells = false;
+	drop_secret_variables();
+	setrlimit(RLIMIT_CORE, &core_limit);
 	signal(SIGPIPE, SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
@@ -7572,7 +7590,6 @@ static struct hook {
 } hooks[NAMES];
 
 static char *hook_env[HOOK_ENV];
-extern char **environ;
 
 /* Add a variable to what a hook finds in its environment. */
 static void
@@ -9641,6 +9658,23 @@ prepare(const struct command *c)
 		need_account();
 }
 
+/*
+ * No step leaves a core file, which would have its keys.  Its children are
+ * the user's programs: they get the limit that they would have had.
+ */
+static void
+limit_core(void)
+{
+	struct rlimit zero;
+
+	if (getrlimit(RLIMIT_CORE, &core_limit) != 0)
+		die(FAULT, "cannot forbid core files: %", why());
+	zero = core_limit;
+	zero.rlim_cur = 0;
+	if (setrlimit(RLIMIT_CORE, &zero) != 0)
+		die(FAULT, "cannot forbid core files: %", why());
+}
+
 int
 main(int argc, char **argv)
 {
@@ -9649,6 +9683,7 @@ main(int argc, char **argv)
 
 	dl_iterate_phdr(protect_relocated, NULL);
 	hold_descriptors();
+	limit_core();
 	conn.fd = -1;
 	hide(&account_key, sizeof account_key);
 	hide(&certificate_key, sizeof certificate_key);

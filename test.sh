@@ -4310,6 +4310,22 @@ check 'but not what was never published' '
     [ ! -e calls ] && validated http-01 &&
     hooked lego:./hook pending >out && [ ! -e calls ] &&
     hooked ./hook record -t http-01 | diff record - && [ ! -e calls ]'
+check 'hooks have no secret of ours, and their own limit of core files' '
+    export FAIL="env >env.seen; ulimit -c >core.seen"
+    export ACME_EAB_KID=k ACME_EAB_HMAC_KEY=s ACME_EABX=x
+    ulimit -S -c 77 && hooked ./hook http.rec >out && grep "status ready" out &&
+    is 77 "cat core.seen" && not grep ACME_EAB_ env.seen &&
+    grep -x ACME_EABX=x env.seen'
+cat >through.sh <<'END'
+env >env.seen
+ulimit -c >core.seen
+exec socat - "TCP:$1:$2"
+END
+check 'nor has the command of -P' '
+    export ACME_EAB_KID=k ACME_EAB_HMAC_KEY=s
+    ulimit -S -c 77 &&
+    step directory -d "$ca/dir" -P "sh through.sh %h %p" &&
+    is 77 "cat core.seen" && not grep ACME_EAB_ env.seen'
 answer POST_chall.9 '403 Forbidden' "$(problem unauthorized)"
 check 'uacme is told when it failed' '
     rm -f www/POST_chall; answer POST_chall "403 Forbidden" "{}"
@@ -5664,7 +5680,7 @@ published() {
 	[ -e "$2" ] || set -- "$1"
 	[ $(($# - 1)) = "$1" ]
 }
-for signal in INT:130 QUIT:131 TERM:143; do
+for signal in HUP:129 INT:130 QUIT:131 TERM:143 XCPU:152 XFSZ:153; do
 	check "SIG${signal%:*} takes down what was published" '
 	    acme-step new-order slow.test slower.test >slow || exit
 	    start=$(date +%s)
@@ -5778,6 +5794,12 @@ dies 74 'space' 'acme-step certificate <s1 >/dev/full'
 dies 74 'f.pem' '
     trap "" XFSZ; ulimit -f 1; acme-step certificate -o f.pem <s1'
 check 'nor of this' 'ls -A | not grep f.pem'
+check 'a limit of size ends the step as other signals do: 153' '
+    { (ulimit -f 1; exec acme-step certificate -o f.pem <s1)
+	echo "status $?"; } 2>&1 | cat >all
+    cat all; grep -x "status 153" all &&
+    grep "^acme-step: certificate: ended by signal 25" all &&
+    ls -A | not grep -e f.pem -e "[.]acme-step"'
 
 case $acme in
 *-san)	# needs its libraries
