@@ -93,6 +93,7 @@ enum {
 	PAGES    = 1000,	/* of an account's list of orders */
 	CONNECT  = 10,		/* seconds for each address of a name */
 	RESOLVED = 16,		/* -H, in all */
+	RESIDUE  = 16 << 10,	/* stack below a use of keys; BearSSL: 6 KB */
 	MAX_WAIT = 86400 * 30	/* seconds in -T and -s */
 };
 
@@ -162,6 +163,7 @@ static struct {
 	size_t n;
 } secret[8];
 static size_t nsecret;
+static unsigned char *stack_end;	/* in main's frame: others are below */
 
 static struct rlimit core_limit;	/* as the step was started with */
 
@@ -454,6 +456,44 @@ wipe(volatile void *p, size_t n)
 		*b++ = 0;
 }
 
+/* Overwrite what calls that have returned left below the caller's frame. */
+static void wipe_stack(void) __attribute__((noinline));
+
+static void
+wipe_stack(void)
+{
+	unsigned char below[RESIDUE];
+
+	wipe(below, sizeof below);
+}
+
+static void
+wipe_secrets(void)
+{
+	for (size_t i = 0; i < nsecret; i++)
+		wipe(secret[i].p, secret[i].n);
+}
+
+static void wipe_and_exit(int)
+    __attribute__((noinline, noreturn, no_sanitize("address")));
+
+/*
+ * Overwrite the stack, from below this frame up to main's, and exit.  It
+ * overwrites its own frame too, so it keeps nothing there.
+ */
+static void
+wipe_and_exit(int status)
+{
+	static volatile unsigned char *volatile p;
+	static volatile int keep_status;
+	volatile unsigned char below[RESIDUE];
+
+	keep_status = status;
+	for (p = below; p < stack_end; p++)
+		*p = 0;
+	_exit(keep_status);
+}
+
 static void leave(int) __attribute__((noreturn));
 static void fail(int, const char *, ...) __attribute__((noreturn));
 
@@ -493,10 +533,9 @@ leave(int status)
 	if (over.part != UNDONE)
 		finish(status);
 	hold_signals(NULL);
-	for (size_t i = 0; i < nsecret; i++)
-		wipe(secret[i].p, secret[i].n);
+	wipe_secrets();
 	wipe(heap, peak);
-	_exit(status);
+	wipe_and_exit(status);
 }
 
 static void
@@ -2038,6 +2077,9 @@ struct pem {
 	bool open, bad;		/* in a block; it is malformed */
 };
 
+/* The only one; it holds the last 255 bytes that it decoded. */
+static struct pem reader;
+
 static void
 pem_bytes(void *s, const void *p, size_t n)
 {
@@ -2087,21 +2129,22 @@ pem_push(struct pem *r, Str *in)
 static bool
 pem_next(Str *text, Str *name, Str *block, bool *bad)
 {
-	static struct pem r;
 	Str end = S("\n");	/* the text's last line may lack its own */
-	bool have;
+	bool have, ok;
 
-	pem_begin(&r);
-	have = pem_push(&r, text) || pem_push(&r, &end);
-	*bad = r.bad || (!have && r.open);
-	if (!have || r.bad)
-		return false;
-	*name = cat(NONE, str(br_pem_decoder_name(&r.decoder)));
+	pem_begin(&reader);
+	have = pem_push(&reader, text) || pem_push(&reader, &end);
+	*bad = reader.bad || (!have && reader.open);
+	ok = have && !reader.bad;
+	if (ok) {
+		*name = cat(NONE, str(br_pem_decoder_name(&reader.decoder)));
+		*block = reader.der;
+	}
+	wipe(&reader, sizeof reader);
 	/* BearSSL 0.6 leaves the dashes on where the line ends in CR LF. */
-	while (name->n && name->p[name->n - 1] == '-')
+	while (ok && name->n && name->p[name->n - 1] == '-')
 		name->n--;
-	*block = r.der;
-	return true;
+	return ok;
 }
 
 static Str
@@ -2183,6 +2226,9 @@ hmac_sha256(Str key, Str s)
 	br_hmac_init(&c, &k, 0);
 	br_hmac_update(&c, s.p, s.n);
 	br_hmac_out(&c, o);
+	wipe(&k, sizeof k);
+	wipe(&c, sizeof c);
+	wipe_stack();
 	return (Str){ o, br_sha256_SIZE };
 }
 
@@ -2261,6 +2307,9 @@ key_make(struct key *k, const struct key_type *type)
 	}
 	if (!ok || (type->curve && !ec_complete(k)))
 		die(FAULT, "cannot make a key");
+	wipe(seed, sizeof seed);
+	wipe(&rng, sizeof rng);
+	wipe_stack();
 }
 
 /*
@@ -2393,6 +2442,7 @@ key_read(struct key *k, const char *name)
 			die(BAD, "the numbers of the key in % make no key",
 			    file_name(name));
 		wipe(heap + mark, peak - mark);
+		wipe_stack();
 		used = mark;
 		return;
 	}
@@ -2497,6 +2547,7 @@ sign(const struct key *k, Str s, bool asn1)
 		n = 0;
 	if (n == 0)
 		die(FAULT, "cannot sign");
+	wipe_stack();
 	used -= 512 - n;
 	return (Str){ o, n };
 }
@@ -3012,22 +3063,22 @@ decode_anchor(const struct cert *c)
 static void
 read_anchors(const struct cert *chain, size_t n)
 {
-	static struct pem r;
+	struct pem *r = &reader;
 	unsigned char buf[4096];
 	int fd = open_input(anchor_file);
 	struct cert c;
 	bool any = false;
 	Str in;
 
-	pem_begin(&r);
+	pem_begin(r);
 	while ((in.n = read_some(fd, buf, sizeof buf, anchor_file)) > 0) {
 		in.p = buf;
-		while (pem_push(&r, &in)) {
+		while (pem_push(r, &in)) {
 			bool wanted = false;
 
-			if (r.bad || r.der.n > CERT)
-				pem_begin(&r);
-			else if (cert_read(r.der, &c)) {
+			if (r->bad || r->der.n > CERT)
+				pem_begin(r);
+			else if (cert_read(r->der, &c)) {
 				any = true;
 				for (size_t i = 0; i < n; i++)
 					wanted |= same(c.subject,
@@ -3035,13 +3086,15 @@ read_anchors(const struct cert *chain, size_t n)
 					    same(c.subject, chain[i].subject);
 			}
 			if (!wanted || !decode_anchor(&c))
-				used = r.mark;
-			r.mark = used;
+				used = r->mark;
+			r->mark = used;
 		}
 		if (!n && any)
 			break;
 	}
 	close(fd);
+	wipe(r, sizeof *r);	/* a bundle can have a key in it, too */
+	wipe(buf, sizeof buf);
 	if (!any)
 		die(BAD, "no certificate in %", str(anchor_file));
 }
@@ -3942,7 +3995,7 @@ dial_command(const char *host, const char *port)
 		execv("/bin/sh", (char *const []){ (char *)"sh", (char *)"-c",
 		    (char *)command, NULL });
 		warn("cannot run /bin/sh for -P: %", why());
-		_exit(127);
+		leave(127);
 	}
 	if (!shares)
 		setpgid(conn.command, conn.command);
@@ -7759,7 +7812,7 @@ hook_exec(const struct hook *h, const char *const *call, int says)
 	environ = hook_environment(h);
 	dup2(says, 1);
 	execvp(call[0], (char *const *)call);
-	_exit(127);
+	leave(127);
 }
 
 static pid_t
@@ -9675,21 +9728,15 @@ limit_core(void)
 		die(FAULT, "cannot forbid core files: %", why());
 }
 
-int
-main(int argc, char **argv)
+static void run(int, char **) __attribute__((noinline));
+
+/* The step; not in main's frame, which is not overwritten at the end. */
+static void
+run(int argc, char **argv)
 {
 	const struct command *c;
 	char **arg;
 
-	dl_iterate_phdr(protect_relocated, NULL);
-	hold_descriptors();
-	limit_core();
-	conn.fd = -1;
-	hide(&account_key, sizeof account_key);
-	hide(&certificate_key, sizeof certificate_key);
-	hide(&conn, sizeof conn);
-	catch_signals();
-	tells = true;
 	if (argc < 2)
 		usage("which command?");
 	c = find_command(usual_name(argv[1]));
@@ -9700,5 +9747,24 @@ main(int argc, char **argv)
 	prepare(c);
 	c->run(arg);
 	conn_close();
+}
+
+int
+main(int argc, char **argv)
+{
+	unsigned char here;
+
+	stack_end = &here;
+	dl_iterate_phdr(protect_relocated, NULL);
+	hold_descriptors();
+	limit_core();
+	conn.fd = -1;
+	hide(&account_key, sizeof account_key);
+	hide(&certificate_key, sizeof certificate_key);
+	hide(&reader, sizeof reader);
+	hide(&conn, sizeof conn);
+	catch_signals();
+	tells = true;
+	run(argc, argv);
 	leave(DONE);
 }

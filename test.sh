@@ -3595,8 +3595,8 @@ group 'responders: what is said before anything is told'
 answering() {
 	job=$1 where=$2 rec=$3
 	shift 3
-	"$@" "$acme" respond -C root.pem -k account.key -T 900 -s 800 \
-	    -l "$where" <"$rec" >"$job.out" 2>"$job.err" &
+	"$@" "$acme" respond -C root.pem -k "${own_key:-account.key}" \
+	    -T 900 -s 800 -l "$where" <"$rec" >"$job.out" 2>"$job.err" &
 	pids="$pids $!"
 	echo $! >"$job.pid"
 	await listening "${where##*:}"
@@ -3946,21 +3946,6 @@ check 'more peers than the system gives it files' '
     ./peer flood $few 100 "GET / HT" & sleep 1
     is "$token.$print" "curl -sS -m 3 http://127.0.0.1:$few/$well/$token"'
 ended few KILL 137
-# What the process that answers has in its memory.
-check 'it does not have the account'\''s key' '
-    [ "$(id -u)" = 0 ] || exit 0
-    case $acme in *-san) exit 0 ;; esac
-    child=$(cat http.child)
-    sed -n "s/^\([0-9a-f]*\)-\([0-9a-f]*\) rw.*/\1 \2/p" "/proc/$child/maps" |
-    while read -r from to; do
-	dd if="/proc/$child/mem" bs=4096 skip=$((0x$from / 4096)) \
-	    count=$(((0x$to - 0x$from) / 4096)) 2>/dev/null
-    done >memory
-    secret=$(sed -n 2p account.key | cut -c 30-60)
-    grep -c "$token" memory && not grep -e "$secret" memory &&
-    openssl pkey -in account.key -outform DER | busybox xxd -p | tr -d "\n" |
-    cut -c 73-136 >hex && [ "$(wc -c <hex)" -ge 64 ] &&
-    busybox xxd -p memory | tr -d "\n" | not grep -c -f hex'
 ended http TERM 143
 
 group 'responders: TLS-ALPN'
@@ -4200,6 +4185,267 @@ settle
 within mute 8 13
 ended zone TERM 143
 ended persist KILL 137
+
+group 'keys in memory'
+
+# What a step has left when it ends, and what its responder has, is looked
+# through for keys.  The sanitizers keep copies that nobody can wipe.
+cat >residue.c <<'END'
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ptrace.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+/*
+ * residue SECRETS PID, or residue SECRETS MS COMMAND...: look through the
+ * memory of a process, or of each process of a command when it ends; MS
+ * milliseconds after its start, if not 0, the command gets SIGTERM.  The
+ * shell's command SECRETS prints secrets, in hexadecimal digits, a line
+ * each.  PIECE bytes of one count: as they are, backwards, in BearSSL's
+ * words of 31 bits, or in base64.
+ */
+enum { PIECE = 12, MOST = 400000 };
+static struct {
+	unsigned char b[PIECE];
+	const char *form;
+	int next;
+} piece[MOST];
+static int npiece, first[1 << 16], found, looked;
+static void
+add(const unsigned char *p, size_t n, const char *form)
+{
+	for (size_t i = 0; i + PIECE <= n; i++) {
+		int *at = &first[p[i] << 8 | p[i + 1]];
+
+		if (++npiece == MOST)
+			abort();
+		memcpy(piece[npiece].b, p + i, PIECE);
+		piece[npiece].form = form;
+		piece[npiece].next = *at;
+		*at = npiece;
+	}
+}
+static void
+add_base64(const unsigned char *p, size_t n)
+{
+	static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghij"
+	    "klmnopqrstuvwxyz0123456789+/";
+	unsigned char o[2048];
+
+	for (size_t shift = 0; shift < 6; shift += 2) {
+		size_t m = 0;
+
+		for (size_t bit = shift; bit + 6 <= 8 * n; bit += 6)
+			o[m++] = digit[(p[bit / 8] << 8 | (bit / 8 + 1 < n ?
+			    p[bit / 8 + 1] : 0)) >> (10 - bit % 8) & 63];
+		add(o, m, "base64");
+	}
+}
+static void
+add_words(const unsigned char *p, size_t n)
+{
+	uint32_t w[200] = { 0 };
+
+	for (size_t bit = 0; bit < 8 * n; bit++)
+		w[bit / 31] |= (uint32_t)(p[n - 1 - bit / 8] >> bit % 8 & 1)
+		    << bit % 31;
+	add((void *)w, 8 * n / 31 * 4, "words");
+}
+static void
+read_secrets(const char *command)
+{
+	FILE *f = popen(command, "r");
+	static char hex[4096];
+
+	while (fgets(hex, sizeof hex, f)) {
+		unsigned char b[1024], r[1024];
+		size_t n = 0;
+
+		for (unsigned v; sscanf(hex + 2 * n, "%2x", &v) == 1; n++)
+			b[n] = v;
+		for (size_t i = 0; i < n; i++)
+			r[i] = b[n - 1 - i];
+		add(b, n, "bytes");
+		add(r, n, "backwards");
+		add_base64(b, n);
+		add_words(b, n);
+	}
+	pclose(f);
+}
+static void
+look_at(pid_t pid)
+{
+	char name[64], line[512];
+	FILE *maps, *mem;
+
+	sprintf(name, "/proc/%d/maps", (int)pid);
+	maps = fopen(name, "r");
+	sprintf(name, "/proc/%d/mem", (int)pid);
+	mem = fopen(name, "r");
+	while (maps && mem && fgets(line, sizeof line, maps)) {
+		unsigned long from, to;
+		unsigned char *b;
+		char mode[8];
+		size_t n;
+
+		sscanf(line, "%lx-%lx %7s", &from, &to, mode);
+		if (mode[1] != 'w')
+			continue;
+		b = malloc(to - from);
+		n = fseeko(mem, from, SEEK_SET) ? 0 :
+		    fread(b, 1, to - from, mem);
+		looked += n > 0;
+		for (size_t i = 0; i + PIECE <= n; i++)
+			for (int k = first[b[i] << 8 | b[i + 1]]; k;
+			    k = piece[k].next)
+				if (!memcmp(piece[k].b, b + i, PIECE) &&
+				    found++ % 100 == 0)
+					fprintf(stderr, "%s at %lx in %s",
+					    piece[k].form, from + i, line);
+		free(b);
+	}
+	if (maps)
+		fclose(maps);
+	if (mem)
+		fclose(mem);
+}
+static int
+follow(const char *secrets, pid_t command, int ms)
+{
+	struct timespec pause = { ms / 1000, ms % 1000 * 1000000 };
+	int status, end = -1, sig;
+	pid_t pid;
+
+	waitpid(command, &status, 0);
+	ptrace(PTRACE_SETOPTIONS, command, 0, PTRACE_O_TRACEEXIT |
+	    PTRACE_O_TRACEFORK | PTRACE_O_TRACEEXEC | PTRACE_O_EXITKILL);
+	ptrace(PTRACE_CONT, command, 0, 0);
+	if (ms && fork() == 0) {
+		nanosleep(&pause, NULL);
+		kill(command, SIGTERM);
+		_exit(0);
+	}
+	while ((pid = waitpid(-1, &status, __WALL)) > 0) {
+		if (pid == command && !WIFSTOPPED(status))
+			end = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+		if (!WIFSTOPPED(status))
+			continue;
+		sig = status >> 16 || WSTOPSIG(status) == SIGSTOP ? 0 :
+		    WSTOPSIG(status);
+		if (status >> 16 == PTRACE_EVENT_EXIT) {
+			if (!npiece)
+				read_secrets(secrets);
+			look_at(pid);
+		}
+		ptrace(PTRACE_CONT, pid, 0, sig);
+	}
+	return end;
+}
+int
+main(int argc, char **argv)
+{
+	int end = 0;
+	pid_t pid;
+
+	if (argc == 3) {
+		read_secrets(argv[1]);
+		look_at(atoi(argv[2]));
+	} else if ((pid = fork()) == 0) {
+		ptrace(PTRACE_TRACEME, 0, 0, 0);
+		raise(SIGSTOP);
+		execvp(argv[3], argv + 3);
+		_exit(127);
+	} else
+		end = follow(argv[1], pid, atoi(argv[2]));
+	fprintf(stderr, "status %d, %d areas, %d of %d pieces found\n", end,
+	    looked, found, npiece);
+	return !npiece || !looked || found ? 1 : 0;
+}
+END
+# private.sh KEY...: the private numbers of keys.
+cat >private.sh <<'END'
+for key; do
+	openssl pkey -in "$key" -noout -text
+done | awk '/^[^ ]/ { if (show) print ""
+	    show = /^(priv:|privateE|prime|exponent|coefficient)/ }
+	/^ / && show { gsub("[ :]", ""); printf "%s", $0 }'
+echo
+END
+# clean_end KEYS STATUS COMMAND...: ends so, perhaps by SIGTERM $after ms
+# after its start, and has no such keys in its memory then.
+clean_end() {
+	keys=$1 want=$2
+	shift 2
+	./residue "sh private.sh $keys" "${after:-0}" "$@" 2>residue.err
+	got=$?
+	cat residue.err >&2
+	[ "$got" = 0 ] && grep -q "^status $want, " residue.err
+}
+a_step() { echo "$acme" "$1" -C root.pem -k "$2.pem" -T 20; }
+case $acme in
+*-san)	;;
+*)	check 'what looks for them' '${CC:-cc} -w -O1 residue.c -o residue'
+	printf 'kid-1 %s\n' "$mac_key" >eab.file && chmod 600 eab.file
+	cp www/POST_chall www/POST_chall2
+	cp www/POST_chall www/POST_chall3
+	for type in ec256 ec384 rsa2048; do
+		for kind in http tls dns; do
+			own_key=$type.pem
+			at=$(free_port)
+			answering "$kind" "127.0.0.1:$at" "$kind.rec"
+			check "$type, $kind: the responder has no key" '
+			    ./residue "sh private.sh $own_key" \
+				"$(cat '$kind'.child)" 2>&1'
+			check 'which its step has, so that one can be seen' '
+			    not ./residue "sh private.sh $own_key" \
+				"$(cat '$kind'.pid)" 2>&1'
+			ended "$kind" HUP 129
+			check "$type, $kind: nothing is left" '
+			    clean_end $own_key 0 $(a_step respond $type) \
+				-l "127.0.0.1:$at" <'$kind'.rec >out'
+		done
+		check "$type: -x, and a hook that is not there" '
+		    clean_end $type.pem 0 $(a_step respond $type) -x true \
+			<http.rec >out &&
+		    clean_end $type.pem 73 $(a_step respond $type) -x ./none \
+			<http.rec'
+		check "$type: new keys, requests, thumbprints" '
+		    clean_end new.$type 0 "$acme" key -t $type -o new.$type &&
+		    clean_end $type.pem 0 "$acme" csr -K $type.pem a.example &&
+		    clean_end $type.pem 0 "$acme" due -K $type.pem leaf.pem &&
+		    clean_end $type.pem 0 "$acme" thumbprint -k $type.pem'
+		check "$type: failures" '
+		    clean_end $type.pem 74 sh -c "exec \"\$@\" >/dev/full" sh \
+			"$acme" thumbprint -k $type.pem &&
+		    clean_end "$type.pem leaf.key" 65 $(a_step key-change \
+			$type) -a account -K $type.pem &&
+		    clean_end $type.pem 77 $(a_step get $type) -a account \
+			"$ca/none"'
+	done
+	unset own_key
+	printf '%s\n' "printf $mac_key | xxd -p | tr -d '\n'; echo" \
+	    "printf $mac_key | tr -- -_ +/ | openssl base64 -d -A |
+	    xxd -p | tr -d '\n'" >private.eab
+	check 'the secret of an external account binding' '
+	    answer POST_newAccount "201 Created" "{}" "Location: $ca/a/1"
+	    ./residue "sh private.eab" 0 $(a_step new-account ec256) \
+		-d "$ca/dir" -e eab.file 2>residue.err; got=$?
+	    cat residue.err; [ $got = 0 ] && grep "^status 0, " residue.err'
+	for ms in 1 2 4 8 16 32; do
+		check "rsa4096: SIGTERM after $ms ms" '
+		    after=$ms
+		    clean_end rsa4096.pem ".*" "$acme" thumbprint \
+			-k rsa4096.pem; got=$?
+		    grep "status 143" residue.err && echo yes >signalled
+		    [ $got = 0 ]'
+	done
+	check 'which came in time at least once' 'grep yes signalled'
+	;;
+esac
 
 group 'hooks'
 
@@ -5719,6 +5965,46 @@ check 'the order can still be used' '
     acme-step respond -t http-01 -w "$www" -s 1 <slow |
     acme-step finalize -K one.key.pem -o slow.pem &&
     issued one.key.pem slow.pem DNS:slow.test DNS:slower.test'
+
+case $acme in
+*-san)	;;
+*)	group 'keys in memory, before Pebble'
+	# whole STATUS COMMAND...: with the record mem.in; its output is next.
+	whole() {
+		status=$1
+		shift
+		clean_end "$both" "$status" acme-step "$@" <mem.in >next &&
+		cp next "mem.$1"
+	}
+	# pipe STATUS COMMAND...: so that its output is the next one's input.
+	pipe() { whole "$@" && cp next mem.in; }
+	cp hostile/residue hostile/private.sh .
+	mkdir mem.dir
+	for type in ec256 ec384 rsa2048; do
+		export ACME_KEY="mem.$type" ACME_ACCOUNT="mem.$type.account"
+		both="mem.$type leaf.$type"
+		acme-step key -t $type -o mem.$type
+		acme-step key -t $type -o leaf.$type
+		check "$type: new-account, account, get, post" '
+		    : >mem.in && whole 0 new-account -y &&
+		    cp next "$ACME_ACCOUNT" && whole 0 account &&
+		    whole 0 get "$(field account "$ACME_ACCOUNT")" &&
+		    echo "{\"contact\": []}" >mem.in &&
+		    whole 0 post "$(field account "$ACME_ACCOUNT")"'
+		check "$type: new-order, respond, finalize, revoke-cert" '
+		    pipe 0 new-order mem.test && pipe 0 respond \
+			-t tls-alpn-01 -l "127.0.0.1:$tls" &&
+		    whole 0 finalize -K leaf.$type &&
+		    whole 1 due -K leaf.$type mem.finalize &&
+		    whole 0 revoke-cert -K leaf.$type mem.finalize'
+		check "$type: an order that fails, with -w and -P" '
+		    pipe 0 new-order 192.0.2.1 && whole 77 respond \
+			-t http-01 -w mem.dir -T 20 -P "socat - TCP:%h:%p"'
+		check "$type: key-change" 'whole 0 key-change -K leaf.$type'
+	done
+	ACME_KEY=$tmp/account.key.pem ACME_ACCOUNT=$tmp/account
+	;;
+esac
 
 group 'files'
 check 'a key is private and never replaced' '
