@@ -49,6 +49,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <limits.h>
 #include <link.h>
 #include <netdb.h>
@@ -6901,11 +6902,15 @@ tell_ca(void)
 /* ----------------------------------------------------- 21. Responders -- */
 
 /*
- * With -l the challenges are answered by a process of our own, which holds
- * neither a key nor the connection to the CA and ends with the step.  All
- * that its peers get is memory that is set aside here.
+ * With -l the challenges are answered by a process of our own, which has
+ * nothing to lose: no key but the one that it makes for tls-alpn-01, no
+ * connection to the CA, no file, none of root's rights.  It ends with the
+ * step.  All that its peers get is memory that is set aside here.
  */
 enum {
+	NOBODY    = 65534,	/* user and group that own nothing */
+	FILES     = 65536,	/* descriptors to close; low ones come first */
+	RETRY     = 100,	/* ms until the system may have more to give */
 	LISTENERS = 4,		/* TCP and UDP, IPv4 and IPv6 */
 	CLIENTS   = 256,	/* peers at once; one more ends the oldest */
 	PATIENCE  = 10,		/* seconds that a peer has */
@@ -6924,6 +6929,7 @@ static struct client {
 } clients[CLIENTS];
 
 static struct pollfd listeners[LISTENERS];
+static long long accept_after;		/* by now_ms() */
 
 static void
 client_close(struct client *c)
@@ -7375,6 +7381,7 @@ dns_serve(struct client *c)
 
 	while (c->fd >= 0 && c->n >= 2) {
 		Str s = { c->b, c->n };
+		size_t mark = used;
 
 		n = u16_at(s, 0);
 		if (c->n < 2 + n)
@@ -7382,6 +7389,7 @@ dns_serve(struct client *c)
 		s = dns_answer((Str){ c->b + 2, n }, 65535);
 		if (s.n)
 			client_send(c, cat(NONE, u16(s.n), s));
+		used = mark;
 		c->n -= 2 + n;
 		memmove(c->b, c->b + 2 + n, c->n);
 	}
@@ -7414,24 +7422,36 @@ find_responder(const char *type)
 }
 
 /*
- * A peer takes a free place, or that of the one that was first.  Where the
- * process may not have so many files, the time of all of them is over.
+ * The system lacks what one more peer takes: files (EMFILE, ENFILE) or
+ * memory (ENOBUFS, ENOMEM).  The peer keeps waiting, so accept() would fail
+ * again at once: it gets a pause.  If it is this process that has too many
+ * files, the time of all peers is over.
  */
+static void
+accept_failed(void)
+{
+	if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED)
+		return;
+	if (errno == EMFILE)
+		for (size_t i = 0; i < CLIENTS; i++)
+			clients[i].since -= PATIENCE * 1000 + 1;
+	accept_after = now_ms() + RETRY;
+}
+
+/* A peer takes a free place, or that of the one that was first. */
 static void
 client_accept(const struct responder *how, int listener)
 {
 	struct client *c = clients;
 	int fd = accept(listener, NULL, NULL);
 
-	if (fd < 0 && errno != EMFILE)
+	if (fd < 0) {
+		accept_failed();
 		return;
+	}
 	for (struct client *d = clients; d < clients + CLIENTS; d++)
-		if (fd < 0)
-			d->since = 0;
-		else if (c->fd >= 0 && (d->fd < 0 || d->since < c->since))
+		if (c->fd >= 0 && (d->fd < 0 || d->since < c->since))
 			c = d;
-	if (fd < 0)
-		return;
 	if (c->fd >= 0)
 		client_close(c);
 	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
@@ -7454,7 +7474,8 @@ list_open(struct pollfd *p, size_t *whose)
 	size_t n = 0;
 
 	for (size_t i = 0; i < LISTENERS; i++)
-		if (listeners[i].fd >= 0) {
+		if (listeners[i].fd >= 0 &&
+		    (i % 2 || now_ms() >= accept_after)) {
 			whose[n] = i;
 			p[n++] = listeners[i];
 		}
@@ -7473,15 +7494,19 @@ list_open(struct pollfd *p, size_t *whose)
 
 /* Answer whoever comes, until the step that wanted it is gone. */
 static void
-answer_peers(const struct responder *how, int step_fd)
+answer_peers(const struct responder *how)
 {
-	struct pollfd p[1 + LISTENERS + CLIENTS] = { { step_fd, POLLIN, 0 } };
+	struct pollfd p[1 + LISTENERS + CLIENTS] = { { 0, POLLIN, 0 } };
+	const struct timespec moment = { 0, RETRY * 1000000 };
 	size_t whose[LISTENERS + CLIENTS], n;
 
 	for (;;) {
 		n = list_open(p + 1, whose);
-		if (poll(p, 1 + n, 1000) < 0)
+		if (poll(p, 1 + n, now_ms() < accept_after ? RETRY :
+		    1000) < 0) {	/* no memory, or too few files */
+			nanosleep(&moment, NULL);
 			continue;
+		}
 		if (p[0].revents)
 			return;
 		for (size_t i = 0; i < n; i++) {
@@ -7500,11 +7525,126 @@ answer_peers(const struct responder *how, int step_fd)
 	}
 }
 
+/* The process that answers, as the step sees it. */
+static struct {
+	volatile pid_t pid;		/* 0: there is none */
+	int pipe;			/* whose end tells it that we ended */
+} answering;
+
+/*
+ * End it.  Without the capability to kill the process of another user the
+ * end of the pipe does that.
+ */
 static void
-stop_process(const struct doomed *d)
+stop_responder(const struct doomed *d)
 {
-	kill(d->n, SIGKILL);
-	waitpid(d->n, NULL, 0);
+	(void)d;
+	close(answering.pipe);
+	if (!answering.pid)
+		return;
+	kill(answering.pid, SIGKILL);
+	waitpid(answering.pid, NULL, 0);
+	answering.pid = 0;
+}
+
+/*
+ * SIGCHLD: without its responder no challenge can become valid, so that
+ * the step ends, before it tells the CA or while it waits.  Other
+ * processes that end are waited for where they were started.
+ */
+static void
+on_child(int sig)
+{
+	unsigned char b[20];
+	int status, error = errno;
+
+	(void)sig;
+	if (answering.pid &&
+	    waitpid(answering.pid, &status, WNOHANG) == answering.pid) {
+		answering.pid = 0;
+		foreword = NONE;
+		die(FAULT, "the process that answers the challenges %%",
+		    WIFSIGNALED(status) ? S("was ended by signal ") :
+		    S("failed with status "), digits(WIFSIGNALED(status) ?
+		    (unsigned)WTERMSIG(status) :
+		    (unsigned)WEXITSTATUS(status), b));
+	}
+	errno = error;
+}
+
+/* Forget all that the step knew but the challenges. */
+static void
+forget_step(void)
+{
+	Str all = NONE;
+
+	for each_line(l, "challenge")
+		all = cat(all, l->value, S("\n"));
+	all = keep(0, all);
+	wipe(heap + used, peak - used);
+	nrecord = 0;
+	while (all.n)
+		add_line(S("challenge"), cut(&all, '\n'));
+	for (char **e = environ; *e; e++)
+		wipe(*e, strlen(*e));
+	*environ = NULL;
+	wipe_secrets();
+	wipe_stack();
+}
+
+static void
+limit_to_zero(int resource)
+{
+	const struct rlimit zero = { 0, 0 };
+
+	if (setrlimit(resource, &zero) != 0)
+		die(FAULT, "cannot limit the process that answers: %", why());
+}
+
+/*
+ * Root becomes nobody.  Root of a user namespace that has no nobody, or
+ * without the capability, cannot, and stays what it is.
+ */
+static void
+give_up_root(void)
+{
+	if (geteuid() != 0 || (setgroups(0, NULL) == 0 &&
+	    setgid(NOBODY) == 0 && setuid(NOBODY) == 0))
+		return;
+	if (errno != EPERM && errno != EINVAL)
+		die(FAULT, "the process that answers cannot give up root: %",
+		    why());
+	if (verbose)
+		warn("the process that answers cannot give up root: %", why());
+}
+
+/*
+ * Give up every right that answering does not need.  Descriptors 0 to 2
+ * become the pipe to the step, so that no peer gets such a number.  The
+ * limit of processes comes before the change of user: Linux then refuses
+ * to run another program, too.
+ */
+static void
+confine(int step_fd)
+{
+	setsid();	/* no terminal: it could be made to type */
+	limit_to_zero(RLIMIT_NPROC);
+	give_up_root();
+	if (chdir("/") != 0)
+		die(FAULT, "cannot change to /: %", why());
+	limit_to_zero(RLIMIT_CORE);
+	limit_to_zero(RLIMIT_FSIZE);
+	for (int fd = 0; fd < 3; fd++)
+		if (dup2(step_fd, fd) != fd)
+			leave(FAULT);
+	for (int fd = 3; fd < FILES; fd++) {
+		size_t i = 0;
+
+		while (i < LISTENERS && listeners[i].fd != fd)
+			i++;
+		if (i == LISTENERS)
+			close(fd);
+	}
 }
 
 /*
@@ -7516,34 +7656,38 @@ run_responder(const struct responder *how, int step_fd)
 {
 	ndoomed = 0;
 	tells = false;
-	close(0);
-	close(1);
-	close(conn.fd);
-	wipe(&conn, sizeof conn);
-	wipe(&account_key, sizeof account_key);
+	forget_step();
+	confine(step_fd);
 	for (size_t i = 0; i < CLIENTS; i++)
 		clients[i].fd = -1;
 	if (how->begin)
 		make_validations();
-	answer_peers(how, step_fd);
+	answer_peers(how);
 	leave(DONE);
 }
 
 static void
 start_responder(const struct responder *how)
 {
+	struct sigaction act = { .sa_handler = on_child,
+	    .sa_flags = SA_RESTART | SA_NOCLDSTOP };
 	int fds[2];
 	sigset_t old;
 	pid_t pid;
 
 	hold_signals(&old);
+	sigfillset(&act.sa_mask);
+	sigaction(SIGCHLD, &act, NULL);
 	if (pipe(fds) != 0 || (pid = fork()) < 0)
 		die(FAULT, "cannot start a process: %", why());
 	if (pid == 0) {
 		close(fds[1]);
 		run_responder(how, fds[0]);
 	}
-	doom(stop_process, pid, NULL);
+	answering.pid = pid;
+	answering.pipe = fds[1];
+	doom(stop_responder, 0, NULL);
+	sigdelset(&old, SIGCHLD);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[0]);
 	fcntl(fds[1], F_SETFD, FD_CLOEXEC);

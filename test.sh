@@ -4186,6 +4186,218 @@ within mute 8 13
 ended zone TERM 143
 ended persist KILL 137
 
+group 'responders: nothing to lose'
+
+# is_of PID FIELD: a field of a process's status, with single spaces.
+is_of() { sed -n "s/^$2:[ 	]*//p" "/proc/$1/status" | tr -s ' \t' ' '; }
+# bounds PID NAME: the soft and the hard limit.
+bounds() {
+	sed -n "s/^$2  *\([^ ]*\)  *\([^ ]*\) .*/\1 \2/p" "/proc/$1/limits"
+}
+nobody=65534
+[ "$(id -u)" = 0 ] || nobody=$(id -u)
+# A port that root alone may have, where the tests are root.
+low=$(free_port)
+[ "$(id -u)" != 0 ] || while
+	low=$(shuf -i 600-1023 -n 1)
+	grep -qi "$(printf ':%04X ' "$low")" /proc/net/tcp /proc/net/tcp6
+do :; done
+answering low "127.0.0.1:$low" two.rec bash -c \
+    'ulimit -c unlimited; exec 7<account.key 300<account.key; exec "$@"' sh
+child=$(cat low.child)
+check 'it is nobody, in no group, at a port that was root'\''s' '
+    grep "^[UG]" "/proc/$child/status"
+    is "$nobody $nobody $nobody $nobody" "is_of $child Uid" &&
+    { [ "$(id -u)" != 0 ] || {
+	is "$nobody $nobody $nobody $nobody" "is_of $child Gid" &&
+	is "" "is_of $child Groups | tr -d \" \""; }; } &&
+    is "$token.$print" "curl -sS http://127.0.0.1:$low/$well/$token"'
+check 'it has the pipe to its step and its listener, and no other file' '
+    ls -l "/proc/$child/fd"
+    is "0 1 2" "find /proc/$child/fd -lname \"pipe:*\" |
+	sed \"s/.*\///\" | sort | xargs" &&
+    is 1 "find /proc/$child/fd -lname \"socket:*\" | grep -c ." &&
+    is 4 "find /proc/$child/fd -type l | grep -c ."'
+check 'it may make no file, process or core, and has no terminal' '
+    cat "/proc/$child/limits"
+    for name in "Max file size" "Max processes" "Max core file size"; do
+	is "0 0" "bounds $child \"$name\"" || exit
+    done
+    is / "readlink /proc/$child/cwd" &&
+    is "$child" "cut -d \" \" -f 6 /proc/$child/stat"'
+check 'its step leaves no core file either' '
+    is "0 unlimited" "bounds $(cat low.pid) \"Max core file size\""'
+check 'it has forgotten the environment' '
+    tr "\0" "\n" <"/proc/$child/environ" >got; cat got
+    not grep = got'
+ended low TERM 143
+cat >confined.c <<'END'
+#define main acme_main
+#include "acme.c"
+#undef main
+int
+main(int argc, char **argv)
+{
+	bool root = geteuid() == 0;
+	int fds[2], fd;
+
+	for (int i = 0; i < LISTENERS; i++)
+		listeners[i].fd = -1;
+	pipe(fds);
+	confine(fds[0]);
+	if (write(1, "x", 1) >= 0 || write(fds[1], "x", 1) >= 0)
+		return 1;
+	if (fork() >= 0)
+		return 2;
+	fd = open(argv[1], O_WRONLY | O_CREAT, 0666);
+	if (fd >= 0 && (root || write(fd, "x", 1) >= 0))
+		return 3;
+	if (open("/etc/shadow", O_RDONLY) >= 0)
+		return 4;
+	if (root && (setuid(0) == 0 || execv("/bin/true", argv) == 0))
+		return 5;
+	return 0;
+}
+END
+check 'it can write, start, read and run nothing' '
+    ${CC:-cc} -w -I"$src" confined.c -o confined -lbearssl &&
+    ./confined "$PWD/made" && ! [ -s made ]'
+check 'root of a user namespace that has no nobody serves all the same' '
+    port=$(free_port)
+    unshare -r "$acme" respond -v -C root.pem -k account.key -T 60 -s 50 \
+	-l "127.0.0.1:$port" <two.rec 2>err & pid=$!
+    await listening "$port"
+    curl -sS -m 8 "http://127.0.0.1:$port/$well/$token" >got
+    kill $pid; wait $pid; cat got err
+    is "$token.$print" "cat got" && grep "cannot give up root" err'
+
+group 'responders: what would end or stop them'
+
+cp pending many.rec
+for i in $(seq 130); do
+	echo "challenge dns-01 dns n$i.example $ca/chall \
+_acme-challenge.a.example $(printf '%0250d' "$i")"
+done >>many.rec
+many=$(free_port)
+answering many "127.0.0.1:$many" many.rec
+# As many questions of 45 bytes as a peer can send at once.
+for _ in $(seq 91); do
+	printf '\0\053id\1\0\0\1\0\0\0\0\0\0'
+	printf '\17_acme-challenge\1a\7example\0\0\20\0\1'
+done >questions
+check '91 questions for 130 values in one segment: the memory suffices' '
+    is 4095 "wc -c <questions" && for _ in 1 2 3; do
+	timeout 8 socat -b 4095 -t 2 - TCP:127.0.0.1:$many <questions | wc -c
+    done && ask -p "$many" +short +tcp TXT $mine &&
+    [ "$(grep -c . answer)" = 130 ] && frugal many'
+ended many TERM 143
+
+# widowed FILE [OPTION...]: respond -l, whose responder is killed when the
+# file is there; the step must end soon, and say why.
+widowed() {
+	told=$1; shift
+	port=$(free_port)
+	rm -f www/requests told
+	: >www/requests
+	"$acme" respond -C root.pem -k account.key -T 25 \
+	    -l "127.0.0.1:$port" "$@" <http.rec 2>err & pid=$!
+	await listening "$port"
+	await [ -e "$told" ]
+	kill -9 "$(pgrep -P "$pid")"
+	start=$(date +%s)
+	wait "$pid"
+	got=$?
+	echo "status $got"; cat err
+	[ "$got" = 70 ] && [ $(($(date +%s) - start)) -lt 8 ] && grep "the \
+process that answers the challenges was ended by signal 9" err
+}
+answer POST_chall '200 OK' '{"status":"processing"}'
+answer POST_order '200 OK' "$(order pending)" 'Retry-After: 15'
+check 'a responder that dies ends its step before anything is told' '
+    widowed http.rec -s 20 && asked 0'
+answer POST_told '200 OK' '{"status":"processing"}'
+runs POST_chall 'touch ../told; cat POST_told'
+check 'and while the CA validates' 'widowed told'
+runs POST_chall 'touch ../told; sleep 15; cat POST_told'
+check 'and while the CA is silent' 'widowed told'
+answer POST_chall '200 OK' '{"status":"processing"}'
+answer POST_order '200 OK' "$(order ready)"
+check 'one that ends when all is done disturbs nobody' '
+    port=$(free_port)
+    step respond -l "127.0.0.1:$port" <http.rec >out &&
+    grep -x "status ready" out'
+
+# lacking ERRNO COMMAND...: accept() fails so for the command.
+cat >lacking.c <<'END'
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#ifndef SYS_accept
+#define SYS_accept SYS_accept4
+#endif
+int
+main(int argc, char **argv)
+{
+	struct sock_filter f[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS,
+		    offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_accept, 1, 0),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_accept4, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | atoi(argv[1])),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)
+	};
+	struct sock_fprog p = { sizeof f / sizeof f[0], f };
+
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 ||
+	    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &p) != 0)
+		perror("seccomp"), exit(1);
+	execvp(argv[2], argv + 2);
+	return 127;
+}
+END
+check 'a system that lacks something' '${CC:-cc} -w lacking.c -o lacking'
+# ticks PID: hundredths of a second of the processor that it had.
+ticks() { sed 's/.*) //' "/proc/$1/stat" | awk '{ print $12 + $13 }'; }
+# idles NAME PORT: so it does, while a peer waits to be accepted.
+idles() {
+	timeout 3 ./peer wait "$2" 1 '' & waiting=$!
+	sleep 0.5
+	before=$(ticks "$(cat "$1.child")")
+	sleep 1.5
+	spent=$(($(ticks "$(cat "$1.child")") - before))
+	wait "$waiting"
+	echo "$spent ticks"
+	[ "$spent" -lt 30 ]
+}
+for error in 12:ENOMEM 23:ENFILE 105:ENOBUFS; do
+	lack=$(free_port)
+	answering "${error#*:}" "127.0.0.1:$lack" two.rec \
+	    ./lacking "${error%:*}"
+	check "it pauses where accept() fails with ${error#*:}" \
+	    "idles ${error#*:} $lack"
+	ended "${error#*:}" TERM 143
+done
+lack=$(free_port)
+# files NUMBER: as many may it have; who may say so is its own user.
+files() {
+	set -- prlimit --pid "$(cat lack.child)" --nofile="$1:"
+	[ "$(id -u)" != 0 ] || set -- setpriv --reuid=65534 --regid=65534 \
+	    --clear-groups "$@"
+	"$@"
+}
+answering lack "127.0.0.1:$lack" two.rec
+check 'and with EMFILE, where no peer can make room' '
+    files 3 && idles lack "$lack"'
+check 'it answers when there is room again' '
+    files 64 &&
+    is "$token.$print" "curl -sS -m 3 http://127.0.0.1:$lack/$well/$token"'
+ended lack TERM 143
+
 group 'keys in memory'
 
 # What a step has left when it ends, and what its responder has, is looked
