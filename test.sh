@@ -4855,13 +4855,13 @@ for job in hang undo left; do
 	mkdir "d.$job" && cp hook undo ab.rec http.rec root.pem account.key \
 	    "d.$job"
 done
-later hang 'cd d.hang; FAIL="[ \$2 = a.example ] || sleep 77" \
+later hang 'cd d.hang; FAIL="[ \$2 = a.example ] || sleep 77.$$" \
     hooked ./hook ab.rec -T 3'
-later undo 'cd d.undo; HANG="sleep 78" hooked ./hook ab.rec -T 4'
+later undo 'cd d.undo; HANG="sleep 78.$$" hooked ./hook ab.rec -T 4'
 later left 'cd d.left; FAIL="sleep 20 & echo a server" \
     hooked certbot:./hook,./undo http.rec'
 mkdir d.term && cp hook ab.rec root.pem account.key d.term && cd d.term &&
-    FAIL='[ $2 = a.example ] || sleep 79' "$acme" respond -C root.pem \
+    FAIL="[ \$2 = a.example ] || sleep 79.$$" "$acme" respond -C root.pem \
 	-k account.key -x ./hook <ab.rec >../term.out 2>../term.err &
 term=$!
 await grep -q b.example d.term/calls
@@ -4887,7 +4887,7 @@ said" d.left/found'
 within left 0 8
 check 'nothing of the others still runs' '
     cat /proc/[0-9]*/cmdline 2>/dev/null | tr "\0" " " |
-    not grep -o "sleep 7[789]"'
+    not grep -o "sleep 7[789][.]$$"'
 unset FAIL
 
 group 'ACME: certificates'
@@ -6959,7 +6959,8 @@ rules POST_chalZ 'forward >/dev/null
 	"{\"type\":\"urn:ietf:params:acme:error:conflict\"}"'
 check '409 conflict: the challenge is being validated already' '
     through conflict.test'
-gone='reply "404 Not Found" "" "{\"type\":\"urn:ietf:params:acme:error:malformed\"}"'
+gone='reply "404 Not Found" "" \
+    "{\"type\":\"urn:ietf:params:acme:error:malformed\"}"'
 for name in authZ chalZ my-order finalize-order certZ; do
 	rules "POST_$name.1" "$gone" "POST_$name.2" "$gone"
 	later "lag-$name" "cd \$(mktemp -d -p \"$tmp\") &&
@@ -7034,9 +7035,9 @@ check 'a command that cannot be run' '
 dies 69 'ended by signal 9' \
     "acme-step directory -P 'sh -c \"kill -9 \\\$\\\$\"'"
 dies 69 'TLS' 'acme-step directory -P "echo hello"'
-dies 69 'time limit of 2 s.*' 'acme-step directory -T 2 -P "sleep 300"'
+dies 69 'time limit of 2 s.*' 'acme-step directory -T 2 -P "sleep 299.$$"'
 check 'the command is gone with the step' '
-    not pgrep -f "^sleep 300$"'
+    not pgrep -f "^sleep 299[.]$$\$"'
 for wrong in '%' '%x' 'a %h %'; do
 	dies 64 'knows %h, %p and %%' "acme-step directory -P '$wrong'"
 done
