@@ -4771,6 +4771,7 @@ check 'but not what was never published' '
 check 'hooks have no secret of ours, and their own limit of core files' '
     export FAIL="env >env.seen; ulimit -c >core.seen"
     export ACME_EAB_KID=k ACME_EAB_HMAC_KEY=s ACME_EABX=x
+    export ASAN_OPTIONS=disable_coredump=0
     ulimit -S -c 77 && hooked ./hook http.rec >out && grep "status ready" out &&
     is 77 "cat core.seen" && not grep ACME_EAB_ env.seen &&
     grep -x ACME_EABX=x env.seen'
@@ -4781,6 +4782,7 @@ exec socat - "TCP:$1:$2"
 END
 check 'nor has the command of -P' '
     export ACME_EAB_KID=k ACME_EAB_HMAC_KEY=s
+    export ASAN_OPTIONS=disable_coredump=0
     ulimit -S -c 77 &&
     step directory -d "$ca/dir" -P "sh through.sh %h %p" &&
     is 77 "cat core.seen" && not grep ACME_EAB_ env.seen'
