@@ -5174,6 +5174,7 @@ for status in '429 x' '503 x'; do
 	denies "quirk 6: Retry-After of a day, with $status" 75 \
 	    'after 86400 s' finalize
 done
+rm -f www/POST_order.[12]
 for status in '200 OK' '202 Accepted'; do
 	answer POST_finalize "$status" "$(order processing)" \
 	    'Retry-After: 86400'
