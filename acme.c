@@ -1745,7 +1745,9 @@ read_all(int fd, const char *name)
 	return s;
 }
 
-/* All of a file; "-" is standard input. */
+#define BYTE_ORDER_MARK "\xef\xbb\xbf"	/* RFC 3629 6 */
+
+/* All of a file but its byte order mark; "-" is standard input. */
 static Str
 read_file(const char *name)
 {
@@ -1754,7 +1756,7 @@ read_file(const char *name)
 
 	if (fd > 2)
 		close(fd);
-	return s;
+	return begins(s, BYTE_ORDER_MARK) ? from(s, 3) : s;
 }
 
 /*
@@ -2070,15 +2072,26 @@ print(Str s)
 
 /* ------------------------------------------------------------- 9. PEM -- */
 
-/* A reader of RFC 7468 blocks, fed piece by piece. */
+enum { PEM_LINE = 256 };	/* bytes of a BEGIN or END line, RFC 7468 2 */
+
+/*
+ * A reader of RFC 7468 blocks, fed piece by piece.  Files come from editors
+ * and systems of all kinds: a byte order mark before a line, white space
+ * around it and any line end are ignored.  BearSSL's decoder, which knows
+ * none of this, gets the lines as it wants them, and the same label always.
+ */
 struct pem {
 	br_pem_decoder_context decoder;
-	size_t mark;
+	size_t mark;		/* the heap above it is the block's */
 	Str der;		/* of the block, on top of the heap */
+	Str label;		/* of its BEGIN line, in label_bytes */
 	bool open, bad;		/* in a block; it is malformed */
+	bool part;		/* the line has more than is in `buf` */
+	size_t nbuf;
+	unsigned char buf[PEM_LINE], label_bytes[PEM_LINE];
 };
 
-/* The only one; it holds the last 255 bytes that it decoded. */
+/* The only one; it holds the last bytes that it read and decoded. */
 static struct pem reader;
 
 static void
@@ -2092,9 +2105,98 @@ pem_bytes(void *s, const void *p, size_t n)
 static void
 pem_begin(struct pem *r)
 {
-	br_pem_decoder_init(&r->decoder);
 	r->mark = used;
+	r->nbuf = 0;
+	r->open = r->bad = r->part = false;
+}
+
+/* The label of a line that begins so, NONE for another line. */
+static Str
+pem_label(Str s, Str begin)
+{
+	Str label = from(s, begin.n);
+
+	if (!starts(s, begin) || label.n < 5 ||
+	    !is(from(label, label.n - 5), "-----"))
+		return NONE;
+	return (Str){ label.p, label.n - 5 };
+}
+
+/* Decode more of a block; returns whether it is at its end. */
+static bool
+pem_decode(struct pem *r, Str s)
+{
+	bool end = false;
+
+	while (s.n > 0) {
+		s = from(s, br_pem_decoder_push(&r->decoder, s.p, s.n));
+		switch (br_pem_decoder_event(&r->decoder)) {
+		case BR_PEM_BEGIN_OBJ:
+			r->der = (Str){ heap + used, 0 };
+			br_pem_decoder_setdest(&r->decoder, pem_bytes,
+			    &r->der);
+			break;
+		case BR_PEM_END_OBJ:
+			end = true;
+			break;
+		case BR_PEM_ERROR:
+			r->bad = true;
+			r->open = false;
+			return true;
+		}
+	}
+	return end;
+}
+
+/* A line of base64, or a part of one, without its white space. */
+static bool
+pem_body(struct pem *r, Str s)
+{
+	size_t n = 0;
+
+	for (size_t i = 0; i < s.n; i++)
+		if (s.p[i] > ' ')
+			r->buf[n++] = s.p[i];
+	return n > 0 && pem_decode(r, (Str){ r->buf, n });
+}
+
+static bool
+pem_open(struct pem *r, Str label)
+{
+	r->bad = r->open;
+	r->open = true;
+	memcpy(r->label_bytes, label.p, label.n);
+	r->label = (Str){ r->label_bytes, label.n };
+	used = r->mark;
+	br_pem_decoder_init(&r->decoder);
+	return pem_decode(r, S("-----BEGIN X-----\n")) || r->bad;
+}
+
+static bool
+pem_close(struct pem *r, Str label)
+{
 	r->open = r->bad = false;
+	if (!pem_decode(r, S("\n-----END X-----\n")) ||
+	    !same(label, r->label))
+		r->bad = true;
+	return true;
+}
+
+/* Read a line, or a part of it; does a block end here, or is it bad? */
+static bool
+pem_line(struct pem *r, Str s)
+{
+	Str label = NONE;
+
+	if (!r->part) {
+		s = trim(from(s, begins(s, BYTE_ORDER_MARK) ? 3 : 0));
+		label = pem_label(s, S("-----BEGIN "));
+	}
+	if (label.n)
+		return pem_open(r, label);
+	if (r->open && !r->part && begins(s, "-----"))
+		return pem_close(r, pem_label(s, S("-----END ")));
+	return r->open && pem_body(r, s);
 }
 
 /* Read on, to the end of the next block; false at the end of the input. */
@@ -2102,49 +2204,43 @@ static bool
 pem_push(struct pem *r, Str *in)
 {
 	while (in->n > 0) {
-		size_t n = br_pem_decoder_push(&r->decoder, in->p, in->n);
+		unsigned char c = in->p[0];
+		bool end = c == '\n' || c == '\r', found = false;
 
-		*in = from(*in, n);
-		switch (br_pem_decoder_event(&r->decoder)) {
-		case BR_PEM_BEGIN_OBJ:
-			r->open = true;
-			r->der = (Str){ heap + used, 0 };
-			br_pem_decoder_setdest(&r->decoder, pem_bytes,
-			    &r->der);
-			break;
-		case BR_PEM_END_OBJ:
-			r->open = false;
-			return true;
-		case BR_PEM_ERROR:
-			r->bad = true;
-			return true;
+		*in = from(*in, 1);
+		if (end || r->nbuf == sizeof r->buf) {
+			found = pem_line(r, (Str){ r->buf, r->nbuf });
+			r->part = !end;
+			r->nbuf = 0;
 		}
+		if (!end)
+			r->buf[r->nbuf++] = c;
+		if (found)
+			return true;
 	}
 	return false;
 }
 
 /*
- * The next block of a text that is all there.  `name` is the label, in
- * capitals.  False at the end; then `bad` says whether it was a good one.
+ * The next block of a text that is all there.  `name` is its label.  False
+ * at the end; then `bad` says whether it was a good one.
  */
 static bool
 pem_next(Str *text, Str *name, Str *block, bool *bad)
 {
+	struct pem *r = &reader;
 	Str end = S("\n");	/* the text's last line may lack its own */
 	bool have, ok;
 
-	pem_begin(&reader);
-	have = pem_push(&reader, text) || pem_push(&reader, &end);
-	*bad = reader.bad || (!have && reader.open);
-	ok = have && !reader.bad;
+	pem_begin(r);
+	have = pem_push(r, text) || pem_push(r, &end);
+	*bad = r->bad || (!have && r->open);
+	ok = have && !r->bad;
 	if (ok) {
-		*name = cat(NONE, str(br_pem_decoder_name(&reader.decoder)));
-		*block = reader.der;
+		*name = cat(NONE, r->label);
+		*block = r->der;
 	}
-	wipe(&reader, sizeof reader);
-	/* BearSSL 0.6 leaves the dashes on where the line ends in CR LF. */
-	while (ok && name->n && name->p[name->n - 1] == '-')
-		name->n--;
+	wipe(r, sizeof *r);
 	return ok;
 }
 
@@ -3077,9 +3173,8 @@ read_anchors(const struct cert *chain, size_t n)
 		while (pem_push(r, &in)) {
 			bool wanted = false;
 
-			if (r->bad || r->der.n > CERT)
-				pem_begin(r);
-			else if (cert_read(r->der, &c)) {
+			if (!r->bad && r->der.n <= CERT &&
+			    cert_read(r->der, &c)) {
 				any = true;
 				for (size_t i = 0; i < n; i++)
 					wanted |= same(c.subject,

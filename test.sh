@@ -1343,7 +1343,6 @@ cat >bad-bytes <<'END'
 ["a\nb"]
 ["a\tb"]
 ["\037"]
-\0357\0273\0277{}
 \0377\0376[\0000]\0000
 [1\0377]
 [\0340\0240]
@@ -1879,6 +1878,38 @@ due 0 '^due: a?.31m????????b is missing' \
     '"$(printf "a\033[31m\342\200\216\342\200\217\330\234b")"'
 dies 1 'no a????????b in' \
     'echo {} | "$acme" json "$(printf "a\342\200\216\342\200\217\330\234b")"'
+# odd KIND FILE: as an editor or another system leaves it.
+odd() {
+	case $1 in
+	*mark*)	printf '\357\273\277' ;;
+	esac
+	case $1 in
+	*white*)	sed "s/-----\$/&$(printf ' \t \r')/" "$2" ;;
+	*indented*)	sed 's/^/  /' "$2" ;;
+	*Macintosh*)	tr '\n' '\r' <"$2" ;;
+	*)		cat "$2" ;;
+	esac
+}
+for kind in 'with a byte order mark' 'with white space' \
+    'with a mark and white space' indented 'of an old Macintosh'; do
+	check "a key and a certificate $kind" '
+		umask 077
+		odd "$kind" due.key >odd.key && odd "$kind" new.pem >odd.pem
+		"$acme" due -K odd.key odd.pem a.example b.example
+		[ $? = 1 ]'
+	check "the first of two certificates is seen: $kind" '
+		{ odd "$kind" new.pem; echo; cat old.pem; } >two.pem
+		"$acme" due two.pem; [ $? = 1 ]'
+done
+sed 's/END CERT/END X509 CERT/' new.pem >ends.pem
+due 0 'no certificate' ends.pem
+printf %s "$(cat new.pem)" | head -c -9 >ends.pem
+due 0 'no certificate' ends.pem
+sed 's/END PRIV/END RSA PRIV/' due.key >junk2.key && chmod 600 junk2.key
+dies 65 'malformed PEM' '"$acme" due -K junk2.key new.pem'
+check 'JSON with a byte order mark' '
+	printf "\357\273\277{\"a\": 1}" >marked
+	is 1 "\"\$acme\" json a marked"'
 check 'due reads standard input' '
     "$acme" due - <new.pem >out; [ $? = 1 ] && grep "standard input" out'
 dies 66 none.pem '"$acme" due -K none.pem new.pem'
@@ -2742,6 +2773,14 @@ check 'many anchors with text between' '
 	{ echo text; cat stranger.pem; echo; echo more; sed "s/$/\r/" root.pem
 	} >many.pem && step directory -C many.pem -d "$ca/dir"'
 dies 69 . '"$acme" directory -T 3 -d "$ca/dir"'
+for kind in 'with a byte order mark' 'with white space'; do
+	check "anchors $kind" '
+		{ odd "$kind" stranger.pem; odd "$kind" root.pem; } >odd.pem
+		step directory -C odd.pem -d "$ca/dir"'
+done
+check 'an anchor after one that is cut off' '
+	{ head -n 3 stranger.pem; cat root.pem; } >odd.pem
+	step directory -C odd.pem -d "$ca/dir"'
 dies 66 none.pem 'step directory -C none.pem -d "$ca/dir"'
 dies 65 empty.pem 'step directory -C empty.pem -d "$ca/dir"'
 dies 65 leaf.key 'step directory -C leaf.key -d "$ca/dir"'
@@ -4939,6 +4978,28 @@ check 'CR LF, text around, no final newline: printed strictly' '
 		sed "s/\$/\r/" middle.pem)"
 	grep -c "$(printf "\r")" www/POST_certificate
 	finalize >out && diff out chain.pem'
+for kind in 'with a byte order mark' 'with white space'; do
+	check "a chain $kind: printed strictly" '
+		answer POST_certificate "200 OK" "$(odd "$kind" deep-leaf.pem
+			odd "$kind" middle.pem)"
+		finalize >out && diff out chain.pem'
+	for form in PEM DER; do
+		check "a request $kind, of $form" '
+			"$acme" csr -K leaf.key a.example >odd.csr
+			[ $form = PEM ] ||
+			    openssl req -in odd.csr -outform DER -out odd.der
+			[ $form = DER ] || odd "$kind" odd.csr >odd.der
+			step finalize -r odd.der <record >out &&
+			diff out chain.pem'
+	done
+	check "what -R and revoke-cert are about $kind" '
+		answer POST_revoke "200 OK" ""; rm -f www/requests
+		{ odd "$kind" deep-leaf.pem; cat middle.pem; } >odd.pem
+		step revoke-cert -a account odd.pem &&
+		part www/body.POST_revoke.1 payload | unb64 >payload &&
+		part payload certificate | unb64 |
+		openssl x509 -inform DER | diff - deep-leaf.pem'
+done
 
 # spoils WORDS TEXT: a chain that is refused, and the old file stays.
 echo old >file.pem
@@ -4962,6 +5023,9 @@ spoils . "$(cat leaf.pem middle.pem)"
 spoils . "$(cat deep-leaf.pem root.pem)"
 spoils . "$(cat deep-leaf.pem elsewhere.pem)"
 spoils . "$(head -n 4 leaf.pem)"
+spoils . "$(head -c -9 leaf.pem)"
+spoils . "$(head -c -9 chain.pem)"
+spoils . "$(sed 's/END CERT/END X509 CERT/' chain.pem)"
 spoils . "$(cat leaf.pem; head -n 4 middle.pem)"
 spoils . "$(sed '2s/./*/' leaf.pem)"
 spoils . "$(printf '%s\n' '-----BEGIN CERTIFICATE-----' \
@@ -6370,6 +6434,9 @@ printf '%s\n' "kid-1 $mac_key" >eab && chmod 600 eab
 check 'from a file' '
     acme-step new-account -y -e eab >eab.account 2>err && [ ! -s err ] &&
     grep "^account https://" eab.account'
+check 'from a file with a byte order mark, of another system' '
+    (umask 077; printf "\357\273\277kid-1\r\n%s\r\n" "$mac_key" >marked)
+    acme-step new-account -y -e marked | grep "^account https://"'
 check 'the account is found without it, too, or the CA says what it wants' '
     acme-step account | grep -Fx "$(grep "^account" eab.account)"'
 check 'from the environment, padded, in the other alphabet' '
