@@ -1761,14 +1761,16 @@ read_file(const char *name)
 
 /*
  * Where the result goes.  It is complete or absent: a file is written
- * under another name beside its own, synced, and renamed at the end.
+ * under another name in the same directory, synced, and renamed at the end;
+ * only a file that is a mount of its own is written in place.
  */
 static struct {
 	const char *file;		/* NULL: standard output */
 	const char *base, *temporary;	/* in dir; NULL: not renamed */
 	int dir, fd;
 	bool key;			/* 0600, and never replaces */
-} out = { NULL, NULL, NULL, -1, 1, false };
+	bool in_place;			/* a file that cannot be replaced */
+} out = { NULL, NULL, NULL, -1, 1, false, false };
 
 static void
 no_place(Str cause)
@@ -1796,13 +1798,32 @@ split_path(const char *path, const char **base)
 	    c_str((Str){ (const unsigned char *)path, (size_t)(slash - path) });
 }
 
-/* A successor keeps owner and mode, where this user may set the owner. */
+/*
+ * Set a file's mode; false if the file does not get the bits `needed`, or
+ * keeps one of `forbidden`.  File systems like CIFS refuse a mode, or ignore
+ * it without an error, so what the file has decides.
+ */
+static bool
+set_mode(int fd, mode_t mode, mode_t needed, mode_t forbidden)
+{
+	struct stat st;
+
+	fchmod(fd, mode);
+	return fstat(fd, &st) == 0 && (st.st_mode & needed) == needed &&
+	    !(st.st_mode & forbidden);
+}
+
+/*
+ * A successor keeps owner and mode, if this user may set the owner.  At
+ * least nobody can read or write it who could not do so before.
+ */
 static void
 keep_mode(const struct stat *st)
 {
 	if (fchown(out.fd, st->st_uid, st->st_gid) == 0 &&
-	    fchmod(out.fd, st->st_mode & 0777) != 0)
-		no_place(why());
+	    !set_mode(out.fd, st->st_mode & 0777, 0, ~st->st_mode & 066))
+		no_place(S("its file system does not keep the mode of the "
+		    "old file"));
 }
 
 static void
@@ -1831,6 +1852,15 @@ create(int dir, const char *name, mode_t mode)
 	return fd;
 }
 
+static const char *
+temporary_name(void)
+{
+	unsigned char r[8];
+
+	random_bytes(r, sizeof r);
+	return c_str(text(".acme-step.%", hex((Str){ r, sizeof r })));
+}
+
 /*
  * Create the file that will take the name of another in dir: *name is
  * what it is called until then.
@@ -1838,10 +1868,7 @@ create(int dir, const char *name, mode_t mode)
 static int
 create_temporary(int dir, const char **name, mode_t mode)
 {
-	unsigned char r[8];
-
-	random_bytes(r, sizeof r);
-	*name = c_str(text(".acme-step.%", hex((Str){ r, sizeof r })));
+	*name = temporary_name();
 	return create(dir, *name, mode);
 }
 
@@ -1951,6 +1978,55 @@ remove_key(const struct doomed *d)
 	remove_file(d);
 }
 
+/*
+ * Is the file a mount of its own, as "docker run -v FILE:FILE" makes it?
+ * Then no other can take its name.  A link to it from its directory, which
+ * is tried, fails with EXDEV then; or with EROFS, where all around it is
+ * read-only.
+ */
+static bool
+is_mount(void)
+{
+	const char *name = temporary_name();
+	size_t n = ndoomed;
+	sigset_t old;
+	bool linked;
+
+	hold_signals(&old);
+	linked = linkat(out.dir, out.base, out.dir, name, 0) == 0;
+	if (linked)
+		doom(remove_file, out.dir, name);
+	sigprocmask(SIG_SETMASK, &old, NULL);
+	if (!linked)
+		return errno == EXDEV || errno == EROFS;
+	undo(n);
+	return false;
+}
+
+/* Open a file that is written where it is, and not replaced. */
+static void
+open_there(const char *file, int flags)
+{
+	doing(NO_PLACE, "waiting for a reader of ", file);
+	out.fd = open(file, O_WRONLY | O_NOCTTY | O_CLOEXEC | flags);
+	if (out.fd < 0)
+		no_place(why());
+}
+
+/* Create what takes the file's name in the end. */
+static void
+open_temporary(void)
+{
+	out.fd = create_temporary(out.dir, &out.temporary,
+	    out.key ? 0600 : 0666);
+	if (out.fd < 0)
+		no_place(why());
+	if (out.key && !set_mode(out.fd, 0600, 0, 077))
+		no_place(S("its file system would let others read the key"));
+	if (out.key)
+		doomed[ndoomed - 1].end = remove_key;
+}
+
 /* Make ready, before the first request, to write the result to a file. */
 static void
 out_open(const char *file, bool key)
@@ -1968,24 +2044,20 @@ out_open(const char *file, bool key)
 	if (old)
 		file = follow(file, &st);
 	if (old && !S_ISREG(st.st_mode)) {
-		doing(NO_PLACE, "waiting for a reader of ", file);
-		out.fd = open(file, O_WRONLY | O_NOCTTY | O_CLOEXEC |
-		    (S_ISLNK(st.st_mode) ? 0 : O_NOFOLLOW));
-		if (out.fd < 0)
-			no_place(why());
+		open_there(file, S_ISLNK(st.st_mode) ? 0 : O_NOFOLLOW);
 		return;
 	}
-	out.dir = open(split_path(file, &out.base),
-	    O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	out.dir = open_directory(split_path(file, &out.base));
 	if (out.dir < 0)
 		no_place(why());
 	if (!*out.base)
 		no_place(S("it has no name"));
-	out.fd = create_temporary(out.dir, &out.temporary, key ? 0600 : 0666);
-	if (out.fd < 0 || (key && fchmod(out.fd, 0600) != 0))
-		no_place(why());
-	if (key)
-		doomed[ndoomed - 1].end = remove_key;
+	out.in_place = old && is_mount();
+	if (out.in_place) {
+		open_there(file, O_NOFOLLOW);
+		return;
+	}
+	open_temporary();
 	if (old)
 		keep_mode(&st);
 }
@@ -2005,13 +2077,6 @@ synced(int fd)
 {
 	return fsync(fd) == 0 || errno == EINVAL || errno == ENOTSUP ||
 	    errno == EROFS;
-}
-
-static void
-sync_file(int fd)
-{
-	if (!synced(fd))
-		not_written("sync");
 }
 
 /*
@@ -2054,10 +2119,11 @@ print(Str s)
 {
 	tells = tells && out.fd != 1;
 	doing(IO, "writing ", out.file ? out.file : "standard output");
-	if (!write_all(out.fd, s))
+	if (!write_all(out.fd, s) ||
+	    (out.in_place && ftruncate(out.fd, (off_t)s.n) != 0))
 		not_written("write");
-	if (out.temporary)
-		sync_file(out.fd);
+	if ((out.temporary || out.in_place) && !synced(out.fd))
+		not_written("sync");
 	/* A key may have to be overwritten yet; NFS writes at any close. */
 	if (close(out.key ? dup(out.fd) : out.fd) != 0)
 		not_written("close");
@@ -2067,7 +2133,9 @@ print(Str s)
 		name_key();
 	else
 		out_rename();
-	sync_file(out.dir);
+	if (!synced(out.dir))
+		warn("warning: cannot sync the directory of %: %",
+		    str(out.file), why());
 }
 
 /* ------------------------------------------------------------- 9. PEM -- */
@@ -6835,8 +6903,10 @@ publish_file(int dir, const char *dir_name, const struct challenge *c)
 		die(NO_PLACE, "cannot create % in %: %", c->name,
 		    str(dir_name), why());
 	/* The web server is another user, whatever our umask. */
-	if (fchmod(fd, 0644) != 0 || !write_all(fd, c->content) ||
-	    !synced(fd) || close(fd) != 0)
+	if (!set_mode(fd, 0644, 0444, 0))
+		die(NO_PLACE, "cannot create % in %: its file system would "
+		    "not let the web server read it", c->name, str(dir_name));
+	if (!write_all(fd, c->content) || !synced(fd) || close(fd) != 0)
 		die(IO, "cannot write % in %: %", c->name, str(dir_name),
 		    why());
 	hold_signals(&old);

@@ -1793,6 +1793,34 @@ check '-o /dev/fd/3, where that is a pipe' '
 	"$acme" csr -K ec256.pem -o /dev/fd/3 a.example 3>&1 >/dev/null |
 	grep BEGIN'
 
+# mounted WHERE COMMAND...: WHERE/kept is a mount of its own, the file mount.
+mounted() {
+	rm -rf place && mkdir -p place && seq 9999 >mount && ln -f mount link
+	unshare -m sh -c 'if [ "$1" = read-only ]; then
+			mount -t tmpfs none place || exit
+		fi
+		echo old >place/kept && mount --bind mount place/kept || exit
+		if [ "$1" = read-only ]; then
+			mount -o remount,ro none place || exit
+		fi
+		shift; "$@"; got=$?; ls -A place; exit $got' sh "$@" >names
+	got=$?
+	cat names; ls -lA place; return $got
+}
+for where in writable read-only; do
+	check "a mount in a $where directory is written in place" '
+		"$acme" csr -K ec256.pem a.example >want &&
+		mounted $where "$acme" csr -K ec256.pem -o place/kept \
+		    a.example && diff want mount && cmp mount link &&
+		is kept "cat names"'
+	check "a failure leaves it as it is: $where" '
+		mounted $where "$acme" csr -K none.pem -o place/kept a.example
+		[ $? = 66 ] && seq 9999 | diff - mount && is kept "cat names"'
+done
+dies 73 'place/other: Read-only' '
+    mounted read-only "$acme" csr -K ec256.pem -o place/other a.example \
+	>mounts'
+
 group 'offline: is it time to renew?'
 
 # certificate FILE FROM TO NAMES [KEY]: with these dates, self-signed.
@@ -2200,6 +2228,25 @@ faulty_unlinkat(int dir, const char *name, int flags)
 	return fault("no unlink") ? fail_with(EACCES) :
 	    unlinkat(dir, name, flags);
 }
+/* The file systems of Windows have modes of their own. */
+static int
+faulty_fchmod(int fd, mode_t mode)
+{
+	if (fault("all is 0755"))
+		fchmod(fd, 0755);
+	return fault("chmod refused") ? fail_with(EPERM) :
+	    fault("all is 0755") ? 0 : fchmod(fd, mode);
+}
+static int
+faulty_fsync(int fd)
+{
+	struct stat st;
+
+	return fault("no sync") && fstat(fd, &st) == 0 &&
+	    S_ISDIR(st.st_mode) ? fail_with(EIO) : fsync(fd);
+}
+#define fchmod faulty_fchmod
+#define fsync faulty_fsync
 #define linkat faulty_linkat
 #define renameat faulty_renameat
 #define unlinkat faulty_unlinkat
@@ -2233,6 +2280,32 @@ dies 74 'the key is in key.pem, but its temporary name .acme-step' \
 check 'the key stays, if it is only its temporary name that stays, too' '
     cd faults && openssl pkey -in key.pem -noout -check &&
     cmp key.pem .acme-step.*'
+check 'chmod refused: a key whose mode is right already' '
+    faulty "chmod refused" key -o key.pem && is 600 "stat -c %a key.pem"'
+for how in 'chmod refused, all is 0755' 'all is 0755'; do
+	dies 73 'key.pem: its file system would let others read the key' \
+	    "faulty '$how' key -o key.pem"
+	check "there is no key that others could read: $how" '
+	    is "" "ls -A faults"'
+done
+# again FAULTS MODE: what replaces a file that has this mode.
+again() {
+	faulty '' key -o key.pem && rm kept && echo old >out &&
+	chmod "$2" out &&
+	FAULT=$1 ${RUN-} ../faulty csr -K key.pem -o out a.example
+}
+check 'chmod refused: a file is replaced, unless more can read it then' '
+    again "chmod refused" 644 && grep BEGIN out && cd .. &&
+    again "chmod refused, all is 0755" 755 && grep BEGIN out && cd .. &&
+    again "chmod refused, all is 0755" 644 && grep BEGIN out'
+dies 73 'out: its file system does not keep the mode' \
+    'again "chmod refused" 600'
+check 'and the old file stays' 'is old "cat faults/out" &&
+    ! ls -A faults | grep -F .acme-step'
+check 'a directory that cannot be synced: a warning' '
+    faulty "no sync" key -o key.pem 2>err; got=$?; cat ../err
+    [ $got = 0 ] && [ -s key.pem ] && is 1 "wc -l <../err" &&
+    grep "^acme-step: .*: warning: cannot sync .* of key.pem" ../err'
 [ "$task" != offline ] || finish
 
 group 'the canned server'
@@ -3793,6 +3866,9 @@ for kind in 'ln -s ../account.key' 'echo x >' 'mkdir' 'mkfifo' \
 	    cat err; ls -l w | diff before - && cmp account.key key.before &&
 	    [ $got = 73 ] && grep "cannot create $token in w" err'
 done
+dies 73 'its file system would not let the web server read it' '
+    rm -rf w; mkdir w; umask 077; FAULT="chmod refused" ./faulty respond \
+	-T 5 -C root.pem -k account.key -w w <http.rec'
 check 'and nothing was told' 'asked 0'
 check 'but what a crash has left, which says the same' '
     rm -rf w; mkdir w
