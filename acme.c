@@ -842,6 +842,22 @@ trim(Str s)
 	return s;
 }
 
+/*
+ * A variable of the environment, NONE if it is not set.  White space around
+ * its value is ignored: secrets that come from files end with a newline.
+ */
+static Str
+variable(const char *name)
+{
+	Str s = str(getenv(name));
+
+	while (s.n && s.p[0] <= ' ')
+		s = from(s, 1);
+	while (s.n && s.p[s.n - 1] <= ' ')
+		s.n--;
+	return s;
+}
+
 /* Does s, which must not be empty, hold only characters of a set? */
 static bool
 made_of(Str s, const char *set)
@@ -3267,11 +3283,11 @@ read_anchors(const struct cert *chain, size_t n)
 static void
 find_anchors(const char *option)
 {
-	const char *env = getenv("SSL_CERT_FILE");
+	Str file = variable("SSL_CERT_FILE");
 
 	if (option && is_std(option))
 		usage("trust anchors are read more than once: -C FILE");
-	anchor_file = option ? option : env && *env ? env : NULL;
+	anchor_file = option ? option : file.n ? c_str(file) : NULL;
 	for (size_t i = 0; !anchor_file && i < COUNT(bundle); i++)
 		if (access(bundle[i], R_OK) == 0)
 			anchor_file = bundle[i];
@@ -3891,11 +3907,11 @@ extern char **environ;
 
 /* A variable under the first of two names that is set and not empty. */
 static Str
-variable(const char *a, const char *b)
+either(const char *a, const char *b)
 {
-	Str s = str(getenv(a));
+	Str s = variable(a);
 
-	return s.n ? s : str(getenv(b));
+	return s.n ? s : variable(b);
 }
 
 /* Secrets that only a step has a use for; its children do not get them. */
@@ -4175,7 +4191,7 @@ dial_command(const char *host, const char *port)
 static bool
 needs_no_proxy(Str host)
 {
-	Str list = variable("no_proxy", "NO_PROXY"), ip = ip_bytes(host), s;
+	Str list = either("no_proxy", "NO_PROXY"), ip = ip_bytes(host), s;
 
 	while (list.n) {
 		s = trim(cut(&list, ','));
@@ -4249,7 +4265,7 @@ static Str
 proxy_to(Str host)
 {
 	return needs_no_proxy(host) ? NONE :
-	    variable("https_proxy", "HTTPS_PROXY");
+	    either("https_proxy", "HTTPS_PROXY");
 }
 
 /* See to it that the proxy to the host of a URL, if any, can be read. */
@@ -8859,8 +8875,8 @@ take_word(Str *s)
 static Str
 account_binding(const char *file)
 {
-	Str kid = str(getenv("ACME_EAB_KID")), input, text;
-	Str mac_key = str(getenv("ACME_EAB_HMAC_KEY"));
+	Str kid = variable("ACME_EAB_KID"), input, text;
+	Str mac_key = variable("ACME_EAB_HMAC_KEY");
 
 	if (file) {
 		text = read_file(file);
@@ -9841,12 +9857,14 @@ protect_relocated(struct dl_phdr_info *program, size_t size, void *data)
 static const char *
 option(int letter)
 {
-	const char *value = opt[letter];
+	Str value = NONE;
 
-	for (size_t i = 0; !value && i < COUNT(shared); i++)
+	if (opt[letter])
+		return opt[letter];
+	for (size_t i = 0; i < COUNT(shared); i++)
 		if (shared[i].letter == letter && shared[i].variable)
-			value = getenv(shared[i].variable);
-	return opt[letter] || (value && *value) ? value : NULL;
+			value = variable(shared[i].variable);
+	return value.n ? c_str(value) : NULL;
 }
 
 /* -m, which may be there several times. */

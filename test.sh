@@ -2838,6 +2838,22 @@ dies 69 nosuch.invalid 'replay name'
 within name 0 3
 
 check 'ACME_CA_FILE' 'ACME_CA_FILE=root.pem "$acme" directory -d "$ca/dir"'
+# Secrets of Kubernetes end with a newline, and so may all variables.
+spaced() { printf '\n \t%s\r\n.' "$1"; }
+check 'white space around the values of variables' '
+	for name in "ACME_CA_FILE root.pem" "SSL_CERT_FILE root.pem" \
+	    "ACME_DIRECTORY $ca/dir" "ACME_TIMEOUT 5" "ACME_BOX " \
+	    "ACME_RESOLVE nowhere.invalid:$home:127.0.0.1" \
+	    "https_proxy " "no_proxy localhost"; do
+		value=$(spaced "${name#* }") && value=${value%.}
+		ACME_DIRECTORY=$ca/dir ACME_CA_FILE=root.pem
+		export ACME_DIRECTORY ACME_CA_FILE
+		[ "${name%% *}" != SSL_CERT_FILE ] || unset ACME_CA_FILE
+		[ "${name%% *}" != no_proxy ] || export https_proxy=127.0.0.1:1
+		export "${name%% *}=$value" && "$acme" directory || exit
+		unset https_proxy
+	done
+	value=$(spaced account.key) && ACME_KEY=${value%.} "$acme" thumbprint'
 check 'SSL_CERT_FILE' 'SSL_CERT_FILE=root.pem "$acme" directory -d "$ca/dir"'
 check 'ACME_CA_FILE goes before SSL_CERT_FILE' '
 	ACME_CA_FILE=root.pem SSL_CERT_FILE=stranger.pem \
@@ -6519,6 +6535,10 @@ check 'from the environment, padded, in the other alphabet' '
     acme-step key -o eab2.key.pem &&
     ACME_EAB_KID=kid-2 ACME_EAB_HMAC_KEY=$(echo "$mac_key" | tr -- -_ +/)== \
 	acme-step new-account -k eab2.key.pem -y | grep "^account https://"'
+check 'from secrets that end with a newline' '
+    acme-step key -o eab4.key.pem && end="
+" && ACME_EAB_KID="kid-2$end" ACME_EAB_HMAC_KEY="$mac_key$end" \
+	acme-step new-account -k eab4.key.pem -y | grep "^account https://"'
 acme-step key -o eab3.key.pem
 dies 77 'unauthorized' '
     printf "kid-1 AAAA%s\n" "$mac_key" >wrong; chmod 600 wrong
