@@ -1411,6 +1411,7 @@ integer(Str s)
 #define P256_KEY        S("\x30\x13" ID_EC \
                           "\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07")
 #define P384_KEY        S("\x30\x10" ID_EC "\x06\x05\x2b\x81\x04\x00\x22")
+#define P521_KEY        S("\x30\x10" ID_EC "\x06\x05\x2b\x81\x04\x00\x23")
 #define RSA_KEY         S("\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d" \
                           "\x01\x01\x01\x05\x00")
 #define ECDSA_SHA256    S("\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02")
@@ -3209,7 +3210,8 @@ anchor_key(Str spki, br_x509_pkey *key)
 	if (!same(algorithm, RSA_KEY)) {
 		*key = (br_x509_pkey){ BR_KEYTYPE_EC, { .ec = {
 		    same(algorithm, P256_KEY) ? BR_EC_secp256r1 :
-		    same(algorithm, P384_KEY) ? BR_EC_secp384r1 : 0,
+		    same(algorithm, P384_KEY) ? BR_EC_secp384r1 :
+		    same(algorithm, P521_KEY) ? BR_EC_secp521r1 : 0,
 		    (unsigned char *)public.p, public.n } } };
 		return key->key.ec.curve != 0;
 	}
@@ -3239,9 +3241,10 @@ decode_anchor(const struct cert *c)
 /*
  * Read the file of anchors.  A bundle has 150, a chain can need few: only
  * those are decoded whose name is one of a chain's; the others are
- * forgotten at once.  Without a chain, just see that there are some.
+ * forgotten at once.  Without a chain, just see that there are some: false
+ * if there is none.
  */
-static void
+static bool
 read_anchors(const struct cert *chain, size_t n)
 {
 	struct pem *r = &reader;
@@ -3275,8 +3278,23 @@ read_anchors(const struct cert *chain, size_t n)
 	close(fd);
 	wipe(r, sizeof *r);	/* a bundle can have a key in it, too */
 	wipe(buf, sizeof buf);
-	if (!any)
-		die(BAD, "no certificate in %", str(anchor_file));
+	return any;
+}
+
+/* Take the first bundle of the system that holds a certificate, if any. */
+static void
+find_bundle(void)
+{
+	for (size_t i = 0; i < COUNT(bundle); i++) {
+		struct stat st;
+
+		anchor_file = bundle[i];
+		if (access(anchor_file, R_OK) == 0 &&
+		    stat(anchor_file, &st) == 0 && S_ISREG(st.st_mode) &&
+		    read_anchors(NULL, 0))
+			return;
+	}
+	anchor_file = NULL;
 }
 
 /* Choose the anchors' file, and see that it is one, before any request. */
@@ -3285,14 +3303,15 @@ find_anchors(const char *option)
 {
 	Str file = variable("SSL_CERT_FILE");
 
+	if (option && strcmp(option, "builtin") == 0)
+		return;
 	if (option && is_std(option))
 		usage("trust anchors are read more than once: -C FILE");
 	anchor_file = option ? option : file.n ? c_str(file) : NULL;
-	for (size_t i = 0; !anchor_file && i < COUNT(bundle); i++)
-		if (access(bundle[i], R_OK) == 0)
-			anchor_file = bundle[i];
-	if (anchor_file)
-		read_anchors(NULL, 0);
+	if (!anchor_file)
+		find_bundle();
+	else if (!read_anchors(NULL, 0))
+		die(BAD, "no certificate in %", str(anchor_file));
 }
 
 /* ----------------------------------------------------- 14. Validation -- */

@@ -2781,6 +2781,11 @@ unfit strict 'critical name constraints' -C root.pem
 accepts strict -C strict-ca.pem
 constrained strict-out 'critical,permitted;DNS:a.example' DNS:localhost
 unfit strict-out 'outside' -C strict-out-ca.pem
+# An anchor with a key of P-521.
+root wide -newkey ec -pkeyopt ec_paramgen_curve:P-521
+issue by-wide wide "$here"
+offer by-wide
+accepts by-wide -C wide.pem
 # What a CA issued to itself is exempt.
 root own -addext 'nameConstraints=permitted;DNS:localhost'
 issue own-again own "$issuing
@@ -2862,6 +2867,25 @@ check 'many anchors with text between' '
 	{ echo text; cat stranger.pem; echo; echo more; sed "s/$/\r/" root.pem
 	} >many.pem && step directory -C many.pem -d "$ca/dir"'
 dies 69 . '"$acme" directory -T 3 -d "$ca/dir"'
+dies 69 'the built-in roots' 'step directory -C builtin -d "$ca/dir"'
+check '-C ./builtin is a file, and so is another name' '
+	cp root.pem builtin && step directory -C ./builtin -d "$ca/dir"'
+dies 69 'the built-in roots' \
+    'ACME_CA_FILE=builtin SSL_CERT_FILE=root.pem "$acme" directory -d "$ca/dir"'
+# bundled FILE COMMAND...: the system has this bundle, and no other.
+bundled() {
+	bundles=$(sed -n '/char .const bundle/,/^}/s/[^"]*"\([^"]*\)".*/\1/p' \
+	    "$src/acme.c")
+	unshare -m sh -c 'for file in $1; do
+			[ ! -e "$file" ] || mount --bind "$2" "$file" || exit
+		done
+		shift 2; exec "$@"' sh "$bundles" "$@"
+}
+check 'a bundle of the system' \
+    'bundled root.pem "$acme" directory -d "$ca/dir"'
+for file in empty.pem leaf.key; do
+	dies 69 'the built-in roots' "bundled $file '$acme' directory -d '$ca/dir'"
+done
 for kind in 'with a byte order mark' 'with white space'; do
 	check "anchors $kind" '
 		{ odd "$kind" stranger.pem; odd "$kind" root.pem; } >odd.pem
