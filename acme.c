@@ -8482,7 +8482,20 @@ read_request(const char *file, Str *key)
 
 static struct cert issued[CERTS];
 
-/* The certificates of a reply, and nothing else (RFC 8555 7.4.2, 11.4). */
+/* Is this one of the first n certificates? */
+static bool
+has_certificate(size_t n, Str der)
+{
+	while (n > 0)
+		if (same(issued[--n].der, der))
+			return true;
+	return false;
+}
+
+/*
+ * The certificates of a reply, and nothing else (RFC 8555 7.4.2, 11.4);
+ * each once, though some CAs repeat one.
+ */
 static size_t
 read_chain(const struct reply *r)
 {
@@ -8490,9 +8503,11 @@ read_chain(const struct reply *r)
 	size_t n = 0;
 	bool bad;
 
-	for (; pem_next(&text, &label, &block, &bad); n++) {
+	while (pem_next(&text, &label, &block, &bad)) {
 		if (!is(label, "CERTIFICATE"))
 			broken(r, "has in its chain a PEM block %", label);
+		if (has_certificate(n, block))
+			continue;
 		if (n == CERTS)
 			die(FAULT, "a chain of more than % certificates",
 			    num(CERTS));
@@ -8500,6 +8515,7 @@ read_chain(const struct reply *r)
 			broken(r, "has in its chain what is no certificate");
 		if (n && !same(issued[n - 1].issuer, issued[n].subject))
 			broken(r, "has a chain that does not link");
+		n++;
 	}
 	if (bad || n == 0)
 		broken(r, "is no chain of certificates");
@@ -8918,7 +8934,27 @@ account_binding(const char *file)
 	return jws(input, hmac_sha256(mac_key, input));
 }
 
-/* An account object (RFC 8555 7.1.2) in the record. */
+/* Say with -v which of the contacts given with -m the account lacks. */
+static void
+say_dropped(Str list)
+{
+	Str all, none, v;
+
+	for (size_t i = 0; verbose && i < ncontact; i++) {
+		bool there = !*contact[i];
+
+		for (all = list; json_each(&all, &none, &v); )
+			there |= same_word(plain(v), str(contact[i]));
+		if (!there)
+			warn("the CA does not list the contact % for the "
+			    "account", str(contact[i]));
+	}
+}
+
+/*
+ * An account object (RFC 8555 7.1.2) in the record.  A contact that cannot
+ * be a line, such as an old account's "mailto: x@y", is left out.
+ */
 static void
 account_store(const struct reply *r)
 {
@@ -8927,9 +8963,13 @@ account_store(const struct reply *r)
 	if ((v = want(r, o, "status", '"')).n)
 		put("account-status", v, r->url);
 	list = want(r, o, "contact", '[');
+	say_dropped(list);
 	while (json_each(&list, &none, &v))
-		if (json_kind(v) == '"')
+		if (json_kind(v) == '"' && is_word(json_text(v)))
 			put("contact", json_text(v), r->url);
+		else
+			warn("warning: a contact that cannot be a line of a "
+			    "record is left out: %", brief(plain(v)));
 }
 
 /* new-account [-y] [-m CONTACT]... [-e EABFILE] (RFC 8555 7.3) */

@@ -5094,6 +5094,12 @@ check 'CR LF, text around, no final newline: printed strictly' '
 		sed "s/\$/\r/" middle.pem)"
 	grep -c "$(printf "\r")" www/POST_certificate
 	finalize >out && diff out chain.pem'
+check 'a certificate that comes twice is printed once' '
+	for doubles in "deep-leaf deep-leaf middle" "deep-leaf middle middle" \
+	    "deep-leaf middle deep-leaf middle"; do
+		chain "$(for name in $doubles; do cat $name.pem; done)"
+		finalize >out && diff out chain.pem || exit
+	done'
 for kind in 'with a byte order mark' 'with white space'; do
 	check "a chain $kind: printed strictly" '
 		answer POST_certificate "200 OK" "$(odd "$kind" deep-leaf.pem
@@ -5438,6 +5444,27 @@ check 'quirk 10: but an empty contact that was asked for' '
 	rm -f www/requests
 	step new-account -d "$ca/dir" -y -m "" &&
 	payload www/body.POST_newAccount.1 | grep "\"contact\":\[\]"'
+answer POST_newAccount '200 OK' '{"status":"valid","contact":["mailto: x@y",
+"mailto:a@b.example",7,"mailto:z\nstatus valid"]}' "Location: $ca/account/1"
+for command in 'new-account -y' account; do
+	check "quirk 37: a contact that cannot be a line: $command" '
+		step $command -d "$ca/dir" >out 2>err; got=$?; cat out err
+		[ $got = 0 ] && is "contact mailto:a@b.example" \
+		    "grep ^contact out" && is 3 "grep -c left.out err" &&
+		grep "^acme-step: .*: warning: .* left out: mailto: x@y$" err'
+done
+for list in '' ',"contact":[]' ',"contact":["mailto:C@b.example"]'; do
+	answer POST_newAccount '200 OK' '{"status":"valid"'"$list}" \
+	    "Location: $ca/account/1"
+	check "-v says which contacts the CA dropped: $list" '
+		step new-account -d "$ca/dir" -y -m mailto:a@b.example \
+		    -m mailto:c@b.example -v >out 2>err; got=$?; cat err
+		case $list in *C@*) n=1 ;; *) n=2 ;; esac
+		[ $got = 0 ] && is $n "grep -c \"not list the contact\" err" &&
+		grep "not list the contact mailto:a@b.example" err &&
+		step new-account -d "$ca/dir" -y -m mailto:a@b.example 2>err &&
+		[ ! -s err ]'
+done
 
 fresh
 answer POST_finalize '200 OK' "$(order valid "$certificate")"
