@@ -5552,15 +5552,15 @@ take_line(Str all, bool account_only)
 }
 
 /*
- * Read a record.  Of an account's (-a) only some lines count, and none may
+ * Read a record, the text of a file.  Of an account's (-a) only some lines count, and none may
  * differ from the record's own.  The line "end" tells a
  * record from the beginning of one, which a step that is killed while it
  * writes leaves on the pipe; a last line without a newline may be cut too.
  */
 static void
-record_read(const char *file, bool account_only)
+record_read(Str text, const char *file, bool account_only)
 {
-	Str text = read_file(file), all, value;
+	Str all, value;
 	bool whole = text.n && text.p[text.n - 1] == '\n', ended = false;
 	const char *fault;
 
@@ -8450,14 +8450,16 @@ record_names(void)
 	return names;
 }
 
-/* Our own request for the record's names, in DER, and its public key. */
+/* The key for our own request; its public half. */
 static Str
-make_request(const char *key_file, Str *key)
+read_request_key(const char *file)
 {
-	key_read(&certificate_key, key_file);
-	*key = public_key(&certificate_key);
-	not_of_account(key_file, *key);
-	return request(&certificate_key, record_names(), NONE);
+	Str key;
+
+	key_read(&certificate_key, file);
+	key = public_key(&certificate_key);
+	not_of_account(file, key);
+	return key;
 }
 
 /* Somebody's request, PEM or DER. */
@@ -8902,17 +8904,20 @@ take_word(Str *s)
 	return (Str){ s->p - n, n };
 }
 
-/*
- * The external account binding (RFC 8555 7.3.4): the account's public key,
- * signed with a secret that the CA gave out with an identifier.  Both are
- * in a file or two variables; NONE where they are in neither.
- */
-static Str
-account_binding(const char *file)
-{
-	Str kid = variable("ACME_EAB_KID"), input, text;
-	Str mac_key = variable("ACME_EAB_HMAC_KEY");
+/* For external account binding; NONE if there are neither. */
+static struct {
+	Str kid, mac_key;
+} binding;
 
+/* The identifier and the key of -e or of the two variables. */
+static void
+check_new_account(char **arg)
+{
+	Str kid = variable("ACME_EAB_KID"), text;
+	Str mac_key = variable("ACME_EAB_HMAC_KEY");
+	const char *file = opt['e'];
+
+	(void)arg;
 	if (file) {
 		text = read_file(file);
 		warn_if_shared(file);
@@ -8923,15 +8928,30 @@ account_binding(const char *file)
 			    file_name(file));
 	}
 	if (!kid.n && !mac_key.n)
-		return NONE;
-	mac_key = unb64_any(mac_key);
-	if (!kid.n || !mac_key.n)
+		return;
+	binding.kid = kid;
+	binding.mac_key = unb64_any(mac_key);
+	if (!kid.n || !binding.mac_key.n)
 		die(BAD, "external account binding: %", kid.n ?
 		    S("the HMAC key is missing or not base64url") :
 		    S("there is a key, but no ACME_EAB_KID"));
+}
+
+/*
+ * The external account binding (RFC 8555 7.3.4): the account's public key,
+ * signed with a secret that the CA gave out with an identifier; or NONE.
+ */
+static Str
+account_binding(void)
+{
+	Str input;
+
+	if (!binding.kid.n)
+		return NONE;
 	input = jws_input(text("{\"alg\":\"HS256\",\"kid\":%,\"url\":%}",
-	    quote(kid), quote(need_endpoint("newAccount"))), jwk(signer()));
-	return jws(input, hmac_sha256(mac_key, input));
+	    quote(binding.kid), quote(need_endpoint("newAccount"))),
+	    jwk(signer()));
+	return jws(input, hmac_sha256(binding.mac_key, input));
 }
 
 /* Say with -v which of the contacts given with -m the account lacks. */
@@ -8982,7 +9002,7 @@ do_new_account(char **arg)
 
 	(void)arg;
 	o = with(o, "contact", contacts());
-	o = with(o, "externalAccountBinding", account_binding(opt['e']));
+	o = with(o, "externalAccountBinding", account_binding());
 	r = ask_account(signer(), braces(o));
 	take_account(&r);
 	account_store(&r);
@@ -9096,6 +9116,18 @@ change_text(Str url)
 	return jws(input, sign(k, input, false));
 }
 
+static void
+check_key_change(char **arg)
+{
+	(void)arg;
+	if (is_std(opt['K']))
+		usage("the new key must be in a file: -K FILE");
+	key_read(&certificate_key, opt['K']);
+	if (same(public_key(&certificate_key), public_key(signer())))
+		die(BAD, "% is the same key as %", str(opt['K']),
+		    str(account_file));
+}
+
 /*
  * key-change -K NEWKEY (RFC 8555 7.3.5).  Whatever happens, one of the two
  * files has the account's key, and the message says which.
@@ -9107,13 +9139,7 @@ do_key_change(char **arg)
 	struct reply r;
 
 	(void)arg;
-	if (is_std(opt['K']))
-		usage("the new key must be in a file: -K FILE");
 	refuse_redirected();
-	key_read(&certificate_key, opt['K']);
-	if (same(public_key(&certificate_key), public_key(signer())))
-		die(BAD, "% is the same key as %", str(opt['K']),
-		    str(account_file));
 	afterword = S("; run it again to learn which key is the account's");
 	if (!field("account").n) {
 		r = find_account(signer());
@@ -9164,10 +9190,9 @@ static void
 do_new_authz(char **arg)
 {
 	struct reply r;
-	Str value, type;
+	Str value = field("identifier"), type;
 
-	take_names(arg);
-	value = field("identifier");
+	(void)arg;
 	type = cut(&value, ' ');
 	r = acme_post(need_endpoint("newAuthz"),
 	    text("{\"identifier\":%}", identifier(type, value)));
@@ -9256,17 +9281,18 @@ certificate_id(const struct cert *c)
 	    b64(c->serial)) : NONE;
 }
 
+/* What -R, renewal-info and revoke-cert are about. */
+static struct cert subject;
+
 /* -R: what the order replaces, for a CA that wants to know; or NONE. */
 static Str
 replaces_option(void)
 {
-	struct cert c;
 	Str id;
 
 	if (!opt['R'])
 		return NONE;
-	read_certificate(opt['R'], &c);
-	id = certificate_id(&c);
+	id = certificate_id(&subject);
 	if (verbose && !id.n)
 		warn("% has no authority key identifier: the order replaces "
 		    "nothing", str(opt['R']));
@@ -9285,6 +9311,16 @@ replaced_before(const struct reply *r)
 	    has_type(r, "unauthorized") || has_type(r, "serverInternal");
 }
 
+static void
+check_new_order(char **arg)
+{
+	take_names(arg);
+	time_option('b');
+	time_option('u');
+	if (opt['R'])
+		read_certificate(opt['R'], &subject);
+}
+
 /*
  * new-order [-p PROFILE] [-R CERT] [-b NOTBEFORE] [-u NOTAFTER] NAME...
  * (RFC 8555 7.4, RFC 9773 5)
@@ -9296,7 +9332,7 @@ do_new_order(char **arg)
 	struct post p = { .url = need_endpoint("newOrder") };
 	struct reply r;
 
-	take_names(arg);
+	(void)arg;
 	o = with(NONE, "identifiers", identifiers());
 	o = with(o, "notBefore", time_option('b'));
 	o = with(o, "notAfter", time_option('u'));
@@ -9364,20 +9400,37 @@ record_type(void)
 	return type.n ? c_str(type) : NULL;
 }
 
-/* What the options of respond say, and whether they go together. */
-static const char *
-respond_type(void)
+/* The seconds of -s. */
+static unsigned long
+settling_time(void)
 {
-	const char *type = opt['t'] ? opt['t'] : opt['w'] ? "http-01" :
-	    opt['l'] ? record_type() : NULL;
+	unsigned long n = 0;
 
+	if (opt['s'] && !number(str(opt['s']), MAX_WAIT, &n))
+		usage("-s takes a number of seconds, not %", str(opt['s']));
+	if (n >= busy.limit)
+		usage("-s leaves no time before -T");
+	return n;
+}
+
+/* Whether the options of respond go together. */
+static void
+check_respond(char **arg)
+{
+	const char *type = opt['t'];
+
+	(void)arg;
 	if (!!opt['w'] + !!opt['l'] + !!opt['x'] > 1)
 		usage("only one of -w, -l and -x");
-	if (opt['w'] && strcmp(type, "http-01") != 0)
+	if (opt['w'] && type && strcmp(type, "http-01") != 0)
 		usage("-w is for http-01, not for %", str(type));
 	if (opt['n'] && (opt['w'] || opt['l'] || opt['x']))
 		usage("-n would take down at once what is published");
-	return type;
+	settling_time();
+	if (opt['l'] && type)
+		find_responder(type);
+	if (opt['x'])
+		choose_hook(opt['x']);
 }
 
 /*
@@ -9415,19 +9468,14 @@ find_challenges(const char *type)
 static void
 do_respond(char **arg)
 {
-	unsigned long settle = 0;
+	unsigned long settle = settling_time();
 	size_t before = ndoomed;
-	const char *type = respond_type();
+	const char *type = opt['t'] ? opt['t'] : opt['w'] ? "http-01" :
+	    opt['l'] ? record_type() : NULL;
 	const struct responder *how = opt['l'] && type ?
 	    find_responder(type) : NULL;
 
 	(void)arg;
-	if (opt['s'] && !number(str(opt['s']), MAX_WAIT, &settle))
-		usage("-s takes a number of seconds, not %", str(opt['s']));
-	if (settle >= busy.limit)
-		usage("-s leaves no time before -T");
-	if (opt['x'])
-		choose_hook(opt['x']);
 	if (order_status() & (READY | VALID)) {
 		if (opt['w'])
 			clean_up_files(opt['w']);
@@ -9463,19 +9511,34 @@ do_respond(char **arg)
 	print_record();
 }
 
+static struct {
+	Str csr;			/* in DER; NONE: it is made with -K */
+	Str key;			/* public */
+} wanted;			/* by finalize */
+
+static void
+check_finalize(char **arg)
+{
+	(void)arg;
+	if (!opt['K'] == !opt['r'])
+		usage("either -K KEY or -r CSR");
+	if (opt['K'])
+		wanted.key = read_request_key(opt['K']);
+	else
+		wanted.csr = read_request(opt['r'], &wanted.key);
+}
+
 /* finalize (-K KEY | -r CSR) (RFC 8555 7.4) */
 static void
 do_finalize(char **arg)
 {
-	Str key, csr;
+	Str csr = wanted.csr;
 	bool sent = false;
 
 	(void)arg;
-	if (!opt['K'] == !opt['r'])
-		usage("either -K KEY or -r CSR");
 	need("order");
-	csr = opt['K'] ? make_request(opt['K'], &key) :
-	    read_request(opt['r'], &key);
+	if (opt['K'])
+		csr = request(&certificate_key, record_names(), NONE);
 	if (!order_status())
 		order_refresh();
 	for (;;)
@@ -9503,7 +9566,8 @@ do_finalize(char **arg)
 		default:
 			if (!field("certificate").n)
 				order_refresh();
-			print_certificate(opt['i'], key, sent ? BROKEN : BAD);
+			print_certificate(opt['i'], wanted.key, sent ?
+			    BROKEN : BAD);
 			return;
 		}
 }
@@ -9543,26 +9607,34 @@ reason_code(const char *s)
 	return num(n);
 }
 
+static void
+check_revoke_cert(char **arg)
+{
+	if (opt['c'])
+		reason_code(opt['c']);
+	read_certificate(arg[0], &subject);
+	if (!opt['K'])
+		return;
+	key_read(&certificate_key, opt['K']);
+	if (!same(public_key(&certificate_key), subject.public_key))
+		die(BAD, "% is not the key of %", str(opt['K']),
+		    file_name(arg[0]));
+}
+
 /* revoke-cert [-K CERTKEY] [-c REASON] CERT (RFC 8555 7.6) */
 static void
 do_revoke_cert(char **arg)
 {
 	Str reason = opt['c'] ? reason_code(opt['c']) : NONE;
-	struct post p = { .jwk = opt['K'] != NULL };
+	struct post p = { .url = need_endpoint("revokeCert"),
+	    .jwk = opt['K'] != NULL };
 	struct reply r;
-	struct cert c;
 
-	read_certificate(arg[0], &c);
-	if (opt['K']) {
-		key_read(&certificate_key, opt['K']);
+	(void)arg;
+	if (opt['K'])
 		p.key = &certificate_key;
-		if (!same(public_key(p.key), c.public_key))
-			die(BAD, "% is not the key of %", str(opt['K']),
-			    file_name(arg[0]));
-	}
-	p.url = need_endpoint("revokeCert");
-	p.payload = braces(with(with(NONE, "certificate", quote(b64(c.der))),
-	    "reason", reason));
+	p.payload = braces(with(with(NONE, "certificate",
+	    quote(b64(subject.der))), "reason", reason));
 	acme_batch(&p, &r, 1);
 	accept_reply(&r);
 }
@@ -9579,6 +9651,15 @@ window_moment(const struct cert *c, long long start, long long end)
 	return start + (long long)(n % (unsigned long long)(end - start));
 }
 
+static void
+check_renewal_info(char **arg)
+{
+	read_certificate(arg[0], &subject);
+	if (!subject.key_id.n)
+		die(BAD, "% has no authority key identifier, so it has no "
+		    "name for the CA", file_name(arg[0]));
+}
+
 /* renewal-info CERT (RFC 9773 4) */
 static void
 do_renewal_info(char **arg)
@@ -9586,13 +9667,9 @@ do_renewal_info(char **arg)
 	long long start, end, when;
 	Str base = need_endpoint("renewalInfo"), o, window, text;
 	struct reply r;
-	struct cert c;
 
-	read_certificate(arg[0], &c);
-	text = certificate_id(&c);
-	if (!text.n)
-		die(BAD, "% has no authority key identifier, so it has no "
-		    "name for the CA", file_name(arg[0]));
+	(void)arg;
+	text = certificate_id(&subject);
 	r = fetch("GET", cat(NONE, base, base.p[base.n - 1] == '/' ? NONE :
 	    S("/"), text));
 	accept_reply(&r);
@@ -9603,7 +9680,7 @@ do_renewal_info(char **arg)
 		broken(&r, "has a window without times");
 	if (end <= start)
 		broken(&r, "has an empty window: go by due instead");
-	when = window_moment(&c, start, end);
+	when = window_moment(&subject, start, end);
 	text = text("window % %\nmoment %\n", date(start), date(end),
 	    date(when));
 	o = want(&r, o, "explanationURL", '"');
@@ -9617,6 +9694,13 @@ do_renewal_info(char **arg)
 		answer_no();
 }
 
+static void
+check_url(char **arg)
+{
+	if (!is_url(str(arg[0])))
+		usage("no https URL: %", str(arg[0]));
+}
+
 /* Send a request of the user's, and print the reply's body as it came. */
 static void
 post_and_print(const char *url, Str payload, bool once)
@@ -9624,8 +9708,6 @@ post_and_print(const char *url, Str payload, bool once)
 	struct post p = { .url = str(url), .payload = payload, .once = once };
 	struct reply r;
 
-	if (!is_url(p.url))
-		usage("no https URL: %", p.url);
 	if (!is_own(p.url))
 		usage("% is not a URL of the CA at %", p.url,
 		    origin(ca_url()));
@@ -9797,6 +9879,23 @@ static const struct command {
     "[COMMAND]", "say how to use it" },
 { "version", do_version, "", "", 0, 0, 0,
     "", "print the version" },
+};
+
+/* What a command looks at before a record is awaited or a request sent. */
+static const struct {
+	void (*run)(char **arg);
+	void (*check)(char **arg);
+} checks[] = {
+	{ do_new_account, check_new_account },
+	{ do_key_change, check_key_change },
+	{ do_new_authz, take_names },
+	{ do_new_order, check_new_order },
+	{ do_respond, check_respond },
+	{ do_finalize, check_finalize },
+	{ do_renewal_info, check_renewal_info },
+	{ do_revoke_cert, check_revoke_cert },
+	{ do_get, check_url },
+	{ do_post, check_url },
 };
 
 static const struct {
@@ -10011,8 +10110,6 @@ choose_directory(void)
 {
 	const char *url = option('d');
 
-	if (url && !is_url(str(url)))
-		usage("no https URL: %", str(url));
 	if (url && field("directory").n && !same(field("directory"), str(url)))
 		die(BAD, "the record is of another CA, %, than %",
 		    field("directory"), str(url));
@@ -10050,12 +10147,11 @@ read_origins(const char *file)
 	}
 }
 
-/* All that comes before the first request, so that it fails before. */
+/* The options of every command. */
 static void
-prepare(const struct command *c)
+check_options(void)
 {
-	const char *limit = option('T'), *account = option('a');
-	int needs = c->needs & NOT_WITH_K && opt['K'] ? NET : c->needs;
+	const char *limit = option('T'), *url = option('d');
 	unsigned long n = busy.limit;
 
 	if (limit && (!number(str(limit), MAX_WAIT, &n) || n == 0))
@@ -10065,28 +10161,79 @@ prepare(const struct command *c)
 	family = opt['4'] ? AF_INET : opt['6'] ? AF_INET6 : AF_UNSPEC;
 	if (opt['4'] && opt['6'])
 		usage("-4 and -6 exclude each other");
+	if (url && !is_url(str(url)))
+		usage("no https URL: %", str(url));
 	account_file = option('k') ? option('k') : "account.pem";
 	proxy_command = option('P');
 	if (!nresolved)
 		resolve_list(str(option('H')));
-	if (needs & RECORD)
-		record_read(NULL, false);
-	if (needs & RECORDED && account)
-		record_read(account, true);
-	else if (needs & NET && account)
-		read_origins(account);
-	start_clock();
-	if (!is_std(opt['o']))
-		out_open(opt['o'], c->run == do_key);
-	else if (c->run == do_key)
+}
+
+/* What it writes to is opened, or, if not a file, will be (`late`). */
+static void
+open_output(const struct command *c, bool late)
+{
+	const char *file = opt['o'];
+	struct stat st;
+	bool special = !is_std(file) && stat(file, &st) == 0 &&
+	    !S_ISREG(st.st_mode);
+
+	if (c->run == do_key && is_std(file))
 		usage("a key goes to a file: -o FILE");
+	if (!is_std(file) && special == late)
+		out_open(file, c->run == do_key);
+}
+
+/*
+ * Look at all that is here, before a record is awaited: in a pipe, where
+ * that can take minutes, a mistake is known at once.  It also goes before
+ * the failure of an earlier step.
+ */
+static void
+look_here(const struct command *c, int needs, char **arg)
+{
 	if (needs & KEY)
 		signer();
+	for (size_t i = 0; i < COUNT(checks); i++)
+		if (checks[i].run == c->run)
+			checks[i].check(arg);
 	boxed = needs & NET && option('B');
+	if (!boxed && needs & (NET | CARRY))
+		find_anchors(option('C'));
+	open_output(c, false);
+}
+
+/* The records that a command reads; only waiting for one has no limit. */
+static void
+read_records(int needs)
+{
+	const char *file = option('a');
+	bool first = needs & RECORDED && file && !is_std(file);
+	Str account = first ? read_file(file) : NONE;
+
+	alarm(0);
+	if (needs & RECORD)
+		record_read(read_file(NULL), NULL, false);
+	if (needs & RECORDED && file)
+		record_read(first ? account : read_file(file), file, true);
+	else if (needs & NET && file)
+		read_origins(file);
+}
+
+/* All that comes before the first request, so that it fails before. */
+static void
+prepare(const struct command *c, char **arg)
+{
+	int needs = c->needs & NOT_WITH_K && opt['K'] ? NET : c->needs;
+
+	check_options();
+	start_clock();
+	look_here(c, needs, arg);
+	read_records(needs);
+	start_clock();
+	open_output(c, true);
 	if (boxed)
 		open_box(option('B'), true);
-	else if (needs & (NET | CARRY))
-		find_anchors(option('C'));
 	if (!(needs & NET))
 		return;
 	choose_directory();
@@ -10130,7 +10277,7 @@ run(int argc, char **argv)
 	tells = c->needs & TELLS;
 	arg = read_options(c, argv + 2);
 	check_usage(c, arg);
-	prepare(c);
+	prepare(c, arg);
 	c->run(arg);
 	conn_close();
 }

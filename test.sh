@@ -6010,6 +6010,66 @@ check 'a failure passes on' '
 check 'a failure touches no file' '
 	echo "$failed" | step finalize -K leaf.key -o file.pem
 	[ $? = 75 ] && is old "cat file.pem"'
+dies 66 none.key 'echo "$failed" | step finalize -K none.key'
+dies 73 missing 'echo "$failed" | step order -o missing/out'
+
+# early STATUS WORDS COMMAND [OPTION]...: known before there is a record.
+mkfifo awaited
+exec 9<>awaited
+early() {
+	wanted_status=$1 wanted_words=$2 command=$3; shift 3
+	dies "$wanted_status" "$wanted_words" "timeout 9 \"\$acme\" \
+	    $command -C root.pem -k account.key $* <&9"
+}
+early 64 'either -K' finalize
+early 66 none.key finalize -K none.key
+(umask 077; cp root.pem no.key)
+early 65 no.key finalize -K no.key
+early 65 11.1 finalize -K account.key
+early 66 none.csr finalize -r none.csr
+early 65 root.pem finalize -r root.pem
+early 73 missing finalize -K leaf.key -o missing/out
+early 66 none.key order -k none.key
+early 66 none.pem order -C none.pem
+early 66 none.record order -a none.record
+early 64 'http:' order -d http://x
+early 64 'only one' respond -w . -x true
+early 64 'dns-01' respond -t dns-01 -w .
+early 64 'take down' respond -n -w .
+early 64 '-s takes' respond -s x
+early 64 'no time' respond -s 5 -T 5
+early 64 'STYLE' respond -x certbot:x
+check 'what is opened meanwhile is not left behind' '
+	timeout 1 "$acme" finalize -C root.pem -k account.key -K leaf.key \
+	    -o left.pem <&9; got=$?; ls -A
+	[ $got = 124 ] && [ ! -e left.pem ] && ! ls -A | grep -F .acme-step'
+exec 9<&-
+mkfifo late
+check 'a FIFO is not opened before there is a record' '
+	{ sleep 2; echo "$failed"; } |
+	step finalize -T 1 -K leaf.key -o late; [ $? = 75 ]'
+# The same without a record: before the first request.
+while read -r status command; do
+	check "no request is sent: $command" "
+		rm -f www/requests; echo '{}' |
+		step ${command%% *} -d '$ca/dir' ${command#* }; got=\$?
+		[ \$got = $status ] && [ ! -e www/requests ]"
+done <<'END'
+64 new-order -b noon a.example
+64 new-order a,b
+66 new-order -R none.pem a.example
+64 new-authz a,b
+66 revoke-cert none.pem
+65 revoke-cert -K leaf.key root.pem
+64 revoke-cert -c nonsense root.pem
+66 renewal-info none.pem
+66 key-change -K none.pem
+65 key-change -K account.key
+66 new-account -e none
+65 new-account -e root.pem
+64 get http://localhost/
+64 post http://localhost/
+END
 check 'a reader that has gone is no crash' '
 	{ order_of record 2>err; echo $? >status; } | true
 	sleep 0.2; cat status err
