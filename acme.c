@@ -4206,23 +4206,59 @@ dial_command(const char *host, const char *port)
 	return fds[0];
 }
 
-/* Does no_proxy name the host: by itself, a domain above it, or "*"? */
+/* Is an address in the network ADDRESS/BITS (RFC 4632 3.1)? */
 static bool
-needs_no_proxy(Str host)
+in_network(Str ip, Str network)
 {
-	Str list = either("no_proxy", "NO_PROXY"), ip = ip_bytes(host), s;
+	Str base = ip_bytes(cut(&network, '/'));
+	unsigned char mask[16] = { 0 };
+	unsigned long bits;
+
+	if (!ip.n || ip.n != base.n || !number(network, 8 * ip.n, &bits))
+		return false;
+	for (size_t i = 0; i < bits; i++)
+		mask[i / 8] |= (unsigned char)(0x80 >> i % 8);
+	return ip_within(ip, cat(NONE, base, (Str){ mask, ip.n }));
+}
+
+/*
+ * Is an entry of no_proxy the host, a domain above it, "*", each perhaps
+ * with its port, or a network?
+ */
+static bool
+is_entry(Str entry, Str host, Str port)
+{
+	Str ip = ip_bytes(host), s = entry;
+
+	if (in_network(ip, entry))
+		return true;
+	if (!ip_bytes(entry).n) {	/* an IPv6 address has colons, too */
+		entry = take_host(&s);
+		if (s.n && !same(s, port))
+			return false;
+	}
+	if (is(entry, "*") || same_word(entry, host) ||
+	    (ip.n && same(ip_bytes(entry), ip)))
+		return true;
+	if (begins(entry, "."))
+		entry = from(entry, 1);
+	return entry.n && !ip.n && host.n > entry.n &&
+	    host.p[host.n - entry.n - 1] == '.' &&
+	    same_word(from(host, host.n - entry.n), entry);
+}
+
+/* Does no_proxy have an entry for the host? */
+static bool
+needs_no_proxy(Str host, Str port)
+{
+	Str list = either("no_proxy", "NO_PROXY"), s;
 
 	while (list.n) {
-		s = trim(cut(&list, ','));
-		if (is(s, "*") || same_word(s, host) ||
-		    (ip.n && same(ip_bytes(s), ip)))
-			return true;
-		if (begins(s, "."))
+		for (s = list; s.n && s.p[0] != ',' && s.p[0] > ' '; )
 			s = from(s, 1);
-		if (s.n && !ip.n && host.n > s.n &&
-		    host.p[host.n - s.n - 1] == '.' &&
-		    same_word(from(host, host.n - s.n), s))
+		if (is_entry((Str){ list.p, list.n - s.n }, host, port))
 			return true;
+		list = from(s, 1);
 	}
 	return false;
 }
@@ -4281,9 +4317,9 @@ read_proxy(Str s, struct proxy *p)
 
 /* The proxy to a host, or NONE. */
 static Str
-proxy_to(Str host)
+proxy_to(Str host, Str port)
 {
-	return needs_no_proxy(host) ? NONE :
+	return needs_no_proxy(host, port) ? NONE :
 	    either("https_proxy", "HTTPS_PROXY");
 }
 
@@ -4293,9 +4329,13 @@ check_proxy(Str url)
 {
 	struct url u;
 	struct proxy p;
+	Str proxy;
 
-	if (!proxy_command && url_read(url, &u) && proxy_to(u.host).n)
-		read_proxy(proxy_to(u.host), &p);
+	if (proxy_command || !url_read(url, &u))
+		return;
+	proxy = proxy_to(u.host, u.port);
+	if (proxy.n)
+		read_proxy(proxy, &p);
 }
 
 /* Without its percent signs (RFC 3986 2.1). */
@@ -4383,6 +4423,27 @@ answer_without_secrets(Str code)
 	    S("its answer is not HTTP");
 }
 
+/*
+ * Read the status line of a proxy's answer, and the code in it.  An interim
+ * answer, such as 100, may go before it (RFC 9110 15.2).
+ */
+static Str
+proxy_status(int fd, size_t *room, Str name, Str *code)
+{
+	for (;;) {
+		Str status = proxy_line(fd, room, name);
+
+		*code = status;
+		cut(code, ' ');
+		*code = cut(code, ' ');
+		if (!begins(status, "HTTP/1.") || !begins(*code, "1") ||
+		    is(*code, "101"))
+			return status;
+		while (proxy_line(fd, room, name).n)
+			continue;
+	}
+}
+
 /* A stream through a proxy (RFC 9110 9.3.6). */
 static int
 dial_proxy(Str url, const char *host, const char *port)
@@ -4400,9 +4461,7 @@ dial_proxy(Str url, const char *host, const char *port)
 	if (!write_all(fd, text("CONNECT % HTTP/1.1\r\n%%\r\n", target,
 	    header("Host", target), header("Proxy-Authorization", basic))))
 		die(CA_DOWN, "cannot write to the proxy %: %", p.host, why());
-	code = status = proxy_line(fd, &room, p.host);
-	cut(&code, ' ');
-	code = cut(&code, ' ');
+	status = proxy_status(fd, &room, p.host, &code);
 	if (!begins(status, "HTTP/1.") || !begins(code, "2"))
 		die(CA_DOWN, "the proxy % does not connect to %: %", p.host,
 		    target, basic.n ? answer_without_secrets(code) :
@@ -4416,7 +4475,7 @@ dial_proxy(Str url, const char *host, const char *port)
 static int
 dial(const char *host, const char *port)
 {
-	Str proxy = proxy_to(str(host));
+	Str proxy = proxy_to(str(host), str(port));
 
 	if (proxy_command)
 		return dial_command(host, port);

@@ -1073,12 +1073,14 @@ check 'a step that cannot write its message ends, with its own status' '
 	echo "$got"; [ "$got" = 64 ] &&
 	{ stuck 2 timeout -s KILL 20 "$acme" thumbprint -k none.pem; got=$?
 	echo "$got"; [ "$got" = 66 ]; }'
+"$acme" key -o stuck.key
 check 'and the next step is told' '
-	stuck 2 timeout -s KILL 20 "$acme" order </dev/null | cat >piped
+	stuck 2 timeout -s KILL 20 "$acme" order -k stuck.key </dev/null |
+	cat >piped
 	cat piped; grep "^failed 65 order " piped'
 check 'nor does a next step that does not read hold it up' '
 	echo "failed 75 new-order some words" >piped
-	stuck 1 timeout -s KILL 20 "$acme" order <piped; got=$?
+	stuck 1 timeout -s KILL 20 "$acme" order -k stuck.key <piped; got=$?
 	echo "$got"; [ "$got" = 75 ]'
 
 group 'offline: JSON'
@@ -7390,11 +7392,14 @@ check 'HTTPS_PROXY, without http://, over one connection' '
     : >proxy.log
     HTTPS_PROXY=localhost:$proxy acme-step new-order proxied.test |
     grep "^order " && [ "$(grep -c "Request.*CONNECT" proxy.log)" = 1 ]'
-for list in localhost 'a.test, localhost' '*' LOCALHOST; do
+for list in localhost 'a.test, localhost' '*' LOCALHOST \
+    'a.test localhost b.test' "localhost:$pebble" \
+    "x:1  ,localhost:$pebble,y" "*:$pebble"; do
 	check "no_proxy=$list" "
 	    https_proxy=http://127.0.0.1:1 no_proxy='$list' acme-step directory"
 done
-for list in 127.0.0.1 '::1,127.0.0.1'; do
+for list in 127.0.0.1 '::1,127.0.0.1' 127.0.0.0/8 '::/0 127.0.0.0/31' \
+    127.0.0.1/32 0.0.0.0/0 "127.0.0.1:$pebble"; do
 	check "no_proxy=$list" "
 	    https_proxy=http://127.0.0.1:1 no_proxy='$list' \
 	    acme-step directory -d https://127.0.0.1:$pebble/dir"
@@ -7405,7 +7410,26 @@ for list in test .test 'x, .test'; do
 	    acme-step directory -d https://pebble.test:$pebble/dir \
 		-H pebble.test:$pebble:127.0.0.1"
 done
-for list in '' host ocalhost localhos .localhost x.localhost; do
+for list in 126.0.0.0/8 127.0.0.0/32 127.0.0.0/33 127.0.0.0/ ::/0 /0 \
+    ::7f00:1 127.0.0.1:1; do
+	dies 69 '127.0.0.1 port 1' "
+	    https_proxy=http://127.0.0.1:1 no_proxy='$list' acme-step \
+	    directory -d https://127.0.0.1:$pebble/dir"
+done
+if has_v6; then
+	for list in ::/8 '::1/128' '[::1]' '[::1]:1'; do
+		dies 69 'connect to ::1 port 1:' "https_proxy=http://[::2]:1 \
+		    no_proxy='$list' acme-step directory -T 5 \
+		    -d 'https://[::1]:1/dir'"
+	done
+	for list in fd00::/8 '[::1]:2'; do
+		dies 69 'port 3' "https_proxy=http://127.0.0.1:3 \
+		    no_proxy='$list' acme-step directory -T 5 \
+		    -d 'https://[::1]:1/dir'"
+	done
+fi
+for list in '' host ocalhost localhos .localhost x.localhost localhost:1 \
+    "localhost:$pebble/8"; do
 	dies 69 '127.0.0.1 port 1' "
 	    https_proxy=http://127.0.0.1:1 no_proxy='$list' acme-step directory"
 done
@@ -7446,7 +7470,7 @@ ear=$(free_port)
 server_start socat -u "TCP-LISTEN:$ear,bind=127.0.0.1,fork,reuseaddr" \
     OPEN:heard,creat,append
 up "$ear"
-for scheme in https HTTPS Https socks4 socks5 socks5h ftp ' http' http:http; do
+for scheme in https HTTPS Https socks4 socks5 socks5h ftp 'h ttp' http:http; do
 	hushed 64 "https_proxy='$scheme://user:sesame@127.0.0.1:$ear' \
 	    acme-step directory -T 2"
 done
@@ -7522,6 +7546,11 @@ answers 'read -r x; printf "HTTP/1.1 502 \033[31mno\r\n\r\n"'
 dies 69 '502 ?\[31mno' through
 answers 'read -r x; echo "HTTP/1.1 200 OK"'
 dies 69 'no answer' through
+answers "cr=\$(printf '\\r'); while read -r x && [ \"\$x\" != \"\$cr\" ]; do
+    :; done; printf 'HTTP/1.1 100 Continue\\r\\n\\r\\n'
+    printf 'HTTP/1.1 102 Wait\\r\\nA: b\\r\\n\\r\\n'
+    printf 'HTTP/1.1 200 OK\\r\\n\\r\\n'; exec socat - TCP:127.0.0.1:$pebble"
+check 'interim answers before that of the proxy' 'through | grep ^new-order'
 answers 'yes "HTTP/1.1 200 OK"'
 dies 69 'no answer' through
 answers 'head -c 100000 /dev/zero | tr "\0" x'
