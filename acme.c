@@ -42,6 +42,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/wait.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -1843,10 +1844,32 @@ keep_mode(const struct stat *st)
 		    "old file"));
 }
 
+/* For kernels without getrandom(2), such as Linux 3.10; or errno. */
+static bool
+read_urandom(unsigned char *p, size_t n)
+{
+	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+	struct stat st;
+	ssize_t got = 1;
+
+	if (fd < 0)
+		return false;
+	errno = ENODEV;
+	if (fstat(fd, &st) == 0 && S_ISCHR(st.st_mode))
+		while (n > 0 && (got > 0 || (got < 0 && errno == EINTR)))
+			if ((got = read(fd, p, n)) > 0) {
+				p += got;
+				n -= (size_t)got;
+			}
+	close(fd);
+	return n == 0;
+}
+
 static void
 random_bytes(void *p, size_t n)
 {
-	if (getentropy(p, n) != 0)
+	if (getentropy(p, n) != 0 &&
+	    (errno != ENOSYS || !read_urandom(p, n)))
 		die(FAULT, "no randomness from the system: %", why());
 }
 
@@ -2583,13 +2606,20 @@ in_range(const struct key *k)
 	return any && n == k->ec.xlen && memcmp(k->ec.x, order, n) < 0;
 }
 
+/*
+ * Warn of a key that others can read, if its user can change that: not of
+ * another's file, or one on a read-only file system, as secrets that are
+ * mounted into a container.
+ */
 static void
 warn_if_shared(const char *name)
 {
 	struct stat st;
+	struct statvfs fs;
 
 	if (!is_std(name) && stat(name, &st) == 0 && S_ISREG(st.st_mode) &&
-	    st.st_mode & 077)
+	    st.st_mode & 077 && (geteuid() == 0 || geteuid() == st.st_uid) &&
+	    (statvfs(name, &fs) != 0 || !(fs.f_flag & ST_RDONLY)))
 		warn("warning: the key % can be read by others (chmod 600)",
 		    str(name));
 }

@@ -1697,6 +1697,15 @@ check 'a key that others may read: a warning' '
 	cp ec256.pem open.pem; chmod 644 open.pem
 	is "$(oracle ec256.pem)" "\"\$acme\" thumbprint -k open.pem 2>err" &&
 	grep "^acme-step: .*open.pem.*others" err && is 1 "wc -l <err"'
+check 'a key on a read-only file system, or of another user: none' '
+	mkdir -p ro other && unshare -m sh -c "
+	    mount -t tmpfs none ro && cp open.pem ro/ && chmod 644 ro/open.pem
+	    mount -o remount,ro none ro && \"\$1\" thumbprint -k ro/open.pem
+	    " sh "$acme" 2>err && [ ! -s err ] &&
+	chmod 755 "$tmp" . && cp "$acme" step.bin && chmod 755 step.bin &&
+	setpriv --reuid=65534 --regid=65534 --clear-groups \
+	    ./step.bin thumbprint -k open.pem 2>err && [ ! -s err ] &&
+	rm step.bin'
 check 'a key of ours alone: none' '
 	"$acme" thumbprint -k ec256.pem 2>err && [ ! -s err ]'
 
@@ -2247,6 +2256,12 @@ faulty_fsync(int fd)
 	return fault("no sync") && fstat(fd, &st) == 0 &&
 	    S_ISDIR(st.st_mode) ? fail_with(EIO) : fsync(fd);
 }
+static int
+faulty_getentropy(void *p, size_t n)
+{
+	return fault("no getrandom") ? fail_with(ENOSYS) : getentropy(p, n);
+}
+#define getentropy faulty_getentropy
 #define fchmod faulty_fchmod
 #define fsync faulty_fsync
 #define linkat faulty_linkat
@@ -2282,6 +2297,13 @@ dies 74 'the key is in key.pem, but its temporary name .acme-step' \
 check 'the key stays, if it is only its temporary name that stays, too' '
     cd faults && openssl pkey -in key.pem -noout -check &&
     cmp key.pem .acme-step.*'
+check 'a kernel without getrandom: /dev/urandom, and each key is another' '
+    faulty "no getrandom" key -o key.pem && mv key.pem ../first.key &&
+    openssl pkey -in ../first.key -noout -check && cd .. &&
+    faulty "no getrandom" key -o key.pem && ! cmp key.pem ../first.key'
+dies 70 'no randomness from the system' ': > urandom
+    faulty "" key -o key.pem && FAULT="no getrandom" unshare -m sh -c "
+	mount --bind ../urandom /dev/urandom && ${RUN-} ../faulty key -o k"'
 check 'chmod refused: a key whose mode is right already' '
     faulty "chmod refused" key -o key.pem && is 600 "stat -c %a key.pem"'
 for how in 'chmod refused, all is 0755' 'all is 0755'; do
