@@ -5641,8 +5641,8 @@ take_line(Str all, bool account_only)
 }
 
 /*
- * Read a record, the text of a file.  Of an account's (-a) only some lines count, and none may
- * differ from the record's own.  The line "end" tells a
+ * Read a record, the text of a file.  Of an account's (-a) only some lines
+ * count, and none may differ from the record's own.  The line "end" tells a
  * record from the beginning of one, which a step that is killed while it
  * writes leaves on the pipe; a last line without a newline may be cut too.
  */
@@ -9093,6 +9093,10 @@ do_new_account(char **arg)
 	o = with(o, "contact", contacts());
 	o = with(o, "externalAccountBinding", account_binding());
 	r = ask_account(signer(), braces(o));
+	/* No HMAC key is text by chance, but some CAs' tools encode it twice. */
+	if (r.status >= 400 && unb64_any(binding.mac_key).n)
+		afterword = S("; the HMAC key was base64 of text that is "
+		    "base64, too: try that text");
 	take_account(&r);
 	account_store(&r);
 	print_record();

@@ -6678,6 +6678,14 @@ acme-step key -o eab3.key.pem
 dies 77 'unauthorized' '
     printf "kid-1 AAAA%s\n" "$mac_key" >wrong; chmod 600 wrong
     acme-step new-account -k eab3.key.pem -y -e wrong'
+dies 77 'unauthorized.*; the HMAC key was base64 of text' '
+    printf "kid-1 %s\n" "$(printf %s "$mac_key" | base64url)" >wrong
+    chmod 600 wrong
+    acme-step new-account -k eab3.key.pem -y -e wrong'
+check 'that is not said of another key' '
+    printf "kid-1 AAAA%s\n" "$mac_key" >wrong; chmod 600 wrong
+    acme-step new-account -k eab3.key.pem -y -e wrong 2>err
+    [ $? = 77 ] && ! grep "HMAC key was" err'
 dies 77 'not known' '
     printf "kid-9 %s\n" "$mac_key" >wrong
     acme-step new-account -k eab3.key.pem -y -e wrong'
