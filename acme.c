@@ -9093,7 +9093,7 @@ do_new_account(char **arg)
 	o = with(o, "contact", contacts());
 	o = with(o, "externalAccountBinding", account_binding());
 	r = ask_account(signer(), braces(o));
-	/* No HMAC key is text by chance, but some CAs' tools encode it twice. */
+	/* No HMAC key is text by chance; some tools encode it twice. */
 	if (r.status >= 400 && unb64_any(binding.mac_key).n)
 		afterword = S("; the HMAC key was base64 of text that is "
 		    "base64, too: try that text");

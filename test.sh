@@ -2908,7 +2908,8 @@ bundled() {
 check 'a bundle of the system' \
     'bundled root.pem "$acme" directory -d "$ca/dir"'
 for file in empty.pem leaf.key; do
-	dies 69 'the built-in roots' "bundled $file '$acme' directory -d '$ca/dir'"
+	dies 69 'the built-in roots' \
+	    "bundled $file '$acme' directory -d '$ca/dir'"
 done
 for kind in 'with a byte order mark' 'with white space'; do
 	check "anchors $kind" '
