@@ -117,6 +117,7 @@ enum {			/* exit statuses; most are those of sysexits.h */
 	LATER    = 75,	/* rate limit, time limit */
 	BROKEN   = 76,	/* the reply breaks HTTP, JSON or ACME */
 	REFUSED  = 77,	/* a problem document, an invalid order */
+	CONFIG   = 78,	/* the CA's certificate is not trusted; -d is wrong */
 	SIGNAL   = 128	/* and the signal's number */
 };
 
@@ -3796,43 +3797,81 @@ critical_fault(void)
 	    "is not supported");
 }
 
-/* Why a chain did not convince: an expired one may be a wrong clock. */
+/* A certificate that is out of date may be a wrong clock. */
 static Str
-chain_fault(int err)
+time_fault(void)
 {
 	long long now = (long long)time(NULL);
 	const struct cert *c = chain.cert, *end = c + chain.n;
 
+	if (now < RELEASED)
+		return text("the clock here is wrong (it shows %); set it",
+		    date(now));
+	while (c < end && now >= c->not_before && now <= c->not_after)
+		c++;
+	if (c == end)
+		return S("its certificate is out of date");
+	return text("its certificate % % (the clock here shows %)",
+	    now < c->not_before ? S("is not valid before") : S("expired at"),
+	    date(now < c->not_before ? c->not_before : c->not_after),
+	    date(now));
+}
+
+/* Is an error of BearSSL's about the server's certificate? */
+static bool
+is_chain_error(int err)
+{
+	return (err >= BR_ERR_X509_INVALID_VALUE &&
+	    err <= BR_ERR_X509_NOT_TRUSTED) || err == BR_ERR_WRONG_KEY_USAGE;
+}
+
+/* BearSSL's reasons that need no look at the chain. */
+static const struct {
+	int error;
+	const char *words;
+} chain_faults[] = {
+	{ BR_ERR_X509_EMPTY_CHAIN, "it sent no certificate" },
+	{ BR_ERR_X509_UNSUPPORTED, "a certificate in its chain has a key or "
+	    "a signature of an unsupported type" },
+	{ BR_ERR_X509_LIMIT_EXCEEDED, "a certificate in its chain has a key "
+	    "or a signature of more than 4096 bits" },
+	{ BR_ERR_X509_WRONG_KEY_TYPE, "a signature in its chain is not of "
+	    "the type of its issuer's key" },
+	{ BR_ERR_X509_BAD_SIGNATURE, "a signature in its chain is wrong" },
+	{ BR_ERR_X509_DN_MISMATCH, "its chain does not link: a certificate "
+	    "is not followed by that of its issuer" },
+	{ BR_ERR_X509_BAD_SERVER_NAME, "its certificate is for another name" },
+	{ BR_ERR_X509_NOT_CA, "a certificate in its chain was issued by one "
+	    "that is not a CA's, or below too many CAs" },
+	{ BR_ERR_X509_FORBIDDEN_KEY_USAGE, "a CA in its chain may not issue "
+	    "certificates (key usage)" },
+	{ BR_ERR_WRONG_KEY_USAGE, "its certificate may not be used for this "
+	    "(key usage)" },
+	{ BR_ERR_X509_WEAK_PUBLIC_KEY, "a certificate in its chain has an RSA "
+	    "key of less than 2048 bits" },
+};
+
+/* Why the server's chain was refused. */
+static Str
+chain_fault(int err)
+{
 	if (chain.fault.n)
 		return chain.fault;
-	switch (err) {
-	case BR_ERR_X509_EXPIRED:
-		while (c < end && now >= c->not_before && now <= c->not_after)
-			c++;
-		if (now < RELEASED)
-			return text("the clock is wrong: it shows %, set it",
-			    date(now));
-		return c == end ? S("its certificate is out of date") :
-		    text("its certificate is %%, and the clock here shows %",
-		    now < c->not_before ? S("not valid before ") :
-		    S("expired since "),
-		    date(now < c->not_before ? c->not_before : c->not_after),
-		    date(now));
-	case BR_ERR_X509_BAD_SERVER_NAME:
-		return S("its certificate is for another name");
-	case BR_ERR_X509_NOT_TRUSTED:
-		return text("its certificate comes from no authority in % "
-		    "(see -C)",
-		    anchor_file ? str(anchor_file) : S("the built-in roots"));
-	case BR_ERR_X509_CRITICAL_EXTENSION:
+	if (chain.lost)
+		return S("its chain has too many or too large certificates");
+	if (err == BR_ERR_X509_EXPIRED)
+		return time_fault();
+	if (err == BR_ERR_X509_CRITICAL_EXTENSION)
 		return critical_fault();
-	case BR_ERR_X509_WEAK_PUBLIC_KEY:
-		return S("its certificate's key is too short");
-	case BR_ERR_X509_LIMIT_EXCEEDED:
-		return S("its chain is too long");
-	}
-	return text("its certificate is not acceptable (BearSSL error %)",
-	    num((unsigned)err));
+	if (err == BR_ERR_X509_NOT_TRUSTED)
+		return text("its certificate does not chain to a trust anchor "
+		    "in %; see -C", anchor_file ? str(anchor_file) :
+		    S("the built-in roots"));
+	for (size_t i = 0; i < COUNT(chain_faults); i++)
+		if (err == chain_faults[i].error)
+			return str(chain_faults[i].words);
+	return text("a certificate in its chain is malformed (BearSSL error "
+	    "%)", num((unsigned)err));
 }
 
 /* ---------------------------------------------------- 15. Connections -- */
@@ -4626,7 +4665,7 @@ command_fault(void)
 static Str
 tls_fault(int err)
 {
-	if (err >= BR_ERR_X509_INVALID_VALUE && err <= BR_ERR_X509_NOT_TRUSTED)
+	if (is_chain_error(err))
 		return chain_fault(err);
 	switch (err) {
 	case BR_ERR_IO:
@@ -4646,11 +4685,15 @@ tls_fault(int err)
 	return text("TLS failed (BearSSL error %)", num((unsigned)err));
 }
 
+/*
+ * A certificate that is not trusted stays so until somebody corrects the
+ * anchors, the name, the clock or the server; all else may pass.
+ */
 static void
 tls_failed(void)
 {
-	die(CA_DOWN, "cannot talk to %: %", str(conn.host),
-	    tls_fault(conn.error));
+	die(is_chain_error(conn.error) ? CONFIG : CA_DOWN,
+	    "TLS with % failed: %", str(conn.host), tls_fault(conn.error));
 }
 
 static void
@@ -5990,6 +6033,41 @@ fetch(const char *method, Str url)
 static Str directory_body;	/* JSON, once it has been fetched */
 static struct reply directory_reply;
 
+/* End the step of a directory's URL that leads to something else. */
+static void
+no_directory(Str why)
+{
+	die(CONFIG, "% is not an ACME directory: %; correct -d or "
+	    "ACME_DIRECTORY", need("directory"), why);
+}
+
+/*
+ * The directory is public: a client error, unless the CA limits or refuses
+ * clients, says that the URL is wrong.
+ */
+static bool
+is_wrong_url(const struct reply *r)
+{
+	return r->status >= 300 && r->status < 500 && r->status != 401 &&
+	    r->status != 403 && r->status != 429 && !has_type(r, "rateLimited");
+}
+
+/* The object in a reply that must be a directory. */
+static Str
+directory_object(const struct reply *r)
+{
+	Str o;
+
+	if (is_wrong_url(r))
+		no_directory(text("HTTP status %", num((unsigned)r->status)));
+	accept_reply(r);
+	if (!json_read(r->body, &o) || json_kind(o) != '{')
+		no_directory(S("its content is not a JSON object"));
+	if (!text_of(o, "newNonce").n)
+		no_directory(S("it has no newNonce"));
+	return o;
+}
+
 /*
  * GET the directory (RFC 8555 7.1.1).  It alone may be reached through a
  * redirect, one.
@@ -6006,12 +6084,12 @@ directory(void)
 	if (r->status > 300 && r->status < 309 && r->location.n) {
 		url = absolute(url, r->location);
 		if (!is_url(url))
-			broken(r, "redirects to no https URL: %", brief(url));
+			no_directory(text("it redirects to something other "
+			    "than an https URL: %", brief(url)));
 		*r = fetch("GET", url);
 	}
-	accept_reply(r);
+	directory_body = directory_object(r);
 	directory_url = r->url;
-	directory_body = json_body(r);
 	return directory_body;
 }
 

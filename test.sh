@@ -988,7 +988,7 @@ hostfwd=tcp:127.0.0.1:$web-:80" & now=$!
 	    openssl verify -CAfile root.pem -untrusted chain.pem chain.pem &&
 	    names_in chain.pem >names && echo DNS:boot.test | diff - names'
 	check 'in 1970 it says what is wrong: the clock' '
-	    cat 1970 && grep -x "exit status 69" 1970 &&
+	    cat 1970 && grep -x "exit status 78" 1970 &&
 	    grep "^acme-step: new-account: .*clock" 1970'
 	finish
 }
@@ -2651,24 +2651,24 @@ openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes \
     2>/dev/null
 while read -r name words; do
 	serve "$name"
-	dies 69 "$words" \
+	dies 78 "$words" \
 	    ": $name; step directory -d https://localhost:$port/dir"
 done <<'END'
-expired expired
-future clock
-other name
-star name
-self authority
-strange authority
-deep authority
-forged-chain .
+expired expired at 2021-01-01T00:00:00Z (the clock here shows
+future not valid before 2048-01-01T00:00:00Z (the clock here shows
+other for another name
+star for another name
+self does not chain to a trust anchor in .*root.pem; see -C
+strange does not chain to a trust anchor
+deep does not chain to a trust anchor
+forged-chain was issued by one that is not a CA's
 END
 for name in nameless mail; do
 	serve "$name"
-	dies 69 127.0.0.1 ": $name
+	dies 78 127.0.0.1 ": $name
 	    step directory -d https://127.0.0.1:$port/dir"
 done
-dies 69 . 'step directory -C stranger.pem -d "$ca/dir"'
+dies 78 . 'step directory -C stranger.pem -d "$ca/dir"'
 
 # offer CERTIFICATE: a server, in place of the last one that was offered.
 offered=''
@@ -2685,7 +2685,7 @@ accepts() {
 }
 unfit() {
 	case_of=$1 words=$2; shift 2
-	dies 69 "$words" \
+	dies 78 "$words" \
 	    ": $case_of; step directory -d https://localhost:$port/dir $*"
 }
 
@@ -2760,7 +2760,7 @@ by-mail-ca-chain a CA certificate in its chain is not for TLS servers
 by-tls-ca-chain good
 by-twice-ca-chain a CA certificate in its chain has an extension twice
 END
-unfit 'by-twice-ca-chain' 'from no authority' -C twice-ca.pem
+unfit 'by-twice-ca-chain' 'not chain to a trust anchor' -C twice-ca.pem
 offer self
 accepts 'a self-signed CA certificate' -C self.pem
 offer server
@@ -2838,7 +2838,7 @@ accepts by-free-twin -C twins.pem
 issue no-ca root 'basicConstraints=DER:30:03:01:01:00'
 issue by-no-ca no-ca "$here"
 serve by-no-ca
-dies 69 . 'step directory -C no-ca.pem -d "https://localhost:$port/dir"'
+dies 78 . 'step directory -C no-ca.pem -d "https://localhost:$port/dir"'
 serve server openssl-min-proto-version=TLS1.3
 dies 69 'TLS 1.2' 'step directory -d "https://localhost:$port/dir"'
 # stream CODE: a server without TLS, on $port.
@@ -2890,11 +2890,11 @@ check 'ACME_CA_FILE goes before SSL_CERT_FILE' '
 check 'many anchors with text between' '
 	{ echo text; cat stranger.pem; echo; echo more; sed "s/$/\r/" root.pem
 	} >many.pem && step directory -C many.pem -d "$ca/dir"'
-dies 69 . '"$acme" directory -T 3 -d "$ca/dir"'
-dies 69 'the built-in roots' 'step directory -C builtin -d "$ca/dir"'
+dies 78 . '"$acme" directory -T 3 -d "$ca/dir"'
+dies 78 'the built-in roots' 'step directory -C builtin -d "$ca/dir"'
 check '-C ./builtin is a file, and so is another name' '
 	cp root.pem builtin && step directory -C ./builtin -d "$ca/dir"'
-dies 69 'the built-in roots' \
+dies 78 'the built-in roots' \
     'ACME_CA_FILE=builtin SSL_CERT_FILE=root.pem "$acme" directory -d "$ca/dir"'
 # bundled FILE COMMAND...: the system has this bundle, and no other.
 bundled() {
@@ -2908,7 +2908,7 @@ bundled() {
 check 'a bundle of the system' \
     'bundled root.pem "$acme" directory -d "$ca/dir"'
 for file in empty.pem leaf.key; do
-	dies 69 'the built-in roots' \
+	dies 78 'the built-in roots' \
 	    "bundled $file '$acme' directory -d '$ca/dir'"
 done
 for kind in 'with a byte order mark' 'with white space'; do
@@ -3199,13 +3199,25 @@ answer GET_dir2 '200 OK' "$(printf %s "$directory" | sed "s|$ca|$other|g")"
 check 'a redirect to another port' '
 	redirect 302 "$other/dir2"
 	step directory -d "$ca/old" >out && grep "$other/newOrder" out'
-dies 76 . 'redirect 302 "http://localhost:$home/dir"
+dies 78 'other than an https URL: http:' '
+	redirect 302 "http://localhost:$home/dir"
 	step directory -d "$ca/old"'
-dies 76 . 'redirect 302 "$ca/old"; step directory -d "$ca/old"'
-dies 76 . 'redirect 302 nonsense; step directory -d "$ca/old"'
-dies 76 . 'raw GET_old "HTTP/1.1 302 X\r\nContent-Length: 0\r\n\r\n"
+dies 78 'HTTP status 302' '
+	redirect 302 "$ca/old"; step directory -d "$ca/old"'
+dies 78 'other than an https URL' '
+	redirect 302 nonsense; step directory -d "$ca/old"'
+dies 78 'HTTP status 302' '
+	raw GET_old "HTTP/1.1 302 X\r\nContent-Length: 0\r\n\r\n"
 	step directory -d "$ca/old"'
-dies 77 404 'rm -f www/GET_old; step directory -d "$ca/old"'
+dies 78 'old is not an ACME directory: HTTP status 404' '
+	rm -f www/GET_old; step directory -d "$ca/old"'
+# A CA that refuses or limits its clients, or is down, may have one.
+answer GET_old '403 Forbidden' '<html>'
+dies 77 403 'step directory -d "$ca/old"'
+answer GET_old '429 Slow down' '{"detail":"slowly"}'
+dies 75 slowly 'step directory -d "$ca/old"'
+answer GET_old '500 Oops' '<html>'
+dies 69 500 'step directory -d "$ca/old"'
 # meta JSON: the directory with this at its end.
 meta() { answer GET_dir '200 OK' "${directory%\}},$1}"; }
 for meta in '"meta":null' '"meta":{}' '"x":{"meta":[1]}' \
@@ -3225,14 +3237,16 @@ check 'a directory without a path' '
 	answer GET_ "200 OK" "$directory"
 	step directory -d "$ca" >out && grep "$ca/newOrder" out'
 for text in '' '[]' '"x"' '{}' '{' 'null' '<html>' '{"newNonce":1}'; do
-	dies 76 . "answer GET_dir '200 OK' '$text'; step new-order \
--k account.key -a account a.example"
+	dies 78 'is not an ACME directory' "
+	    answer GET_dir '200 OK' '$text'
+	    step new-order -k account.key -a account a.example"
 done
 dies 76 newNonce 'answer GET_dir "200 OK" \
 	"$(printf %s "$directory" | sed "s|https|http|")"
 	step new-account -d "$ca/dir"'
 dies 76 . 'meta "\"newOrder\":\"x\ny\""
-	answer GET_dir "200 OK" "{\"newOrder\":\"$ca/a b\"}"
+	answer GET_dir "200 OK" \
+	    "{\"newNonce\":\"$ca/nonce\",\"newOrder\":\"$ca/a b\"}"
 	step new-order -a account a.example'
 for line in '"meta":{"termsOfService":"https://a/\nfailed 0 x y"}' \
     '"meta":{"profiles":{"a\nb":"c"}}'; do
@@ -5866,7 +5880,7 @@ cp server.key big.key
 issue big root "$here,$(seq -s , 1100 | sed 's/[0-9]*/DNS:&.big.example/g')"
 for name in long-chain big; do
 	serve "$name"
-	dies 69 'chain is too long' ": $name
+	dies 78 'too many or too large certificates' ": $name
 	    step directory -d https://localhost:$port/dir"
 done
 meta "\"renewalInfo\":\"$ca/$(head -c 2000 /dev/zero | tr '\0' x)\""
@@ -6200,7 +6214,7 @@ check 'trust from SSL_CERT_FILE' '
     SSL_CERT_FILE=ca.pem acme-step directory | diff d -'
 check 'trust from -C, before ACME_CA_FILE' '
     ACME_CA_FILE=root.pem acme-step directory -C ca.pem | diff d -'
-dies 69 'certificate.* root.pem' 'acme-step directory -C root.pem'
+dies 78 'certificate.* root.pem' 'acme-step directory -C root.pem'
 check 'new-account finds the one that is there' '
     acme-step new-account -y >again &&
     [ "$(field account again)" = "$(field account account)" ]'
