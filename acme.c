@@ -94,6 +94,10 @@ enum {
 	LAG      = 10,		/* seconds until a replica knows a new URL */
 	PAGES    = 1000,	/* of an account's list of orders */
 	CONNECT  = 10,		/* seconds for each address of a name */
+	ADDRESSES = 16,		/* of a name and family; more are not tried */
+	ATTEMPTS = 8,		/* connections tried at once */
+	HEAD_START = 250,	/* ms for each of them (RFC 8305 5) */
+	LATE_IPV6 = 50,		/* ms to wait for its addresses (RFC 8305 3) */
 	RESOLVED = 16,		/* -H, in all */
 	RESIDUE  = 16 << 10,	/* stack below a use of keys; BearSSL: 6 KB */
 	MAX_WAIT = 86400 * 30	/* seconds in -T and -s */
@@ -4041,38 +4045,6 @@ wait_for(struct pollfd *p, int ms)
 	return n;
 }
 
-/* Connect to one address within ms; -1 and errno. */
-static int
-connect_to(const struct addrinfo *a, int ms)
-{
-	int fd = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
-	int flags, on = 1, err = 0;
-	socklen_t n = sizeof err;
-	struct pollfd p = { fd, POLLOUT, 0 };
-
-	if (fd < 0)
-		return -1;
-	flags = fcntl(fd, F_GETFL);
-	fcntl(fd, F_SETFD, FD_CLOEXEC);
-	fcntl(fd, F_SETFL, flags | O_NONBLOCK);
-	if (connect(fd, a->ai_addr, a->ai_addrlen) != 0) {
-		if (errno != EINPROGRESS)
-			err = errno;
-		else if (wait_for(&p, ms) <= 0)
-			err = ETIMEDOUT;
-		else if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &n) != 0)
-			err = errno;
-	}
-	if (err) {
-		close(fd);
-		errno = err;
-		return -1;
-	}
-	fcntl(fd, F_SETFL, flags);
-	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-	return fd;
-}
-
 /* -H HOST:PORT:ADDR, as it came; the next one for a host and port. */
 static Str resolved[RESOLVED];
 static size_t nresolved;
@@ -4103,48 +4075,478 @@ add_resolved(Str s)
 	resolved[nresolved++] = s;
 }
 
-/*
- * Connect to the first address of a name that answers; -1 and errno.  The
- * list is not given back: free() alone would bring 8 KB of an allocator
- * that nothing else wants.
- */
-static int
-dial_name(const char *name, const char *port, int flags)
+struct address {
+	socklen_t n;
+	union {
+		struct sockaddr any;
+		struct sockaddr_in v4;
+		struct sockaddr_in6 v6;
+	} to;
+};
+
+/* What a process that looks a name up writes: less than PIPE_BUF bytes. */
+struct lookup {
+	int error;			/* of getaddrinfo() */
+	bool truncated;			/* see is_truncated() */
+	size_t n;
+	struct address list[ADDRESSES];
+};
+
+enum { LOOKUPS = 2 };			/* one for each family */
+#define NEVER LLONG_MAX
+
+/* The way to a host: what is looked up, what was found, what is tried. */
+static struct {
+	struct pollfd fd[LOOKUPS + ATTEMPTS];
+	long long until[LOOKUPS + ATTEMPTS];	/* of attempts, by now_ms() */
+	struct {
+		struct address list[ADDRESSES];
+		size_t n, tried;
+	} known[2];			/* of IPv6, of IPv4 */
+	size_t turn;			/* the family to try next */
+	int unknown;			/* error of the lookups, or 0 */
+	bool truncated;
+	int error;			/* errno of the last attempt to fail */
+} way;
+
+static void
+add_address(const struct address *a)
 {
-	struct addrinfo hint = { .ai_family = family, .ai_flags = flags |
-	    AI_NUMERICSERV, .ai_socktype = SOCK_STREAM }, *a;
-	int fd = -1, err;
+	size_t i = a->to.any.sa_family == AF_INET;
+
+	if (family != AF_UNSPEC && a->to.any.sa_family != family)
+		return;
+	if (way.known[i].n < ADDRESSES)
+		way.known[i].list[way.known[i].n++] = *a;
+}
+
+/* Add an address as ip_bytes() reads it. */
+static void
+add_ip(Str ip)
+{
+	struct address a = { .n = sizeof a.to.v4 };
+
+	if (ip.n == 4) {
+		a.to.v4.sin_family = AF_INET;
+		memcpy(&a.to.v4.sin_addr, ip.p, ip.n);
+	} else {
+		a.n = sizeof a.to.v6;
+		a.to.v6.sin6_family = AF_INET6;
+		memcpy(&a.to.v6.sin6_addr, ip.p, ip.n);
+	}
+	add_address(&a);
+}
+
+/* Where a reader of /etc/hosts is. */
+struct hosts_reader {
+	bool comment;
+	size_t nwords;			/* of the line; the first: an address */
+	size_t at;			/* in the word: bytes that are as the */
+	bool differs;			/* name's, unless it differs */
+};
+
+/* Read a byte of /etc/hosts: true at the end of a word that is the name. */
+static bool
+is_host(struct hosts_reader *r, unsigned char c, Str name)
+{
+	bool equal = r->nwords > 0 && !r->differs && r->at == name.n;
+
+	if (c > ' ' && c != '#' && !r->comment) {
+		r->differs = r->differs || r->at == name.n ||
+		    name.p[r->at] != c;
+		r->at++;
+		return false;
+	}
+	if (r->at > 0)
+		r->nwords++;
+	r->at = 0;
+	r->differs = false;
+	r->comment = c != '\n' && (r->comment || c == '#');
+	if (c == '\n')
+		r->nwords = 0;
+	return equal;
+}
+
+/* Has /etc/hosts the name?  The file can be of any length. */
+static bool
+in_hosts(Str name)
+{
+	struct hosts_reader r = { 0 };
+	int fd = open("/etc/hosts", O_RDONLY | O_CLOEXEC);
+	unsigned char b[512];
+	ssize_t n, i = 0;
+	bool found = false;
+
+	if (fd < 0)
+		return false;
+	while (!found && (n = read(fd, b, sizeof b)) > 0)
+		for (i = 0; i < n && !found; i++)
+			found = is_host(&r, b[i], name);
+	close(fd);
+	return found || is_host(&r, '\n', name);
+}
+
+/* Of resolv.h, whose macros take names that we and elf.h have. */
+int res_query(const char *, int, int, unsigned char *, int);
+
+/*
+ * Is the answer of the name server cut short?  The resolver of musl before
+ * 1.2.4 does not ask again over TCP, and can be left without an address.
+ */
+static bool
+is_truncated(const char *name, int af)
+{
+	const int internet = 1, a = 1, aaaa = 28;
+	unsigned char answer[512] = { 0 };	/* RFC 1035 4.2.1 */
+
+	res_query(name, internet, af == AF_INET ? a : aaaa, answer,
+	    sizeof answer);
+	return answer[2] & 2;			/* TC (RFC 1035 4.1.1) */
+}
+
+/*
+ * In a new process: look a name up in a family or both, and write a struct
+ * lookup to fd.  Signals are held: they are for the step.
+ */
+static void
+run_lookup(const char *name, int af, int fd)
+{
+	struct addrinfo hint = { .ai_family = af,
+	    .ai_socktype = SOCK_STREAM }, *a = NULL;
+	struct lookup l = { .n = 0 };
+
+	ndoomed = 0;
+	tells = false;
+	dup2(fd, 1);	/* the next step of a pipe does not wait for us */
+	close(0);
+	l.error = getaddrinfo(name, NULL, &hint, &a);
+	for (; !l.error && a && l.n < ADDRESSES; a = a->ai_next) {
+		l.list[l.n].n = a->ai_addrlen;
+		memcpy(&l.list[l.n++].to, a->ai_addr, a->ai_addrlen);
+	}
+	l.truncated = (l.error == EAI_NONAME || l.error == EAI_NODATA) &&
+	    is_truncated(name, af);
+	write_all(1, (Str){ (const unsigned char *)&l, sizeof l });
+	leave(DONE);
+}
+
+static void
+stop_process(const struct doomed *d)
+{
+	kill(d->n, SIGKILL);
+	waitpid(d->n, NULL, 0);
+}
+
+static void
+start_lookup(struct pollfd *p, const char *name, int af)
+{
+	sigset_t old;
+	int fds[2];
+	pid_t pid;
+
+	hold_signals(&old);
+	if (pipe(fds) != 0 || (pid = fork()) < 0)
+		die(FAULT, "cannot start a process: %", why());
+	if (pid == 0)
+		run_lookup(name, af, fds[1]);
+	doom(stop_process, pid, NULL);
+	sigprocmask(SIG_SETMASK, &old, NULL);
+	close(fds[1]);
+	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
+	*p = (struct pollfd){ fds[0], POLLIN, 0 };
+}
+
+/*
+ * Look a name up, each family by a process of its own: getaddrinfo() waits
+ * for both, and fails if one fails.
+ */
+static void
+look_up(const char *name)
+{
+	way.unknown = 0;
+	if (family == AF_UNSPEC && in_hosts(str(name)))
+		start_lookup(&way.fd[0], name, AF_UNSPEC);
+	else {
+		if (family != AF_INET)
+			start_lookup(&way.fd[0], name, AF_INET6);
+		if (family != AF_INET6)
+			start_lookup(&way.fd[1], name, AF_INET);
+	}
+}
+
+/*
+ * Read what a lookup found.  A name that is not there says less than any
+ * other error.
+ */
+static void
+end_lookup(struct pollfd *p)
+{
+	struct lookup l;
+
+	if (read(p->fd, &l, sizeof l) != sizeof l)
+		l = (struct lookup){ .error = EAI_FAIL };
+	close(p->fd);
+	p->fd = -1;
+	for (size_t i = 0; i < l.n; i++)
+		add_address(&l.list[i]);
+	if (l.error && (!way.unknown || way.unknown == EAI_NONAME))
+		way.unknown = l.error;
+	way.truncated = way.truncated || l.truncated;
+}
+
+static bool
+is_looking_up(void)
+{
+	return way.fd[0].fd >= 0 || way.fd[1].fd >= 0;
+}
+
+static bool
+has_untried(void)
+{
+	return way.known[0].tried < way.known[0].n ||
+	    way.known[1].tried < way.known[1].n;
+}
+
+/*
+ * Wait for an event until end, by now_ms(), or without limit if end is NEVER;
+ * take what was looked up.  False at the end.
+ */
+static bool
+poll_way(long long end)
+{
+	long long ms = end - now_ms();
+	int n = poll(way.fd, COUNT(way.fd), end == NEVER ? -1 :
+	    ms > 0 ? (int)ms : 0);
+
+	if (n < 0 && errno != EINTR)
+		die(FAULT, "cannot wait for the network: %", why());
+	for (size_t i = 0; n > 0 && i < LOOKUPS; i++)
+		if (way.fd[i].revents)
+			end_lookup(&way.fd[i]);
+	return n != 0;
+}
+
+/*
+ * Wait for the first addresses.  Those of IPv4 wait a moment for those of
+ * IPv6, which go first (RFC 8305 3).  False if there are none.
+ */
+static bool
+await_addresses(void)
+{
+	while (is_looking_up() && !way.known[0].n)
+		if (!poll_way(way.known[1].n ? now_ms() + LATE_IPV6 : NEVER))
+			break;
+	return has_untried();
+}
+
+/*
+ * Find the addresses of a name.  A name with a dot is looked up as it is
+ * first, whatever ndots in /etc/resolv.conf is: a domain to search can fail,
+ * or have every name.  The dot at the end says so to the resolver; but
+ * /etc/hosts has names without it.
+ */
+static void
+find_addresses(const char *name)
+{
+	Str s = str(name);
+	bool whole = !contains(s, S(".")) || s.p[s.n - 1] == '.' ||
+	    in_hosts(s);
+	int error;
 
 	doing(CA_DOWN, "looking up the address of ", name);
-	if ((err = getaddrinfo(name, port, &hint, &a)) != 0)
-		die(CA_DOWN, "cannot find the address of %: %", str(name),
-		    str(gai_strerror(err)));
-	doing(CA_DOWN, "connecting to ", name);
-	for (; a && fd < 0; a = a->ai_next)
-		fd = connect_to(a, CONNECT * 1000);
-	return fd;
+	look_up(whole ? name : c_str(cat(NONE, s, S("."))));
+	if (await_addresses() || whole || way.unknown != EAI_NONAME ||
+	    way.truncated)
+		return;
+	error = way.unknown;
+	look_up(name);
+	await_addresses();
+	way.unknown = error;
+}
+
+/* The next address, of IPv6 and IPv4 in turn (RFC 8305 4), or NULL. */
+static struct address *
+next_address(void)
+{
+	for (size_t n = 0; n < COUNT(way.known); n++) {
+		size_t i = way.turn;
+
+		way.turn = !i;
+		if (way.known[i].tried < way.known[i].n)
+			return &way.known[i].list[way.known[i].tried++];
+	}
+	return NULL;
+}
+
+/* Start to connect; -1 and errno if that fails at once. */
+static int
+start_connecting(struct address *a, in_port_t port)
+{
+	int fd = socket(a->to.any.sa_family, SOCK_STREAM, 0), error;
+
+	if (a->to.any.sa_family == AF_INET)
+		a->to.v4.sin_port = port;
+	else
+		a->to.v6.sin6_port = port;
+	if (fd < 0)
+		return -1;
+	fcntl(fd, F_SETFD, FD_CLOEXEC);
+	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+	if (connect(fd, &a->to.any, a->n) == 0 || errno == EINPROGRESS)
+		return fd;
+	error = errno;
+	close(fd);
+	errno = error;
+	return -1;
+}
+
+/* A place in way for one more attempt, or 0. */
+static size_t
+free_attempt(void)
+{
+	for (size_t i = LOOKUPS; i < COUNT(way.fd); i++)
+		if (way.fd[i].fd < 0)
+			return i;
+	return 0;
+}
+
+/* Start to connect to the next address that does not fail at once. */
+static bool
+start_attempt(in_port_t port)
+{
+	size_t i = free_attempt();
+
+	while (has_untried() && i) {
+		way.fd[i] = (struct pollfd){ start_connecting(next_address(),
+		    port), POLLOUT, 0 };
+		way.until[i] = now_ms() + CONNECT * 1000;
+		if (way.fd[i].fd >= 0)
+			return true;
+		way.error = errno;
+	}
+	return false;
+}
+
+/* Has an attempt failed?  Its descriptor is closed then. */
+static bool
+has_failed(size_t i)
+{
+	int error = 0;
+	socklen_t n = sizeof error;
+
+	if (way.fd[i].fd < 0)
+		return false;
+	if (!way.fd[i].revents && now_ms() >= way.until[i])
+		error = ETIMEDOUT;
+	else if (way.fd[i].revents && getsockopt(way.fd[i].fd, SOL_SOCKET,
+	    SO_ERROR, &error, &n) != 0)
+		error = errno;
+	if (!error)
+		return false;
+	close(way.fd[i].fd);
+	way.fd[i].fd = -1;
+	way.error = error;
+	return true;
+}
+
+/* When the first of the attempts must end; NEVER if there are none. */
+static long long
+attempts_end(void)
+{
+	long long end = NEVER;
+
+	for (size_t i = LOOKUPS; i < COUNT(way.fd); i++)
+		if (way.fd[i].fd >= 0 && way.until[i] < end)
+			end = way.until[i];
+	return end;
+}
+
+/*
+ * Connect to the first address that answers, and return its place in way; 0
+ * if none does.  Each has a head start, unless it fails (RFC 8305 5).
+ */
+static size_t
+race(in_port_t port)
+{
+	long long next = 0, end;
+
+	for (;;) {
+		if (now_ms() >= next && start_attempt(port))
+			next = now_ms() + HEAD_START;
+		end = attempts_end();
+		if (end == NEVER && !is_looking_up())
+			return 0;
+		if (has_untried() && free_attempt() && next < end)
+			end = next;
+		poll_way(end);
+		for (size_t i = LOOKUPS; i < COUNT(way.fd); i++)
+			if (has_failed(i))
+				next = 0;
+			else if (way.fd[i].fd >= 0 && way.fd[i].revents)
+				return i;
+	}
+}
+
+/* Add the addresses that -H has for a host and port; false if it has none. */
+static bool
+add_resolved_addresses(Str name, Str port)
+{
+	Str host, at, address;
+	bool any = false;
+
+	for (size_t i = 0; i < nresolved; i++) {
+		read_resolved(resolved[i], &host, &at, &address);
+		if (!same_word(host, name) || !same(at, port))
+			continue;
+		add_ip(ip_bytes(address));
+		any = true;
+	}
+	return any;
+}
+
+/* Why there is no address to connect to. */
+static Str
+no_address(void)
+{
+	if (way.truncated)
+		return S("the answer of the name server was cut short (too "
+		    "many addresses for this resolver); use -H");
+	return way.unknown ? str(gai_strerror(way.unknown)) :
+	    S("it has only those that -4 or -6 excludes");
 }
 
 /* A TCP connection; -H goes before what the resolver knows. */
 static int
 dial_tcp(const char *name, const char *port)
 {
-	Str host, at, address;
-	bool any = false;
-	int fd = -1;
+	size_t mark = ndoomed, winner;
+	unsigned long n = 0;
+	int fd, on = 1;
 
-	for (size_t i = 0; i < nresolved && fd < 0; i++) {
-		read_resolved(resolved[i], &host, &at, &address);
-		if (!same_word(host, str(name)) || !same(at, str(port)))
-			continue;
-		any = true;
-		fd = dial_name(c_str(address), port, AI_NUMERICHOST);
+	memset(&way, 0, sizeof way);
+	for (size_t i = 0; i < COUNT(way.fd); i++)
+		way.fd[i].fd = -1;
+	number(str(port), 65535, &n);
+	if (!add_resolved_addresses(str(name), str(port))) {
+		if (ip_bytes(str(name)).n)
+			add_ip(ip_bytes(str(name)));
+		else
+			find_addresses(name);
 	}
-	if (!any)
-		fd = dial_name(name, port, 0);
-	if (fd < 0)
+	if (!has_untried())
+		die(CA_DOWN, "cannot find the address of %: %", str(name),
+		    no_address());
+	doing(CA_DOWN, "connecting to ", name);
+	if (!(winner = race(htons((in_port_t)n))))
 		die(CA_DOWN, "cannot connect to % port %: %", str(name),
-		    str(port), why());
+		    str(port), str(strerror(way.error)));
+	fd = way.fd[winner].fd;
+	for (size_t i = 0; i < COUNT(way.fd); i++)
+		if (i != winner && way.fd[i].fd >= 0)
+			close(way.fd[i].fd);
+	undo(mark);
+	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
 	return fd;
 }
 

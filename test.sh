@@ -3256,6 +3256,269 @@ for line in '"meta":{"termsOfService":"https://a/\nfailed 0 x y"}' \
 	    ! grep -e '^failed' -e '^b' out"
 done
 
+group 'names and addresses: a network with a name server of its own'
+
+# names.c: the name server.  A-AAAA.names.test says what it answers for an
+# address of IPv4 and of IPv6: "live" one, "dead" one that takes no
+# connection, "two", the dead one first, or none, in many ways.  Other
+# domains are there to be searched.
+cat >names.c <<'END'
+#include <sys/socket.h>
+#include <netinet/in.h>
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#define COUNT(a) (sizeof(a) / sizeof (a)[0])
+
+static unsigned char m[4096];	/* a question, then its answer */
+static size_t n;
+
+static void
+add_record(int type, const char *text)
+{
+	unsigned char ip[16];
+	size_t len = type == 1 ? 4 : 16;
+	const unsigned char head[] = { 0xc0, 12, 0, type, 0, 1, 0, 0, 0, 0,
+	    0, len };
+
+	inet_pton(type == 1 ? AF_INET : AF_INET6, text, ip);
+	memcpy(m + n, head, sizeof head);
+	memcpy(m + n + sizeof head, ip, len);
+	n += sizeof head + len;
+	m[7]++;
+}
+
+static int
+is_below(const char *name, const char *domain)
+{
+	size_t a = strlen(name), b = strlen(domain);
+
+	return a > b && strcmp(name + a - b, domain) == 0;
+}
+
+/* What to answer, in one word. */
+static const char *
+kind_of(char *name, int type)
+{
+	char *second = strchr(name, '-');
+
+	if (is_below(name, ".broken.test"))
+		return "servfail";
+	if (is_below(name, ".mute.test"))
+		return "silent";
+	if (is_below(name, ".wild.test"))
+		return type == 1 ? "closed" : "none";
+	if (is_below(name, ".search.test"))
+		return type == 1 ? "live" : "none";
+	if (!is_below(name, ".names.test") || !second)
+		return "nxdomain";
+	*second++ = 0;
+	second[strcspn(second, ".")] = 0;
+	return type == 1 ? name : second;
+}
+
+/* Make the question in m an answer; 0 if there shall be none. */
+static int
+answer(int tcp)
+{
+	static const char *const codes[] = { "", "", "servfail", "nxdomain",
+	    "notimp", "refused" };
+	char name[256] = "";
+	size_t at = 12;
+	const char *kind;
+	int type;
+
+	for (; m[at]; at += m[at] + 1)
+		snprintf(name + strlen(name), sizeof name - strlen(name),
+		    "%s%.*s", *name ? "." : "", m[at], (char *)m + at + 1);
+	type = m[at + 2];
+	n = at + 5;
+	kind = kind_of(name, type);
+	m[2] = 0x81;
+	m[3] = 0x80;
+	memset(m + 6, 0, 6);
+	for (int i = 2; i < (int)COUNT(codes); i++)
+		if (strcmp(kind, codes[i]) == 0)
+			m[3] |= i;
+	if (strcmp(kind, "cut") == 0 && !tcp)
+		m[2] |= 2;
+	else if (strcmp(kind, "cut") == 0 || strcmp(kind, "live") == 0)
+		add_record(type, type == 1 ? "127.0.0.2" : "::1");
+	else if (strcmp(kind, "closed") == 0)
+		add_record(type, "127.0.0.9");
+	else if (strcmp(kind, "dead") == 0 || strcmp(kind, "two") == 0)
+		add_record(type, type == 1 ? "127.0.0.1" : "::2");
+	if (strcmp(kind, "two") == 0)
+		add_record(type, type == 1 ? "127.0.0.2" : "::1");
+	return strcmp(kind, "silent") != 0;
+}
+
+static int
+bound(int type, const char *ip, int port)
+{
+	struct sockaddr_in a = { .sin_family = AF_INET,
+	    .sin_port = htons(port) };
+	struct sockaddr_in6 b = { .sin6_family = AF_INET6,
+	    .sin6_port = htons(port) };
+	int fd = socket(strchr(ip, ':') ? AF_INET6 : AF_INET, type, 0);
+
+	inet_pton(AF_INET, ip, &a.sin_addr);
+	inet_pton(AF_INET6, ip, &b.sin6_addr);
+	if ((strchr(ip, ':') ? bind(fd, (void *)&b, sizeof b) :
+	    bind(fd, (void *)&a, sizeof a)) != 0)
+		perror(ip);
+	if (type == SOCK_STREAM)
+		listen(fd, 0);
+	return fd;
+}
+
+/* Fill the listener's queue: it drops what comes then. */
+static void
+make_dead(const char *ip)
+{
+	struct sockaddr_storage to;
+	socklen_t len = sizeof to;
+	int fd = bound(SOCK_STREAM, ip, 8443);
+
+	getsockname(fd, (void *)&to, &len);
+	for (int i = 0; i < 4; i++) {
+		fd = socket(to.ss_family, SOCK_STREAM, 0);
+		fcntl(fd, F_SETFL, O_NONBLOCK);
+		connect(fd, (void *)&to, len);
+	}
+}
+
+int
+main(void)
+{
+	struct sockaddr_storage who;
+	struct pollfd p[2] = { { bound(SOCK_DGRAM, "127.0.0.1", 53), POLLIN, 0 },
+	    { bound(SOCK_STREAM, "127.0.0.1", 53), POLLIN, 0 } };
+
+	make_dead("127.0.0.1");
+	make_dead("::2");
+	close(open("ready", O_CREAT | O_WRONLY, 0600));
+	for (;;) {
+		socklen_t len = sizeof who;
+		unsigned char size[2];
+		int fd;
+
+		poll(p, 2, -1);
+		if (p[0].revents && recvfrom(p[0].fd, m, sizeof m, 0,
+		    (void *)&who, &len) > 12 && answer(0))
+			sendto(p[0].fd, m, n, 0, (void *)&who, len);
+		if (!p[1].revents || (fd = accept(p[1].fd, NULL, NULL)) < 0)
+			continue;
+		if (recv(fd, size, 2, MSG_WAITALL) == 2 &&
+		    recv(fd, m, size[1], MSG_WAITALL) > 12 && answer(1)) {
+			size[0] = n >> 8;
+			size[1] = n;
+			write(fd, size, 2);
+			write(fd, m, n);
+		}
+		close(fd);
+	}
+}
+END
+cc -w -o names names.c || exit
+issue named root 'subjectAltName=DNS:*.names.test,DNS:short.ns,DNS:single'
+cat >named.hosts <<'END'
+127.0.0.9 live-none.names.test.x xlive-none.names.test #live-none.names.test
+# 127.0.0.9 x live-none.names.test
+127.0.0.9	x	# live-none.names.test
+127.0.0.2	x.test hosted.names.test
+END
+# The network: the servers live while the command does.
+cat >named.sh <<'END'
+busybox ip link set lo up
+busybox ip addr add ::2/128 dev lo
+mount --bind named.hosts /etc/hosts && mount --bind named.conf \
+    /etc/resolv.conf || exit
+rm -f ready
+./names &
+pids=$!
+for listen in 'bind=127.0.0.2' 'pf=ip6,bind=[::1]'; do
+	socat "OPENSSL-LISTEN:8443,$listen,fork,reuseaddr,verify=0,\
+cert=named.pem,key=named.key" 'EXEC:sh serve.sh' &
+	pids="$pids $!"
+done >>servers.log 2>&1
+until [ -e ready ] && grep -qi '0200007F:20FB ' /proc/net/tcp; do
+	sleep 0.02
+done
+until ! grep -q 0 /proc/net/if_inet6 || grep -q '01000000:20FB ' /proc/net/tcp6
+do
+	sleep 0.02
+done
+"$@"
+status=$?
+kill $pids
+exit "$status"
+END
+# named HOST [OPTION]...: ask for the directory at that host, there.
+named() {
+	host=$1; shift
+	answer GET_dir '200 OK' \
+	    "$(printf %s "$directory" | sed "s|$ca|https://$host:8443|g")"
+	own=-rnm
+	[ "$(id -u)" != 0 ] || own=-nm
+	unshare $own sh named.sh "$acme" directory -C root.pem -T 4 \
+	    -d "https://$host:8443/dir" "$@"
+}
+# search LINE...: what /etc/resolv.conf has beside the name server.
+search() { printf '%s\n' 'nameserver 127.0.0.1' "$@" >named.conf; }
+fresh
+search
+check 'a name with addresses of both families' 'named live-live.names.test'
+for kind in servfail refused notimp nxdomain silent none; do
+	check "no address of IPv6: $kind" "named live-$kind.names.test"
+	check "no address of IPv4: $kind" "named $kind-live.names.test"
+done
+search 'options timeout:1'
+dies 69 'find the address of servfail-none' 'named servfail-none.names.test'
+search
+dies 69 'find the address of nxdomain-nxd.*: Name' \
+    'named nxdomain-nxdomain.names.test'
+dies 69 'limit of 1 s reached while looking up the address of silent-silent' \
+    'named silent-silent.names.test -T 1'
+check 'no process that looks a name up outlives the step' '
+    not pgrep -f "^$acme directory .*silent-silent"'
+check 'an answer cut short: found over TCP, or said so' '
+    named cut-cut.names.test 2>err
+    case $? in 0) ;; 69) cat err; grep "cut short.*use -H" err ;;
+    *) false ;; esac'
+
+for domain in broken mute wild; do
+	search "search $domain.test" 'options ndots:5'
+	check "a name with a dot is not searched in $domain.test" \
+	    'named live-none.names.test'
+	check "/etc/hosts goes before a search in $domain.test" \
+	    'named hosted.names.test'
+done
+search 'search none.test search.test' 'options ndots:5'
+check 'a name without a dot is searched' 'named single'
+check 'a name with a dot is searched if it is not there itself' \
+    'named short.ns'
+search
+
+check 'an address of IPv6 that is dead costs a moment' \
+    'named live-dead.names.test -T 2'
+check 'one of IPv4 too' 'named dead-live.names.test -T 2'
+check 'the first of two addresses is dead' 'named two-none.names.test -T 2'
+check '-4 goes without IPv6' 'named live-dead.names.test -4 -T 2'
+check '-6 goes without IPv4' 'named dead-live.names.test -6 -T 2'
+dies 69 'find the address' 'named live-none.names.test -6'
+check '-H: the first of two addresses is dead' '
+    named x.names.test -T 2 -H x.names.test:8443:127.0.0.1 \
+	-H x.names.test:8443:127.0.0.2'
+dies 69 '-4 or -6 excludes' '
+    named x.names.test -6 -H x.names.test:8443:127.0.0.2'
+dies 69 'limit of 1 s reached while connecting to dead-dead' \
+    'named dead-dead.names.test -T 1'
+
 group 'ACME: orders'
 
 # order STATUS [MEMBERS]: an order, with more members at its end.
