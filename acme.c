@@ -93,6 +93,10 @@ enum {
 	REFUSALS = 20,		/* rounds of badNonce without a pause */
 	LAG      = 10,		/* seconds until a replica knows a new URL */
 	PAGES    = 1000,	/* of an account's list of orders */
+	MESSAGE  = 2000,	/* bytes of one: it is for a line of a log */
+	REMEDY   = 300,		/* of these, for the remedy at its end */
+	LIST     = 1000,	/* bytes of a list in a message */
+	DETAIL   = 500,		/* of a problem; Boulder's have up to 400 */
 	CONNECT  = 10,		/* seconds for each address of a name */
 	ADDRESSES = 16,		/* of a name and family; more are not tried */
 	ATTEMPTS = 8,		/* connections tried at once */
@@ -242,7 +246,7 @@ harmless(Str s)
 /* A line of text on its way out, in a buffer that needs no heap. */
 static struct {
 	int fd;
-	size_t n;
+	size_t n, room;		/* bytes in b; bytes that may still come */
 	unsigned char b[512];
 } line;
 
@@ -253,16 +257,24 @@ line_flush(void)
 	line.n = 0;
 }
 
+/* Add a text; "..." stands for what would make the line too long. */
 static void
 line_add(Str s)
 {
-	while (s.n > 0) {
+	while (s.n > 0 && line.room > 0) {
 		size_t good = harmless(s), n = good ? good : 1;
 
 		if (line.n + 5 > sizeof line.b)
 			line_flush();
+		if (n >= line.room) {
+			memcpy(line.b + line.n, "...", 3);
+			line.n += 3;
+			line.room = 0;
+			return;
+		}
 		memcpy(line.b + line.n, good ? s.p : S("?").p, n);
 		line.n += n;
+		line.room -= n;
 		s = (Str){ s.p + n, s.n - n };
 	}
 }
@@ -272,6 +284,7 @@ line_begin(int fd)
 {
 	line.fd = fd;
 	line.n = 0;
+	line.room = MESSAGE;
 }
 
 static void
@@ -548,8 +561,12 @@ leave(int status)
 static void
 line_message(const char *template, va_list *ap)
 {
+	size_t remedy = 1 + (afterword.n < REMEDY ? afterword.n : REMEDY);
+
+	line.room -= remedy;
 	line_add(foreword);
 	line_fill(template, ap);
+	line.room += remedy;
 	line_add(afterword);
 	line_end();
 }
@@ -789,11 +806,22 @@ lower_case(unsigned char c)
 	return (unsigned char)(c >= 'A' && c <= 'Z' ? c + 'a' - 'A' : c);
 }
 
-/* What of a server's nonsense is shown. */
+/* The first n bytes, at a character's end; "..." stands for the rest. */
+static Str
+shorten(Str s, size_t n)
+{
+	if (s.n <= n)
+		return s;
+	while (n > 0 && (s.p[n] & 0xc0) == 0x80)
+		n--;
+	return text("%...", (Str){ s.p, n });
+}
+
+/* At most 200 bytes of a value, for a message. */
 static Str
 brief(Str s)
 {
-	return s.n > 200 ? text("%...", (Str){ s.p, 200 }) : s;
+	return shorten(s, 200);
 }
 
 /*
@@ -897,6 +925,41 @@ static Str
 num(unsigned long long n)
 {
 	return digits(n, take(20));
+}
+
+/*
+ * A list in a message, in the making: once it has LIST bytes, further items
+ * are only counted.  list_begin() comes before all that items are made of,
+ * since adding one frees what was taken since then.
+ */
+struct list {
+	Str all;
+	size_t mark, more;
+};
+
+static struct list
+list_begin(void)
+{
+	return (struct list){ .mark = used };
+}
+
+static void
+list_add(struct list *l, const char *separator, Str item)
+{
+	Str s = l->all;
+
+	if (l->more || (s.n && s.n + item.n > LIST))
+		l->more++;
+	else
+		s = cat(NONE, s, s.n ? str(separator) : NONE,
+		    shorten(item, LIST));
+	l->all = keep(l->mark, s);
+}
+
+static Str
+list_text(const struct list *l)
+{
+	return l->more ? text("%, and % more", l->all, num(l->more)) : l->all;
 }
 
 /* For system calls; s holds no NUL where it was checked before. */
@@ -5196,7 +5259,7 @@ struct reply {
 static void
 blame(const struct reply *r)
 {
-	foreword = text("the reply from % ", r->url);
+	foreword = text("the response from % ", brief(r->url));
 }
 
 static bool verbose;		/* -v */
@@ -6228,26 +6291,38 @@ key_hint(Str alg)
 	return NONE;
 }
 
+/* The subproblems, and the algorithms that would do (RFC 8555 6.2). */
+static Str
+problem_list(Str o)
+{
+	Str subs = list_of(o, "subproblems"), list = list_of(o, "algorithms");
+	struct list all = list_begin();
+	Str none, sub, id, value;
+
+	while (json_each(&subs, &none, &sub)) {
+		id = json_member(sub, "identifier");
+		list_add(&all, "; ", text("%: %: %",
+		    brief(text_of(id, "value")), brief(text_of(sub, "type")),
+		    brief(text_of(sub, "detail"))));
+	}
+	while (json_each(&list, &none, &value))
+		if (json_kind(value) == '"')
+			list_add(&all, "; ", text("the CA accepts %%",
+			    brief(json_text(value)),
+			    key_hint(json_text(value))));
+	return list_text(&all);
+}
+
 /* A problem document in a line (RFC 7807 3.1, RFC 8555 6.7 and 6.7.1). */
 static Str
 problem_text(Str o)
 {
 	Str type = text_of(o, "type"), detail = text_of(o, "detail");
-	Str subs = list_of(o, "subproblems"), none, sub;
-	Str list = list_of(o, "algorithms"), value, id, s;
-	size_t mark = used;
+	Str list = problem_list(o), s;
 
-	s = cat(NONE, type.n ? type : S("a problem without a type"),
-	    detail.n ? S(": ") : NONE, detail);
-	while (json_each(&subs, &none, &sub)) {
-		id = json_member(sub, "identifier");
-		s = keep(mark, text("%; %: %: %", s, text_of(id, "value"),
-		    text_of(sub, "type"), text_of(sub, "detail")));
-	}
-	while (json_each(&list, &none, &value))
-		if (json_kind(value) == '"')
-			s = text("%; it takes %%", s, json_text(value),
-			    key_hint(json_text(value)));
+	s = cat(NONE, type.n ? brief(type) : S("a problem without a type"),
+	    detail.n ? S(": ") : NONE, shorten(detail, DETAIL),
+	    list.n ? S("; ") : NONE, list);
 	for (size_t i = 0; i < COUNT(hints); i++)
 		if (same(type, text(ERROR "%", str(hints[i].type))))
 			s = cat(NONE, s, str(hints[i].hint));
@@ -6278,7 +6353,7 @@ has_type(const struct reply *r, const char *type)
 static void
 come_back(const struct reply *r, long seconds)
 {
-	die(LATER, "%: %%", r->url, problem(r), seconds < 0 ? NONE :
+	die(LATER, "%: %%", brief(r->url), problem(r), seconds < 0 ? NONE :
 	    text("; try again after % s", num((unsigned long)seconds)));
 }
 
@@ -6293,7 +6368,7 @@ accept_reply(const struct reply *r)
 	if (r->status < 400)
 		broken(r, "is a redirect, which ACME does not have here");
 	die(r->status < 500 || r->status == 501 ? REFUSED : CA_DOWN, "%: %",
-	    r->url, problem(r));
+	    brief(r->url), problem(r));
 }
 
 /* What a request has been through so far. */
@@ -7016,13 +7091,12 @@ is_usable(const struct reply *r)
 static Str
 failures(size_t n)
 {
-	Str all = NONE, none, c, error, status, type;
-	size_t mark = used;
+	struct list all = list_begin();
+	Str none, c, error, status, type;
 
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
 		Str o = json_body(r), list = want(r, o, "challenges", '[');
-		Str name = authorized(r, o, &type);
 		bool known = is_pending(r, o);
 
 		if (is(want(r, o, "status", '"'), "valid"))
@@ -7035,18 +7109,17 @@ failures(size_t n)
 			    is(status, "processing") ||
 			    is(status, "valid")))
 				continue;
-			all = text("%%%: %", all, all.n ? S("; ") : NONE, name,
+			list_add(&all, "; ", text("%: %",
+			    authorized(r, o, &type),
 			    json_kind(error) == '{' ? problem_text(error) :
-			    S("its challenge is invalid"));
+			    S("its challenge is invalid")));
 			known = true;
 		}
 		if (!known)
-			all = text("%%%: its authorization is %", all,
-			    all.n ? S("; ") : NONE, name,
-			    want(r, o, "status", '"'));
-		all = keep(mark, all);
+			list_add(&all, "; ", text("%: its authorization is %",
+			    authorized(r, o, &type), brief(want(r, o, "status", '"'))));
 	}
-	return all;
+	return list_text(&all);
 }
 
 /* Count the errors of challenges that failed, and those that are the CA's. */
@@ -7110,29 +7183,31 @@ order_failed(void)
 static void
 order_lacks(long after)
 {
-	size_t n = fetch_authorizations(), mark = used;
-	Str all = NONE, none, c, type, error;
+	size_t n = fetch_authorizations();
+	struct list all = list_begin();
+	Str none, c, type, error;
 
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
 		Str o = json_body(r), list = want(r, o, "challenges", '[');
 		Str name = authorized(r, o, &type);
+		struct list types = list_begin();
 
 		if (!is_pending(r, o))
 			continue;
-		all = text("%; % lacks one of", all, name);
 		while (json_each(&list, &none, &c)) {
 			error = json_member(c, "error");
-			all = json_kind(error) == '{' ? text("% % (%)", all,
-			    text_of(c, "type"), problem_text(error)) :
-			    text("% %", all, text_of(c, "type"));
+			type = brief(text_of(c, "type"));
+			list_add(&types, " ", json_kind(error) == '{' ?
+			    text("% (%)", type, problem_text(error)) : type);
 		}
-		all = keep(mark, all);
+		list_add(&all, "; ", text("% still needs one of %", name,
+		    list_text(&types)));
 	}
 	if (after > 0)
 		afterword = text("; try again after % s",
 		    num((unsigned long)after));
-	die(LATER, "the order is still pending%", all);
+	die(LATER, "the order is still pending; %", list_text(&all));
 }
 
 /* A look at what the order itself may never say (see failures). */
@@ -7359,8 +7434,22 @@ add_challenge(const struct reply *r, Str o, Str id_type, Str id)
 static void
 not_offered(const char *type, Str id, Str others)
 {
-	die(REFUSED, "the CA offers no % for %, but%", str(type), id,
-	    others.n ? others : S(" nothing"));
+	die(REFUSED, others.n ? "the CA offers no % challenge for %, only %" :
+	    "the CA offers no % challenge for %, nor any other", str(type), id,
+	    others);
+}
+
+/* The types of an authorization's challenges that have not failed. */
+static Str
+offered_types(const struct reply *r)
+{
+	Str list = must(r, json_body(r), "challenges", '['), none, c;
+	struct list all = list_begin();
+
+	while (json_each(&list, &none, &c))
+		if (!is(text_of(c, "status"), "invalid"))
+			list_add(&all, " ", brief(text_of(c, "type")));
+	return list_text(&all);
 }
 
 /*
@@ -7377,7 +7466,7 @@ add_challenges(const char *type)
 
 	for (size_t i = 0; i < n; i++) {
 		const struct reply *r = &authorization[i];
-		Str o = json_body(r), list, offered = NONE;
+		Str o = json_body(r), list;
 		Str name = authorized(r, o, &id_type);
 		size_t before = nrecord;
 
@@ -7391,14 +7480,13 @@ add_challenges(const char *type)
 
 			if (is(text_of(c, "status"), "invalid"))
 				continue;
-			offered = text("% %", offered, brief(t));
 			if (!type || same(t, str(type)))
 				add_challenge(r, c, id_type, name);
 		}
 		if (failed && nrecord == before)
 			validation_failed(NOT_VALIDATED, n, NONE);
 		if (type && nrecord == before)
-			not_offered(type, name, offered);
+			not_offered(type, name, offered_types(r));
 	}
 }
 
@@ -7413,7 +7501,7 @@ choose_challenges(const char *type)
 
 	for each_line(l, "challenge") {
 		struct challenge c = challenge_read(l->value), d;
-		Str others = NONE;
+		struct list others = list_begin();
 		size_t same_id = 0, fit = 0;
 
 		for (struct record_line *k = record; k < last; k++) {
@@ -7424,13 +7512,13 @@ choose_challenges(const char *type)
 				continue;
 			same_id++;
 			fit += type && same(d.type, str(type));
-			others = text("% %", others, d.type);
+			list_add(&others, " ", d.type);
 		}
 		if (!type && same_id > 1)
-			die(USAGE, "choose with -t one of% for %", others,
-			    c.id);
+			die(USAGE, "% has several challenges; choose one "
+			    "with -t: %", c.id, list_text(&others));
 		if (type && fit == 0)
-			not_offered(type, c.id, others);
+			not_offered(type, c.id, list_text(&others));
 	}
 	for each_line(l, "challenge")
 		if (type && !same(challenge_read(l->value).type, str(type)))
@@ -9132,19 +9220,18 @@ choose_chain(struct reply *r, const char *issuer)
 {
 	struct reply first = *r;
 	struct links links = begin_links(&first);
-	Str all = NONE;
-	size_t mark = used, n = read_chain(r);
+	struct list all = list_begin();
+	size_t n = read_chain(r);
 
 	while (!same(top_issuer(n), str(issuer))) {
 		Str url;
 
-		all = keep(mark, cat(NONE, all, all.n ? S(", ") : NONE,
-		    top_issuer(n)));
+		list_add(&all, ", ", brief(top_issuer(n)));
 		url = next_link(&links, S("alternate"));
 		if (!url.n)
-			die(REFUSED, "no chain of the certificate ends at %, "
-			    "but at: %; without -i this step prints the first",
-			    str(issuer), all);
+			die(REFUSED, "no chain has the topmost issuer '%', "
+			    "only: %; without -i the first is printed",
+			    str(issuer), list_text(&all));
 		*r = acme_post(url, NONE);
 		n = read_chain(r);
 	}
@@ -9831,7 +9918,8 @@ static Str
 profile_option(void)
 {
 	Str list = json_member(json_member(directory(), "meta"), "profiles");
-	Str name, value, all = NONE;
+	struct list all = list_begin();
+	Str name, value;
 
 	if (!opt['p'])
 		return NONE;
@@ -9840,10 +9928,11 @@ profile_option(void)
 	while (json_each(&list, &name, &value)) {
 		if (same(json_text(name), str(opt['p'])))
 			return quote(str(opt['p']));
-		all = text("% %", all, json_text(name));
+		list_add(&all, " ", brief(json_text(name)));
 	}
-	die(REFUSED, "the CA has no profile %%%", str(opt['p']),
-	    all.n ? S(", but:") : S(", and no others"), all);
+	die(REFUSED, all.all.n ? "the CA has no profile '%', only: %" :
+	    "the CA has no profile '%', nor any other", str(opt['p']),
+	    list_text(&all));
 }
 
 /* The identifier of RFC 9773 4.1; NONE where the certificate lacks it. */
