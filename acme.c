@@ -83,6 +83,7 @@ enum {
 	CERT     = 16 << 10,	/* a certificate; one with 250 names */
 	ANCHORS  = 16,		/* that one server's chain can name */
 	HOSTNAME = 255,		/* RFC 1035 2.3.4 */
+	COMMON   = 64,		/* characters of -N: RFC 5280 A.1 */
 	PORT     = 5,		/* digits of one */
 	TOKEN    = 200,		/* a challenge's token: it is a file name */
 	NONCE    = 250,		/* RFC 8555 6.5 sets none; Boulder's have 43 */
@@ -5869,10 +5870,15 @@ is_status(Str s)
 	return false;
 }
 
-/* A DNS name, perhaps with a wildcard, or the text of an address. */
+/*
+ * A DNS name, perhaps with a wildcard, or the text of an address.  The last
+ * label of a name is not a number (RFC 1123 2.1): 192.0.2.256 is neither.
+ */
 static bool
 is_name(Str type, Str s)
 {
+	Str label = NONE;
+
 	if (is_ip(type))
 		return made_of(s, DIGIT "abcdefABCDEF:.") &&
 		    ip_bytes(s).n > 0;
@@ -5883,12 +5889,12 @@ is_name(Str type, Str s)
 	if (!made_of(s, ALPHA DIGIT "-._"))
 		return false;
 	while (s.n) {
-		Str label = cut(&s, '.');
-
-		if (label.n == 0 || label.n > 63 || label.p[0] == '-')
+		label = cut(&s, '.');
+		if (label.n == 0 || label.n > 63 || label.p[0] == '-' ||
+		    label.p[label.n - 1] == '-')
 			return false;
 	}
-	return true;
+	return !made_of(label, DIGIT);
 }
 
 static bool
@@ -8780,6 +8786,16 @@ static const struct hook_style {
 	{ "certbot", certbot_hook, false, false, true },
 };
 
+static void
+no_such_style(Str name)
+{
+	struct list all = list_begin();
+
+	for (size_t i = 0; i < COUNT(hook_styles); i++)
+		list_add(&all, " ", str(hook_styles[i].name));
+	usage("no such hook style: %; there are %", name, list_text(&all));
+}
+
 /* -x [STYLE:]PROGRAM; certbot's is two, AUTH,CLEANUP. */
 static void
 choose_hook(const char *option)
@@ -8794,6 +8810,8 @@ choose_hook(const char *option)
 			hook_style = &hook_styles[i];
 			hook_program = option + name.n + 1;
 		}
+	if (hook_program == option && option[name.n] == ':' && is_b64(name))
+		no_such_style(name);
 	name = cut(&s, ',');
 	if (!*hook_program || (hook_style->speaks && (!name.n || !s.n)))
 		usage("-x takes [STYLE:]PROGRAM or certbot:AUTH,CLEANUP, "
@@ -9182,25 +9200,27 @@ read_chain(const struct reply *r)
 }
 
 /*
- * Are a certificate's names those of the record's identifiers, no more and
- * no fewer?  If not, `odd` is the first that one of them lacks.
+ * A certificate's names must be those of the record's identifiers, no more
+ * and no fewer: NONE, or the first difference, for a message.
  */
-static bool
-names_agree(const struct cert *c, Str *odd)
+static Str
+names_differ(const struct cert *c)
 {
-	Str list = c->alt_names;
+	Str list = c->alt_names, name;
 
 	for each_line(l, "identifier") {
 		Str value = l->value, type = cut(&value, ' ');
 
-		*odd = l->value;
 		if (!cert_names(c, type, value))
-			return false;
+			return text("lacks %", brief(value));
 	}
-	while (cert_name(&list, odd))
-		if (!has_identifier(*odd))
-			return false;
-	return true;
+	while (cert_name(&list, &name))
+		if (!has_identifier(name)) {
+			cut(&name, ' ');
+			return text("has %, which is not asked for",
+			    brief(name));
+		}
+	return NONE;
 }
 
 /* The common name of a chain's topmost issuer. */
@@ -9243,7 +9263,7 @@ static void
 print_certificate(const char *issuer, Str key, int status)
 {
 	struct reply r;
-	Str text = NONE, odd;
+	Str text = NONE, fault;
 	size_t n;
 
 	if (!field("certificate").n)
@@ -9253,9 +9273,10 @@ print_certificate(const char *issuer, Str key, int status)
 	n = issuer ? choose_chain(&r, issuer) : read_chain(&r);
 	if (key.n && !same(issued[0].public_key, key))
 		die(status, "the certificate % is for another key", r.url);
-	if (!names_agree(&issued[0], &odd))
-		broken(&r, "is a certificate whose names are not the order's: "
-		    "%", brief(odd));
+	fault = names_differ(&issued[0]);
+	if (fault.n)
+		broken(&r, "is a certificate whose names differ from the "
+		    "order's: it %", fault);
 	for (size_t i = 0; i < n; i++)
 		text = cat(NONE, text, pem(issued[i].der, "CERTIFICATE"));
 	print(text);
@@ -9298,10 +9319,14 @@ static size_t ncontact;
 static const struct key_type *
 key_type(const char *name)
 {
+	struct list all = list_begin();
+
 	for (size_t i = 0; i < COUNT(key_types); i++)
 		if (!name || strcmp(name, key_types[i].name) == 0)
 			return &key_types[i];
-	usage("no such key type: %", str(name));
+	for (size_t i = 0; i < COUNT(key_types); i++)
+		list_add(&all, " ", str(key_types[i].name));
+	usage("no such key type: %; there are %", str(name), list_text(&all));
 	return NULL;
 }
 
@@ -9313,6 +9338,23 @@ do_key(char **arg)
 	doing(LATER, "making a key", "");
 	key_make(&certificate_key, key_type(opt['t']));
 	print(key_pem(&certificate_key));
+}
+
+/* What an argument that is not a name is instead, as a remedy. */
+static const char *
+name_hint(Str s)
+{
+	if (begins(s, "-"))
+		return "; options go before names";
+	if (contains(s, S("://")))
+		return "; give the host's name alone, not a URL";
+	if (contains(s, S(",")))
+		return "; separate names with spaces";
+	for (size_t i = 0; i < s.n; i++)
+		if (s.p[i] > 0x7f)
+			return "; give its ASCII form (xn--...), which the "
+			    "command idn2 prints";
+	return "";
 }
 
 /* Names from the command line become identifier lines, each once. */
@@ -9327,9 +9369,8 @@ take_names(char **arg)
 		if (!ip.n && name.n > 1 && name.p[name.n - 1] == '.')
 			name.n--;
 		if (!is_name(type, name))
-			usage("no DNS name and no IP address: %%", name,
-			    begins(name, "-") ? S(", options go first") :
-			    NONE);
+			usage("'%' is neither a DNS name nor an IP address%",
+			    brief(name), str(name_hint(name)));
 		name = text("% %", type, canonical(type, name));
 		if (has_identifier(name))
 			continue;
@@ -9343,6 +9384,12 @@ take_names(char **arg)
 static void
 do_csr(char **arg)
 {
+	size_t n = 0;
+
+	for (const char *s = opt['N']; s && *s; s++)
+		n += ((unsigned char)*s & 0xc0) != 0x80;
+	if (n > COMMON)
+		usage("-N takes at most % characters", num(COMMON));
 	take_names(arg);
 	key_read(&certificate_key, opt['K']);
 	print(pem(request(&certificate_key, record_names(), str(opt['N'])),
@@ -9412,7 +9459,7 @@ do_due(char **arg)
 {
 	long long now = (long long)time(NULL);
 	struct cert c;
-	Str odd, text;
+	Str fault = NONE, text;
 
 	take_names(arg + 1);
 	if (opt['K'])
@@ -9421,13 +9468,14 @@ do_due(char **arg)
 	if (!text.n)
 		due_answer(arg[0], true, S("is missing or empty"));
 	if (!find_certificate(text, &c))
-		due_answer(arg[0], true, S("is no certificate"));
+		due_answer(arg[0], true, S("is not a certificate"));
 	if (opt['K'] && !same(c.public_key, public_key(&certificate_key)))
-		due_answer(arg[0], true, text("is for another key than %",
+		due_answer(arg[0], true, text("does not match the key %",
 		    file_name(opt['K'])));
-	if (arg[1] && !names_agree(&c, &odd))
-		due_answer(arg[0], true, text("has other names: %",
-		    brief(odd)));
+	if (arg[1])
+		fault = names_differ(&c);
+	if (fault.n)
+		due_answer(arg[0], true, fault);
 	if (now > c.not_after)
 		due_answer(arg[0], true, text("expired at %",
 		    date(c.not_after)));
@@ -10031,10 +10079,29 @@ do_order(char **arg)
 	print_record();
 }
 
+/* -t of challenges and respond: a type that the program knows, or NULL. */
+static const char *
+type_option(void)
+{
+	struct list all = list_begin();
+
+	for (size_t i = 0; i < COUNT(challenge_types); i++) {
+		if (opt['t'] && strcmp(opt['t'], challenge_types[i].type) == 0)
+			return opt['t'];
+		list_add(&all, " ", str(challenge_types[i].type));
+	}
+	if (opt['t'])
+		usage("no such challenge type: %; there are %", str(opt['t']),
+		    list_text(&all));
+	return NULL;
+}
+
 /* challenges [-t TYPE] (RFC 8555 7.5) */
 static void
 do_challenges(char **arg)
 {
+	const char *type = type_option();
+
 	(void)arg;
 	if (order_status() & (READY | VALID)) {
 		print_record();
@@ -10042,7 +10109,7 @@ do_challenges(char **arg)
 	}
 	drop("challenge");
 	fetch_authorizations();
-	add_challenges(opt['t']);
+	add_challenges(type);
 	print_record();
 }
 
@@ -10079,7 +10146,7 @@ settling_time(void)
 static void
 check_respond(char **arg)
 {
-	const char *type = opt['t'];
+	const char *type = type_option();
 
 	(void)arg;
 	if (!!opt['w'] + !!opt['l'] + !!opt['x'] > 1)
@@ -10259,13 +10326,18 @@ static const char *const reasons[] = {
 static Str
 reason_code(const char *s)
 {
+	struct list all = list_begin();
 	unsigned long n = 0;
 
+	for (size_t i = 0; i < COUNT(reasons); i++)
+		if (i != 7)	/* RFC 5280 5.3.1 has none */
+			list_add(&all, " ", str(reasons[i]));
 	while (n < COUNT(reasons) && strcmp(s, reasons[n]) != 0)
 		n++;
 	if ((n == COUNT(reasons) && !number(str(s), COUNT(reasons) - 1, &n)) ||
 	    n == 7)
-		usage("no such reason: %", str(s));
+		usage("no such reason: %; there are %", str(s),
+		    list_text(&all));
 	return num(n);
 }
 
@@ -10586,6 +10658,11 @@ find_command(const char *name)
 	for (size_t i = 0; i < COUNT(commands); i++)
 		if (strcmp(name, commands[i].name) == 0)
 			return &commands[i];
+	if (begins(str(name), "--"))
+		usage("no such option: %", str(name));
+	if (name[0] == '-')
+		usage("% comes before the command; options go after it",
+		    str(name));
 	usage("no such command: %", str(name));
 	return NULL;
 }
@@ -10715,6 +10792,21 @@ is_option(const struct command *c, int letter, bool *value)
 	return at != NULL;
 }
 
+/* -h and --help print a command's help; another option is an error. */
+static void
+other_option(const struct command *c, const char *arg,
+    const unsigned char *letter)
+{
+	if (*letter == 'h' || strcmp(arg, "--help") == 0) {
+		do_help((char *[]){ c->run == do_help ? NULL :
+		    (char *)c->name, NULL });
+		leave(DONE);
+	}
+	if (arg[1] == '-')
+		usage("no such option: %; options have one letter", str(arg));
+	usage("no such option: -%", (Str){ letter, 1 });
+}
+
 /*
  * Options, until the first argument or "--" (POSIX XBD 12.2); returns
  * where the arguments begin.  Our own, since getopt() brings stdio.
@@ -10730,13 +10822,12 @@ read_options(const struct command *c, char **arg)
 			bool value = false;
 
 			if (letter > 127 || !is_option(c, letter, &value))
-				usage("no such option: -%",
-				    (Str){ &letter, 1 });
+				other_option(c, *arg, &letter);
 			opt[letter] = value && s[1] ? s + 1 : "";
 			if (!value)
 				continue;
 			if (!s[1] && !(opt[letter] = *++arg))
-				usage("an option without its value: -%",
+				usage("option -% needs a value",
 				    (Str){ &letter, 1 });
 			if (letter == 'm')
 				add_contact(opt[letter]);
@@ -10933,7 +11024,7 @@ run(int argc, char **argv)
 	char **arg;
 
 	if (argc < 2)
-		usage("which command?");
+		usage("no command given");
 	c = find_command(usual_name(argv[1]));
 	step = str(c->name);
 	tells = c->needs & TELLS;

@@ -1055,6 +1055,16 @@ misuse '"$acme" directory -d nonsense'
 misuse '"$acme" directory -d "https://localhost:$(printf %0900d 443)/"'
 misuse '"$acme" directory -d https://-proxy/'
 misuse '"$acme" directory -d "https://[none]/"'
+dies 64 'dsa; there are ec256 ec384 rsa2048 rsa3072 rsa4096 (' \
+    '"$acme" key -t dsa -o none.pem'
+for option in -h --help '-o none.pem -h'; do
+	check "key $option prints the help" "\"\$acme\" key $option >out &&
+	    \"\$acme\" help key | diff - out"
+done
+dies 64 '-v comes before the command; options go after' '"$acme" -v directory'
+dies 64 'no such option: --staging (' '"$acme" --staging directory'
+dies 64 'no such option: --foo; options have one letter' '"$acme" key --foo'
+dies 64 'no command given' '"$acme"'
 check 'a refused command line makes no file' '[ ! -e none.pem ]'
 
 # stuck FD COMMAND...: run it where this descriptor is a full pipe.
@@ -1831,6 +1841,21 @@ done
 dies 73 'place/other: Read-only' '
     mounted read-only "$acme" csr -K ec256.pem -o place/other a.example \
 	>mounts'
+# wrong NAME WORDS: a name that is none, and what is said of it.
+wrong() { dies 64 "'$1' is neither .*address$2" \
+    "\"\$acme\" csr -K ec256.pem '$1'"; }
+wrong http://a.example "; give the host's name alone"
+wrong a.example,b.example '; separate names with spaces'
+wrong "$(printf 'b\303\274cher.example')" '; .*xn--.*idn2'
+wrong a-.example ' ('
+wrong a.example- ' ('
+wrong 192.0.2.256 ' ('
+wrong 7 ' ('
+n64=$(head -c 64 /dev/zero | tr '\0' n)
+check 'a common name of 64 characters' '
+	"$acme" csr -K ec256.pem -N "$n64" a.example >csr.pem &&
+	openssl req -in csr.pem -noout -subject | grep "$n64"'
+dies 64 'at most 64 char' '"$acme" csr -K ec256.pem -N "${n64}n" a.example'
 
 group 'offline: is it time to renew?'
 
@@ -1889,14 +1914,14 @@ due 0 'missing' none.pem
 due 0 'missing' nowhere/none.pem
 due 0 'missing' new.pem/none.pem
 due 0 'empty' /dev/null
-due 0 'no certificate' ec256.pem
-due 0 'no certificate' nonsense.pem
-due 0 'names: dns b.example' new.pem a.example
-due 0 'names: dns c.example' new.pem a.example b.example c.example
-due 0 'names' mixed.pem a.example
-due 0 'another key' -K ec384.pem new.pem
+due 0 'not a certificate' ec256.pem
+due 0 'not a certificate' nonsense.pem
+due 0 'has b.example, which is not asked for$' new.pem a.example
+due 0 'lacks c.example$' new.pem a.example b.example c.example
+due 0 'has 192.0.2.1, which' mixed.pem a.example
+due 0 'does not match the key ec384' -K ec384.pem new.pem
 head -c 300 new.pem >cut.pem
-due 0 'no certificate' cut.pem
+due 0 'not a certificate' cut.pem
 openssl x509 -in new.pem -outform DER -out new.der
 due 1 'not due' new.der a.example b.example
 # a.example, and then: a name that ends too late; ESC [31m and marks of
@@ -1910,9 +1935,9 @@ certificate lists.pem '1 day ago' '89 days' "DNS:b.example
 openssl x509 -in lists.pem -outform DER | xxd -p | tr -d '\n' |
     sed s/0603551d63/0603551d11/ | xxd -r -p |
     openssl x509 -inform DER -out lists.pem
-due 0 'names: dns a.example$' late.pem a.example
-due 0 'names: dns a.example$' lists.pem a.example
-due 0 'names: dns a?.31m????????b$' marks.pem a.example
+due 0 'lacks a.example$' late.pem a.example
+due 0 'lacks a.example$' lists.pem a.example
+due 0 'has a?.31m????????b, which' marks.pem a.example
 due 0 '^due: a?.31m????????b is missing' \
     '"$(printf "a\033[31m\342\200\216\342\200\217\330\234b")"'
 dies 1 'no a????????b in' \
@@ -3746,7 +3771,8 @@ error newOrder badSignatureAlgorithm \
 shortly 'key -t ec384), and 4[0-9]* more; ' new_order
 meta "\"meta\":{\"profiles\":{$(seq -s , 1000 |
     sed 's/[0-9]\{1,\}/"profile-&":"x"/g')}}"
-shortly ', and 9[0-9]* more' 'step new-order -p none -d "$ca/dir" -a account a.example'
+shortly ', and 9[0-9]* more' \
+    'step new-order -p none -d "$ca/dir" -a account a.example'
 shortly xxx 'step new-order -a account "$long"'
 shortly xxx '"$acme" thumbprint -k "$long"'
 check 'nor is one that is handed on' '
@@ -4215,7 +4241,9 @@ dies 64 'only one of' 'step respond -l 1 -w webroot <http.rec'
 dies 64 'only one of' 'step respond -l 1 -x true <http.rec'
 dies 64 ' -n ' 'step respond -l 1 -n <http.rec'
 dies 64 'choose with -t' 'step respond -l 1 <pending'
-dies 64 'type tls-sni-01' 'step respond -t tls-sni-01 -l 1 <pending'
+dies 64 'no such challenge type: tls-sni-01; there are http-01 dns-01 tls' \
+    'step challenges -t tls-sni-01 <pending'
+dies 64 'type: tls-sni-01; .* dns-persist-01' 'step respond -t tls-sni-01 -l 1 <pending'
 dies 73 "cannot listen at 127.0.0.1:$home: .*in use" \
     'step respond -l 127.0.0.1:$home <http.rec'
 dies 73 "cannot listen at $home: .*in use" 'step respond -l $home <http.rec'
@@ -6139,7 +6167,8 @@ challenge dns-01 dns \1 CA\/closes _x content/' long-record |
 closing POST_closes ''
 later hooking 'step respond -T 20 -x certbot:true,true <hooked'
 settle
-dies 75 'still needs one of.*still needs one of' ': 250 are pending; replay lacking'
+dies 75 'still needs one of.*still needs one of' \
+    ': 250 are pending; replay lacking'
 dies 77 'nothing there.*nothing there' ': 250 failed; replay losing'
 check 'and the message counts those that it does not name' '
 	cat losing.err lacking.err
