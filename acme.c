@@ -4269,8 +4269,29 @@ is_truncated(const char *name, int af)
 }
 
 /*
+ * Forget all that a new process does not need to look a name up: it may be
+ * killed before it ends.  Returns the name.
+ */
+static const char *
+forget_secrets(const char *name)
+{
+	static char kept[HOSTNAME + 2];		/* a dot can follow it */
+	size_t n = strlen(name);
+
+	if (n >= sizeof kept)
+		die(FAULT, "a host name has more than % bytes", num(HOSTNAME));
+	memcpy(kept, name, n + 1);
+	wipe_secrets();
+	wipe(heap, peak);
+	wipe_stack();
+	used = peak = 0;
+	return kept;
+}
+
+/*
  * In a new process: look a name up in a family or both, and write a struct
- * lookup to fd.  Signals are held: they are for the step.
+ * lookup to fd, after a byte that tells that no secret is here any more.
+ * Signals are held: they are for the step.
  */
 static void
 run_lookup(const char *name, int af, int fd)
@@ -4283,6 +4304,8 @@ run_lookup(const char *name, int af, int fd)
 	tells = false;
 	dup2(fd, 1);	/* the next step of a pipe does not wait for us */
 	close(0);
+	name = forget_secrets(name);
+	write_all(1, S("."));
 	l.error = getaddrinfo(name, NULL, &hint, &a);
 	for (; !l.error && a && l.n < ADDRESSES; a = a->ai_next) {
 		l.list[l.n].n = a->ai_addrlen;
@@ -4304,6 +4327,7 @@ stop_process(const struct doomed *d)
 static void
 start_lookup(struct pollfd *p, const char *name, int af)
 {
+	unsigned char ready;
 	sigset_t old;
 	int fds[2];
 	pid_t pid;
@@ -4317,6 +4341,7 @@ start_lookup(struct pollfd *p, const char *name, int af)
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[1]);
 	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
+	read_some(fds[0], &ready, 1, "a lookup");
 	*p = (struct pollfd){ fds[0], POLLIN, 0 };
 }
 

@@ -5933,7 +5933,7 @@ fresh
 answer POST_it '400 x' "$(problem badSignatureAlgorithm ',"algorithms":
 ["RS256","ES384","EdDSA"]')"
 denies 'quirk 15: badSignatureAlgorithm: which key would do' 77 \
-    'RS256 (key -t rsa2048).*ES384 (key -t ec384).*takes EdDSA;' 'get it'
+    'RS256 (key -t rsa2048).*ES384 (key -t ec384).*accepts EdDSA;' 'get it'
 
 fresh
 auth authz pending "$(one http-01 | sed "s/$token/-$token/")"
@@ -5954,9 +5954,9 @@ redirect GET_old 307 /dir
 check 'quirk 17: the directory redirects, once' '
 	step directory -d "$ca/old" >out && grep "$ca/newOrder" out'
 redirect GET_older 307 /old
-denies 'quirk 17: but not twice' 76 redirect 'step directory -d "$ca/older"'
+denies 'quirk 17: but not twice' 78 307 'step directory -d "$ca/older"'
 redirect GET_old 307 "http://localhost:$home/dir"
-denies 'quirk 17: nor to http' 76 redirect 'step directory -d "$ca/old"'
+denies 'quirk 17: nor to http' 78 redirect 'step directory -d "$ca/old"'
 redirect POST_it 307 "$ca/it2"
 denies 'quirk 17: and no POST is sent on' 76 redirect 'get it'
 
