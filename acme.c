@@ -2675,6 +2675,8 @@ in_range(const struct key *k)
 	return any && n == k->ec.xlen && memcmp(k->ec.x, order, n) < 0;
 }
 
+#define ED25519 "\x30\x05\x06\x03\x2b\x65\x70"	/* RFC 8410 3 */
+
 /*
  * Warn of a key that others can read, if its user can change that: not of
  * another's file, or one on a read-only file system, as secrets that are
@@ -2710,6 +2712,9 @@ key_read(struct key *k, const char *name)
 		if (begins(label, "ENCRYPTED"))
 			die(BAD, "% is encrypted: decrypt it first",
 			    file_name(name));
+		if (contains(block, S(ED25519)))
+			die(BAD, "% holds an Ed25519 key; use an ec256, ec384 "
+			    "or RSA key", file_name(name));
 		if (!key_fits(k, block, false))
 			die(BAD, "% holds a malformed key, or one that is "
 			    "not supported", file_name(name));
@@ -6194,6 +6199,10 @@ record_read(Str text, const char *file, bool account_only)
 
 	if (text.n == 0)
 		die(BAD, "% is empty", file_name(file));
+	if (begins(text, "-----BEGIN "))
+		die(BAD, "% is a PEM file, not a record%", file_name(file),
+		    account_only ? S("; -a takes the output of new-account, "
+		    "-k the key") : NONE);
 	for (size_t n = 1; text.n; n++) {
 		all = value = cut(&text, '\n');
 		if (is(cut(&value, ' '), "failed") && is_line(all) &&
@@ -6305,12 +6314,34 @@ static const struct {
 	const char *type, *hint;
 } hints[] = {
 	{ "accountDoesNotExist", "; run new-account first" },
-	{ "externalAccountRequired", "; this CA wants external account "
-	    "binding: new-account -e FILE" },
-	{ "userActionRequired", "; its terms of service want consent: "
-	    "new-account -y" },
-	{ "badSignatureAlgorithm", "; another key type may do: key -t" },
+	{ "externalAccountRequired", "; the CA requires external account "
+	    "binding; use new-account -e FILE" },
+	{ "badSignatureAlgorithm", "; try another key type (key -t)" },
 };
+
+static Str directory_body;	/* JSON, once it has been fetched */
+static bool key_alone;		/* no account signs: revoke-cert -K */
+
+/*
+ * What to do about a problem, or NONE.  Boulder says malformed of an
+ * account without consent to its terms of service.
+ */
+static Str
+problem_hint(Str type, Str detail)
+{
+	Str terms = text_of(json_member(directory_body, "meta"),
+	    "termsOfService");
+
+	if (is(type, ERROR "userActionRequired") ||
+	    (is(type, ERROR "malformed") &&
+	    contains(lower(detail), S("agree to terms"))))
+		return text("; agree to its terms of service with new-account "
+		    "-y%%", terms.n ? S(": ") : NONE, brief(terms));
+	for (size_t i = 0; i < COUNT(hints) && !key_alone; i++)
+		if (same(type, text(ERROR "%", str(hints[i].type))))
+			return str(hints[i].hint);
+	return NONE;
+}
 
 /* The kind of key that signs so; NONE if we have none. */
 static Str
@@ -6354,10 +6385,7 @@ problem_text(Str o)
 	s = cat(NONE, type.n ? brief(type) : S("a problem without a type"),
 	    detail.n ? S(": ") : NONE, shorten(detail, DETAIL),
 	    list.n ? S("; ") : NONE, list);
-	for (size_t i = 0; i < COUNT(hints); i++)
-		if (same(type, text(ERROR "%", str(hints[i].type))))
-			s = cat(NONE, s, str(hints[i].hint));
-	return s;
+	return cat(NONE, s, problem_hint(type, detail));
 }
 
 /* The problem in a reply, or the HTTP status where it holds none. */
@@ -6538,7 +6566,6 @@ fetch(const char *method, Str url)
 	}
 }
 
-static Str directory_body;	/* JSON, once it has been fetched */
 static struct reply directory_reply;
 
 /* End the step of a directory's URL that leads to something else. */
@@ -7148,7 +7175,8 @@ failures(size_t n)
 		}
 		if (!known)
 			list_add(&all, "; ", text("%: its authorization is %",
-			    authorized(r, o, &type), brief(want(r, o, "status", '"'))));
+			    authorized(r, o, &type),
+			    brief(want(r, o, "status", '"'))));
 	}
 	return list_text(&all);
 }
@@ -7165,6 +7193,25 @@ count_errors(const struct reply *r, size_t *all, size_t *internal)
 		*all += type.n > 0;
 		*internal += is(type, ERROR "serverInternal");
 	}
+}
+
+static const char *published_in;	/* DIR of -w, while files are there */
+
+/* If the CA found no file or another content: where the files were. */
+static Str
+files_hint(Str seen)
+{
+	Str dir = str(published_in);
+
+	if (!contains(seen, S(ERROR "unauthorized")) &&
+	    !contains(seen, S(ERROR "incorrectResponse")))
+		return NONE;
+	while (dir.n > 1 && dir.p[dir.n - 1] == '/')
+		dir.n--;
+	return text("; the files were in %%", brief(dir),
+	    dir.n >= 14 && is(from(dir, dir.n - 14), "acme-challenge") ?
+	    NONE : S(", which must be the directory that the web server "
+	    "shows as /.well-known/acme-challenge/"));
 }
 
 /*
@@ -7190,6 +7237,8 @@ validation_failed(const char *what, size_t n, Str error)
 		    S("the CA does not say why");
 	if (all && all == internal)
 		afterword = S("; the CA itself failed: place a new order");
+	else if (published_in)
+		afterword = files_hint(seen);
 	die(all && all == internal ? CA_DOWN : REFUSED, "% %", str(what),
 	    seen);
 }
@@ -8631,7 +8680,7 @@ listen_at(const struct responder *how, const char *where)
 		usage("-l takes [HOST:]PORT, not %", str(where));
 	if ((err = getaddrinfo(host.n ? c_str(host) : NULL, c_str(port),
 	    &hint, &a)) != 0)
-		die(NO_PLACE, "cannot listen at %: %", str(where),
+		die(NO_PLACE, "cannot listen on %: %", str(where),
 		    str(gai_strerror(err)));
 	for (; a; a = a->ai_next) {
 		struct pollfd *l = &listeners[a->ai_family == AF_INET ? 0 : 2];
@@ -8647,7 +8696,11 @@ listen_at(const struct responder *how, const char *where)
 			break;
 	}
 	if (a || !any)
-		die(NO_PLACE, "cannot listen at %: %", str(where), why());
+		die(NO_PLACE, "cannot listen on %: %%", str(where), why(),
+		    errno == EADDRINUSE ? S("; stop the program that listens "
+		    "there, or let it answer (see -w)") :
+		    errno == EACCES ? S("; ports below 1024 need root") :
+		    NONE);
 }
 
 /* ---------------------------------------------------------- 22. Hooks -- */
@@ -8845,6 +8898,62 @@ choose_hook(const char *option)
 		return;
 	hook_program = c_str(name);
 	hook_cleanup = (const char *)s.p;
+}
+
+/* A file that this user may run; if not, errno says why. */
+static bool
+can_run(const char *file)
+{
+	struct stat st;
+
+	if (access(file, X_OK) != 0 || stat(file, &st) != 0)
+		return false;
+	errno = EACCES;
+	return S_ISREG(st.st_mode);
+}
+
+/* Is there a program that can be run, in PATH or by its path? */
+static bool
+is_program(const char *name)
+{
+	Str path = str(getenv("PATH")), dir;
+
+	if (strchr(name, '/'))
+		return can_run(name);
+	while (path.n) {
+		dir = cut(&path, ':');
+		if (can_run(c_str(text("%/%", dir.n ? dir : S("."),
+		    str(name)))))
+			return true;
+	}
+	errno = ENOENT;
+	return false;
+}
+
+/* A hook must be there before the CA hears of the challenges. */
+static void
+check_program(const char *name)
+{
+	const char *remedy = "";
+
+	if (is_program(name))
+		return;
+	if (errno == EACCES)
+		remedy = "; is it executable (chmod +x)?";
+	else if (access(name, F_OK) == 0)
+		remedy = "; it is not in PATH, write ./ before its name";
+	else if (strchr(name, ' '))
+		remedy = "; -x takes a program without arguments";
+	die(NO_PLACE, "cannot run the hook %: %%", str(name), why(),
+	    str(remedy));
+}
+
+static void
+check_hook(void)
+{
+	check_program(hook_program);
+	if (hook_cleanup)
+		check_program(hook_cleanup);
 }
 
 /* In a new process: become the program. */
@@ -9771,6 +9880,7 @@ list_orders(const struct reply *account)
 	Str all = NONE, next = want(account, json_body(account), "orders",
 	    '"');
 	size_t mark = used;
+	struct post p = { .payload = NONE };
 	struct links links;
 	struct reply r;
 
@@ -9782,7 +9892,13 @@ list_orders(const struct reply *account)
 		if (page > PAGES)
 			die(FAULT, "the list of orders has more than % pages",
 			    num(PAGES));
-		r = acme_post(next, NONE);
+		p.url = next;
+		acme_batch(&p, &r, 1);
+		if (r.status >= 300) {
+			warn("warning: cannot read the account's orders: %",
+			    problem(&r));
+			return all;
+		}
 		all = add_orders(all, &r);
 		links = begin_links(&r);
 		next = next_link(&links, S("next"));
@@ -10240,10 +10356,13 @@ do_respond(char **arg)
 		usage("choose with -t what -l is to answer");
 	if (how && boxed)
 		usage("nobody comes to -l where there is a box (-B)");
+	if (opt['x'])
+		check_hook();
 	box.published = before;
 	if (how)
 		listen_at(how, opt['l']);
 	find_challenges(type);
+	published_in = opt['w'];
 	if (opt['w'])
 		publish_files(opt['w']);
 	else if (how)
@@ -10392,10 +10511,14 @@ do_revoke_cert(char **arg)
 	(void)arg;
 	if (opt['K'])
 		p.key = &certificate_key;
+	key_alone = p.jwk;
 	p.payload = braces(with(with(NONE, "certificate",
 	    quote(b64(subject.der))), "reason", reason));
 	acme_batch(&p, &r, 1);
-	accept_reply(&r);
+	if (has_type(&r, "alreadyRevoked"))
+		warn("% is already revoked", file_name(arg[0]));
+	else
+		accept_reply(&r);
 }
 
 /* A window's moment, the same one for the same certificate (RFC 9773 4.2). */
@@ -10990,6 +11113,8 @@ read_records(int needs)
 	Str account = first ? read_file(file) : NONE;
 
 	alarm(0);
+	if (needs & RECORD && isatty(0))
+		warn("reading a record from the terminal");
 	if (needs & RECORD)
 		record_read(read_file(NULL), NULL, false);
 	if (needs & RECORDED && file)

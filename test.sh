@@ -1719,6 +1719,11 @@ check 'a key on a read-only file system, or of another user: none' '
 check 'a key of ours alone: none' '
 	"$acme" thumbprint -k ec256.pem 2>err && [ ! -s err ]'
 
+openssl genpkey -algorithm ED25519 -out ed25519.pem
+chmod 600 ed25519.pem
+dies 65 'ed25519.pem holds an Ed25519 key; use an ec256' \
+    '"$acme" thumbprint -k ed25519.pem'
+
 group 'offline: certificate requests'
 
 for type in $types; do
@@ -3759,6 +3764,28 @@ count() { yes "$2" | head -n "$1" | tr '\n' , | sed 's/,$//'; }
 long=$(head -c 90000 /dev/zero | tr '\0' x)
 error newOrder userActionRequired ",\"detail\":\"$long\""
 shortly 'xxx\.\.\.; .*-y' new_order
+error newOrder malformed ',"detail":"must agree to terms of service"'
+dies 77 '; agree to its terms of service with new-account -y' new_order
+meta '"meta":{"termsOfService":"https://a.example/terms"}'
+error newAccount userActionRequired ''
+dies 77 'new-account -y: https://a.example/terms$' \
+    'step new-account -d "$ca/dir"'
+error revoke alreadyRevoked ',"detail":"x"'
+check 'what is revoked already is as it was asked for' '
+	step revoke-cert -d "$ca/dir" -a account server.pem >out 2>err
+	got=$?; cat out err; [ $got = 0 ] && [ ! -s out ] &&
+	is 1 "grep -c \"server.pem is already revoked\" err"'
+error revoke accountDoesNotExist ''
+dies 77 'DoesNotExist$' \
+    'step revoke-cert -d "$ca/dir" -K server.key server.pem'
+answer POST_newAccount '200 OK' '{"status":"valid","orders":"/orders"}' \
+    "Location: $ca/account/1"
+error orders unauthorized ''
+check 'an account whose orders cannot be read is printed' '
+	step account -d "$ca/dir" >out 2>err; got=$?
+	cat out err; [ $got = 0 ] && grep "^account $ca/account/1" out &&
+	grep "warning: cannot read the account.s orders: .*unauth" err'
+rm www/POST_newAccount
 error newOrder "$long" ",\"detail\":\"short\""
 shortly 'xxx\.\.\.: short' new_order
 error newOrder userActionRequired ",\"subproblems\":[$(count 1000 \
@@ -3876,7 +3903,19 @@ answer POST_authz.2 '200 OK' '{"status":"invalid","identifier":{"type":"dns",
 "urn:ietf:params:acme:error:connection","detail":"we saw \u001b[31mnothing"
 }}]}'
 cp www/POST_authz.2 www/POST_authz.3
-dies 77 'a.example.*nothing' 'step respond -t http-01 -w webroot <pending'
+dies 77 'a.example.*nothing$' 'step respond -t http-01 -w webroot <pending'
+mkdir acme-challenge
+# These are of the same length.
+sed -i 's/error:connection/error:unauthorized/; s/we saw/we s/' \
+    www/POST_authz.[23]
+for dir in webroot acme-challenge/; do
+	words="files were in ${dir%/}"
+	[ $dir != webroot ] || words="$words, which must .*/acme-challenge/$"
+	[ $dir = webroot ] || words="$words$"
+	rm -f www/requests
+	dies 77 "nothing; the $words" \
+	    "step respond -t http-01 -w $dir <pending"
+done
 check 'and nothing stays published' '[ -z "$(ls -A webroot)" ]'
 
 group 'a CA speaks for itself alone'
@@ -4239,20 +4278,36 @@ done
 dies 73 '1.2.3.4.5:80' 'step respond -l 1.2.3.4.5:80 <http.rec'
 dies 64 'only one of' 'step respond -l 1 -w webroot <http.rec'
 dies 64 'only one of' 'step respond -l 1 -x true <http.rec'
+dies 64 'style: acmesh; there are dehydrated uacme lego certbot' \
+    'step respond -x acmesh:x <http.rec'
+printf '#!/bin/sh\n' >not-run
+dies 73 'hook ./not-run: .*(chmod +x)' 'step respond -x ./not-run <http.rec'
+dies 73 'hook not-run: .*not in PATH, write ./' \
+    'step respond -x not-run <http.rec'
+dies 73 'hook ./no prog: .*without arguments' \
+    'step respond -x "./no prog" <http.rec'
+dies 73 'hook ./none: No such file' \
+    'step respond -x certbot:true,./none <http.rec'
+dies 73 "listen on 127.0.0.1:$home: .*; stop the program" \
+    "step respond -l 127.0.0.1:$home <http.rec"
+dies 65 'is a PEM file, not a record$' 'step respond <server.pem'
+dies 65 'is a PEM file.*-a takes the output of new-account, -k the key' \
+    'step new-order -a account.key a.example'
 dies 64 ' -n ' 'step respond -l 1 -n <http.rec'
 dies 64 'choose with -t' 'step respond -l 1 <pending'
 dies 64 'no such challenge type: tls-sni-01; there are http-01 dns-01 tls' \
     'step challenges -t tls-sni-01 <pending'
-dies 64 'type: tls-sni-01; .* dns-persist-01' 'step respond -t tls-sni-01 -l 1 <pending'
-dies 73 "cannot listen at 127.0.0.1:$home: .*in use" \
+dies 64 'type: tls-sni-01; .* dns-persist-01' \
+    'step respond -t tls-sni-01 -l 1 <pending'
+dies 73 "cannot listen on 127.0.0.1:$home: .*in use" \
     'step respond -l 127.0.0.1:$home <http.rec'
-dies 73 "cannot listen at $home: .*in use" 'step respond -l $home <http.rec'
-dies 73 'cannot listen at 192.0.2.1:5: ' \
+dies 73 "cannot listen on $home: .*in use" 'step respond -l $home <http.rec'
+dies 73 'cannot listen on 192.0.2.1:5: ' \
     'step respond -l 192.0.2.1:5 <http.rec'
 if [ "$(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)" -gt 1 ] &&
     [ "$(id -u)" = 0 ]; then
 	cp "$acme" free.bin && chmod 755 . free.bin && chmod 644 account.key
-	dies 73 'cannot listen at 1: .*denied' '
+	dies 73 'cannot listen on 1: .*denied' '
 	    setpriv --reuid=65534 --regid=65534 --clear-groups ./free.bin \
 	    respond -C root.pem -k account.key -l 1 <http.rec 2>all; got=$?
 	    grep -v warning all >&2; exit $got'
@@ -5339,7 +5394,7 @@ dies 73 'the hook ./hook was ended by signal 9 for b.example' \
 check 'what may have been published, too' \
     'called "$a" "$b" "$undo_b" "$undo_a"'
 for hook in ./nowhere ./ab.rec . './hook;true' './hook x' '$(./hook)'; do
-	dies 73 'failed with status 127' "hooked '$hook' http.rec 2>all; got=\$?
+	dies 73 'cannot run the hook' "hooked '$hook' http.rec 2>all; got=\$?
 	    tail -n 1 all >&2; exit \$got"
 done
 echo 'echo it ran >ran' >shell.less && chmod 755 shell.less
