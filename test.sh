@@ -1971,9 +1971,9 @@ for kind in 'with a byte order mark' 'with white space' \
 		"$acme" due two.pem; [ $? = 1 ]'
 done
 sed 's/END CERT/END X509 CERT/' new.pem >ends.pem
-due 0 'no certificate' ends.pem
+due 0 'not a certificate' ends.pem
 printf %s "$(cat new.pem)" | head -c -9 >ends.pem
-due 0 'no certificate' ends.pem
+due 0 'not a certificate' ends.pem
 sed 's/END PRIV/END RSA PRIV/' due.key >junk2.key && chmod 600 junk2.key
 dies 65 'malformed PEM' '"$acme" due -K junk2.key new.pem'
 check 'JSON with a byte order mark' '
@@ -3426,7 +3426,8 @@ int
 main(void)
 {
 	struct sockaddr_storage who;
-	struct pollfd p[2] = { { bound(SOCK_DGRAM, "127.0.0.1", 53), POLLIN, 0 },
+	struct pollfd p[2] = {
+	    { bound(SOCK_DGRAM, "127.0.0.1", 53), POLLIN, 0 },
 	    { bound(SOCK_STREAM, "127.0.0.1", 53), POLLIN, 0 } };
 
 	make_dead("127.0.0.1");
@@ -7724,7 +7725,7 @@ check '-H: several, the first that answers' '
 check 'ACME_RESOLVE' '
     ACME_RESOLVE="a.test:1:::1 pebble.test:$pebble:127.0.0.1" \
     acme-step directory -d "https://pebble.test:$pebble/dir"'
-dies 69 'another name' '
+dies 78 'another name' '
     acme-step directory -d "https://other.test:$pebble/dir" \
 	-H "other.test:$pebble:127.0.0.1"'
 dies 69 'refused' '
