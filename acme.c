@@ -3343,6 +3343,19 @@ decode_anchor(const struct cert *c)
 }
 
 /*
+ * Can an anchor be what a certificate of a chain needs?  One that is not a
+ * CA's counts only as the server's very certificate: BearSSL compares the
+ * name and the key, so that its holder could make another for any host.
+ */
+static bool
+is_named(const struct cert *a, const struct cert *c, bool server)
+{
+	if (!a->issues)
+		return server && same(a->der, c->der);
+	return same(a->subject, c->issuer) || same(a->subject, c->subject);
+}
+
+/*
  * Read the file of anchors.  A bundle has 150, a chain can need few: only
  * those are decoded whose name is one of a chain's; the others are
  * forgotten at once.  Without a chain, just see that there are some: false
@@ -3368,9 +3381,8 @@ read_anchors(const struct cert *chain, size_t n)
 			    cert_read(r->der, &c)) {
 				any = true;
 				for (size_t i = 0; i < n; i++)
-					wanted |= same(c.subject,
-					    chain[i].issuer) ||
-					    same(c.subject, chain[i].subject);
+					wanted |= is_named(&c, &chain[i],
+					    i == 0);
 			}
 			if (!wanted || !decode_anchor(&c))
 				used = r->mark;

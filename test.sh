@@ -2896,6 +2896,24 @@ dies 69 "$port" 'replay refusal'
 dies 69 nosuch.invalid 'replay name'
 within name 0 3
 
+# pinned NAME SUBJECTALTNAME: self-signed by one key, and not a CA's.
+pinned() {
+	openssl req -x509 -key pinned.key -subj /CN=pinned -days 9 \
+	    -addext basicConstraints=critical,CA:FALSE \
+	    -addext "subjectAltName=$2" -out "$1.pem" 2>/dev/null
+	cp pinned.key "$1.key"
+}
+openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 \
+    -out pinned.key
+pinned own DNS:localhost
+pinned printer DNS:printer.test
+mv own.key own1.key; cp own1.key own.key
+serve own
+check 'a pinned certificate that is not a CA'\''s' '
+	step directory -C own.pem -d "https://localhost:$port/dir"'
+cat printer.pem root.pem >pins.pem
+dies 78 . ': its key makes no other certificate good
+    step directory -C pins.pem -d "https://localhost:$port/dir"'
 check 'ACME_CA_FILE' 'ACME_CA_FILE=root.pem "$acme" directory -d "$ca/dir"'
 # Secrets of Kubernetes end with a newline, and so may all variables.
 spaced() { printf '\n \t%s\r\n.' "$1"; }
