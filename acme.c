@@ -7638,9 +7638,13 @@ add_validated(const char *type)
 	}
 }
 
+enum { ENTROPY = 22 };	/* characters of a token of 128 bits, RFC 8555 8 */
+
 /*
  * Does a file hold the content or its beginning, or is it empty?  Then it
- * is one of ours, which a kill or a crash has left.
+ * is one of ours, which a kill or a crash has left.  A part may be no more
+ * than a letter, and the CA chooses the name: so the file must be our own
+ * user's, and its name too long for one that another program has.
  */
 static bool
 is_leftover(int dir, const char *name, Str content)
@@ -7657,7 +7661,9 @@ is_leftover(int dir, const char *name, Str content)
 	if (fd >= 0)
 		close(fd);
 	return n >= 0 && n == st.st_size &&
-	    starts(content, (Str){ b, (size_t)n });
+	    starts(content, (Str){ b, (size_t)n }) &&
+	    ((size_t)n == content.n ||
+	    (st.st_uid == geteuid() && strlen(name) >= ENTROPY));
 }
 
 /* Give a temporary file the name of a challenge; a leftover is replaced. */

@@ -4466,6 +4466,18 @@ check 'and the step ends without a second signal, also after a warning' '
     stuck_respond && rm "w/$token" && mkdir "w/$token" &&
     kill -TERM "$pid"; stuck_ends 143 15000'
 
+# A CA chooses the token, and so the name.
+sed "s/$token/maintenance/g" http.rec >flag.rec
+check 'an empty file of another program is left alone' '
+    rm -rf w; mkdir w; : >w/maintenance
+    step respond -w w <flag.rec 2>err; got=$?
+    cat err; [ $got = 73 ] && [ -e w/maintenance ]'
+[ "$(id -u)" != 0 ] ||
+check 'and so is one of another user' '
+    rm -rf w; mkdir w; : >"w/$token"; chown 65534 "w/$token"
+    step respond -w w <http.rec 2>err; got=$?
+    cat err; [ $got = 73 ] && [ -e "w/$token" ]'
+
 group 'responders: HTTP'
 
 http=$(free_port)
