@@ -2015,18 +2015,24 @@ drop_name(int dir, const char *temporary)
  * neither to us nor to the directory's owner may be there to divert our
  * output.  It is refused, as Linux can refuse what a path leads through.
  */
-static void
-not_of_others(const char *file, const struct stat *st)
+static bool
+is_of_others(const char *file, const struct stat *st)
 {
 	const char *base;
 	struct stat dir;
 
-	if (st->st_uid == geteuid() || stat(split_path(file, &base), &dir) ||
-	    st->st_uid == dir.st_uid || !(dir.st_mode & S_ISVTX) ||
-	    !(dir.st_mode & (S_IWGRP | S_IWOTH)))
-		return;
-	no_place(text("% belongs to another user, in a directory that others "
-	    "can write", str(file)));
+	return st->st_uid != geteuid() &&
+	    stat(split_path(file, &base), &dir) == 0 &&
+	    st->st_uid != dir.st_uid && dir.st_mode & S_ISVTX &&
+	    dir.st_mode & (S_IWGRP | S_IWOTH);
+}
+
+static void
+not_of_others(const char *file, const struct stat *st)
+{
+	if (is_of_others(file, st))
+		no_place(text("% belongs to another user, in a directory "
+		    "that others can write", str(file)));
 }
 
 /*
@@ -2148,6 +2154,8 @@ out_open(const char *file, bool key)
 	old = lstat(file, &st) == 0;
 	if (old && key)
 		no_place(S("it exists, and keys are never replaced"));
+	if (old)
+		not_of_others(file, &st);
 	if (old && stat(file, &st) == 0 && is_output(&st))
 		return;
 	if (old)
@@ -5812,8 +5820,13 @@ box_batch(const struct message *q, struct reply *r, size_t n)
 static void
 open_box(const char *name, bool make)
 {
+	struct stat st;
+
 	if (make && mkdir(name, 0777) != 0 && errno != EEXIST)
 		die(NO_PLACE, "cannot create %: %", str(name), why());
+	if (make && lstat(name, &st) == 0 && is_of_others(name, &st))
+		die(NO_PLACE, "cannot use %: it belongs to another user, in a "
+		    "directory that others can write", str(name));
 	box.name = name;
 	box.dir = open(name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (box.dir < 0)

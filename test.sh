@@ -1862,6 +1862,19 @@ check 'a common name of 64 characters' '
 	openssl req -in csr.pem -noout -subject | grep "$n64"'
 dies 64 'at most 64 char' '"$acme" csr -K ec256.pem -N "${n64}n" a.example'
 
+if [ "$(id -u)" = 0 ]; then
+	rm -rf sticky && mkdir sticky && chmod 1777 sticky
+	for to in /dev/stdout /proc/self/fd/1; do
+		dies 73 'another user' ": $to
+		    ln -sf $to sticky/out && chown -h 65534 sticky/out
+		    \"\$acme\" csr -K ec256.pem -o sticky/out a.example"
+	done
+	dies 73 'another user' '
+	    mkdir sticky/box && chown 65534 sticky/box
+	    "$acme" directory -B sticky/box'
+	check 'and no request is there' '[ -z "$(ls sticky/box)" ]'
+fi
+
 group 'offline: is it time to renew?'
 
 # certificate FILE FROM TO NAMES [KEY]: with these dates, self-signed.
