@@ -645,6 +645,11 @@ catch_signals(void)
 		if (sigaction(caught[i], NULL, &old) == 0 &&
 		    (old.sa_handler != SIG_IGN || caught[i] == SIGALRM))
 			sigaction(caught[i], &act, NULL);
+	/* Who starts us may have blocked them: -T would have no effect. */
+	sigemptyset(&act.sa_mask);
+	for (size_t i = 0; i < COUNT(caught); i++)
+		sigaddset(&act.sa_mask, caught[i]);
+	sigprocmask(SIG_UNBLOCK, &act.sa_mask, NULL);
 	act.sa_handler = SIG_IGN;
 	sigaction(SIGPIPE, &act, NULL);
 	act.sa_handler = SIG_DFL;	/* or nobody could be waited for */
@@ -5619,8 +5624,6 @@ pipeline(const struct message *q, struct reply *r, size_t n)
 	mark = used;
 	do {
 		message_url(&q[m], &v);
-		if (!same(u.origin, v.origin))
-			break;
 		all = keep(mark, cat(NONE, all, http_text(&q[m], &v,
 		    url_target(&v))));
 	} while (++m < n);
@@ -5833,6 +5836,18 @@ open_box(const char *name, bool make)
 		die(MISSING, "cannot open %: %", str(name), why());
 }
 
+/* How many of n messages, from the first, go to its origin. */
+static size_t
+count_together(const struct message *q, size_t n)
+{
+	size_t mark = used, m = 1;
+
+	while (m < n && same_origin(q[0].url, q[m].url))
+		m++;
+	used = mark;
+	return m;
+}
+
 /*
  * The reply to a message was lost.  The server may have the message, so it
  * is sent again at most RESENDS times; on a connection that was new, after
@@ -5864,7 +5879,8 @@ exchange(struct message *q, struct reply *r, size_t n)
 	}
 	while (done < n) {
 		bool idle = conn.fd >= 0;
-		size_t want = n - done < window ? n - done : window;
+		size_t want = count_together(q + done,
+		    n - done < window ? n - done : window);
 		size_t got = pipeline(q + done, r + done, want);
 
 		done += got;
@@ -6583,7 +6599,7 @@ fetch(const char *method, Str url)
 	struct reply r;
 	long long pause;
 
-	for (;;) {
+	for (size_t mark = used; ; used = mark) {
 		exchange(&q, &r, 1);
 		if ((pause = retry_pause(&r, &a, false)) < 0)
 			return r;
@@ -7633,7 +7649,10 @@ choose_challenges(const char *type)
 		die(FAULT, "more than % challenges", num(NAMES));
 }
 
-/* Add those that the CA has validated: of a type, or all. */
+/*
+ * Add those that the CA has validated, of a type or any, one for each
+ * authorization.  What dns-persist-01 publishes is there to stay.
+ */
 static void
 add_validated(const char *type)
 {
@@ -7646,8 +7665,11 @@ add_validated(const char *type)
 
 		while (json_each(&list, &none, &c))
 			if (is(text_of(c, "status"), "valid") &&
-			    (!type || is(text_of(c, "type"), type)))
+			    !is(text_of(c, "type"), "dns-persist-01") &&
+			    (!type || is(text_of(c, "type"), type))) {
 				add_challenge(r, c, id_type, name);
+				break;
+			}
 	}
 }
 
@@ -10102,6 +10124,7 @@ do_deactivate_authz(char **arg)
 	size_t n, m = 0;
 
 	(void)arg;
+	need("identifier");
 	if (!count_lines("authorization") && field("order").n)
 		order_refresh();
 	refuse_redirected();

@@ -3166,6 +3166,9 @@ cut13 drop1 drop2 drop3 drop4'
 for name in $truncated; do
 	retry "$name"
 done
+runs POST_masked 'cat >/dev/null'
+later masked 'timeout -s KILL 20 env --block-signal=ALRM --block-signal=TERM \
+    "$acme" get -C root.pem -k account.key -T 2 -a account "$ca/masked"'
 runs POST_stall1 'cat >/dev/null'
 runs POST_stall2 'printf HTTP/1.1; cat >/dev/null'
 runs POST_stall3 "printf '$ok'; cat >/dev/null"
@@ -3209,6 +3212,7 @@ settle
 for name in $truncated; do
 	dies 69 . "replay $name"
 done
+dies 69 'time limit' 'replay masked'
 for name in $stalled; do
 	dies 69 . "replay $name"
 	within "$name" 1 3
@@ -6335,7 +6339,11 @@ answer POST_orders '200 OK' "[\"$ca/1\"]$(head -c 20000 /dev/zero |
 answer POST_orders2 '200 OK' "[\"$ca/2\"]" 'Link: </orders3>;rel=next'
 cp www/POST_orders www/POST_orders3
 later paging 'step account -T 120 -d "$ca/dir"'
+answer GET_busy '503 Busy' "$(head -c 250000 /dev/zero | tr '\0' x)" \
+    'Retry-After: 0'
+later refusing 'step directory -T 16 -d "$ca/busy"'
 settle
+dies 75 busy 'replay refusing'
 dies 70 'more than 1000 pages' 'replay paging'
 # A hundred Link headers, and as many chains to choose from.
 set --
