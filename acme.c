@@ -10124,8 +10124,10 @@ do_deactivate_authz(char **arg)
 	size_t n, m = 0;
 
 	(void)arg;
+	if (!count_lines("authorization"))
+		need("order");
 	need("identifier");
-	if (!count_lines("authorization") && field("order").n)
+	if (!count_lines("authorization"))
 		order_refresh();
 	refuse_redirected();
 	n = fetch_authorizations();
