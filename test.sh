@@ -6877,7 +6877,8 @@ check 'revoke-cert' '
     acme-step revoke-cert one.pem && status_of one.pem >status &&
     cat status && [ "$(acme-step json Status status)" = Revoked ]'
 check 'what is revoked already is as it was asked for' '
-    acme-step revoke-cert one.pem 2>err && cat err && grep "is already revoked" err'
+    acme-step revoke-cert one.pem 2>err &&
+    cat err && grep "is already revoked" err'
 check 'a reason by its name' '
     acme-step revoke-cert -c superseded three.pem &&
     status_of three.pem >status && cat status &&
@@ -7382,7 +7383,8 @@ check 'no account is needed' '
     [ "$(acme-step json Status status)" = Revoked ] &&
     [ "$(acme-step json Reason status)" = 1 ]'
 check 'what is revoked already is as it was asked for' '
-    acme-step revoke-cert -K one.key.pem ari2.pem 2>err && cat err && grep "is already revoked" err'
+    acme-step revoke-cert -K one.key.pem ari2.pem 2>err &&
+    cat err && grep "is already revoked" err'
 
 group 'an account that is given up'
 check 'account -D' '
@@ -7668,7 +7670,8 @@ for name in order-plz authZ chalZ my-order finalize-order certZ; do
 done
 rules POST_revoke-cert.1 "$lose"
 check 'what is revoked already is as it was asked for' '
-    acme-step revoke-cert relay.pem 2>err && cat err && grep "is already revoked" err'
+    acme-step revoke-cert relay.pem 2>err &&
+    cat err && grep "is already revoked" err'
 rules POST_rollover-account-key.1 "$lose"
 check 'the first reply to a key change is lost' '
     rm -f other.key.pem; acme-step key -o other.key.pem &&
