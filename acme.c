@@ -76,7 +76,11 @@ enum {
 	BODY     = 256 << 10,	/* a reply's body; a chain is 10 KB */
 	DEPTH    = 64,		/* JSON in JSON; ACME needs 6 */
 	NAMES    = 250,		/* in an order; Let's Encrypt takes 100 */
-	LINES    = 2048,	/* of a record: 8 for each name */
+	CHALLENGES = 5 * NAMES,	/* of an order; a CA offers each 3 or 4 */
+	SLOTS    = 1024,	/* for NAMES in a hash table: 4 for each */
+	ORIGINS  = 16,		/* that the user allows */
+	LISTED   = 100,		/* contacts that a CA lists for an account */
+	OTHERS   = 1024,	/* lines of a record that we do not know */
 	WORD     = 2048,	/* a field of a record, a URL */
 	CONTACTS = 10,		/* of an account */
 	CERTS    = 10,		/* in a chain; Let's Encrypt sends 4 */
@@ -934,38 +938,56 @@ num(unsigned long long n)
 }
 
 /*
- * A list in a message, in the making: once it has LIST bytes, further items
- * are only counted.  list_begin() comes before all that items are made of,
- * since adding one frees what was taken since then.
+ * A list in the making, on the heap.  list_begin() comes before all that
+ * items are made of, since adding one frees what was taken since then.
+ * Once a list in a message has LIST bytes, further items are only counted.
  */
 struct list {
-	Str all;
-	size_t mark, more;
+	size_t mark;		/* where it begins on the heap */
+	size_t n;		/* its bytes */
+	size_t limit;		/* of them */
+	size_t more;		/* items that were only counted */
 };
 
 static struct list
 list_begin(void)
 {
-	return (struct list){ .mark = used };
+	return (struct list){ .mark = used, .limit = LIST };
+}
+
+/* One without a limit: it is not for a message. */
+static struct list
+text_begin(void)
+{
+	return (struct list){ .mark = used, .limit = HEAP };
 }
 
 static void
 list_add(struct list *l, const char *separator, Str item)
 {
-	Str s = l->all;
+	Str gap = l->n ? str(separator) : NONE;
+	unsigned char *end;
 
-	if (l->more || (s.n && s.n + item.n > LIST))
+	if (l->more || (l->n && l->n + item.n > l->limit)) {
 		l->more++;
-	else
-		s = cat(NONE, s, s.n ? str(separator) : NONE,
-		    shorten(item, LIST));
-	l->all = keep(l->mark, s);
+		return;
+	}
+	item = shorten(item, l->limit);
+	used = l->mark + l->n;
+	end = take(gap.n + item.n);
+	if (item.n)
+		memmove(end + gap.n, item.p, item.n);
+	if (gap.n)
+		memcpy(end, gap.p, gap.n);
+	l->n += gap.n + item.n;
 }
 
 static Str
 list_text(const struct list *l)
 {
-	return l->more ? text("%, and % more", l->all, num(l->more)) : l->all;
+	Str all = { heap + l->mark, l->n };
+
+	return l->more ? text("%, and % more", all, num(l->more)) : all;
 }
 
 /* For system calls; s holds no NUL where it was checked before. */
@@ -2864,7 +2886,14 @@ struct cert {
 	long long not_before, not_after;
 };
 
-/* What an identifier is to be called in RFC 8555 9.7.7 and RFC 8738. */
+/*
+ * An identifier (RFC 8555 9.7.7, RFC 8738 3).  Its value is canonical: a name
+ * in lower case, perhaps with "*." before it, or an address as ip_text() has it.
+ */
+struct identifier {
+	Str type, value;
+};
+
 static bool
 is_ip(Str type)
 {
@@ -3086,12 +3115,12 @@ cert_read(Str der, struct cert *c)
 }
 
 /*
- * Take the next name off a certificate's alternative names, as TYPE VALUE.
- * Names that are neither DNS names nor addresses have a type of their own,
- * or an e-mail address "ip 192.0.2.1" would pass for one of the others.
+ * Take the next name off a certificate's alternative names.  Names that are
+ * neither DNS names nor addresses have a type of their own, or an e-mail
+ * address "192.0.2.1" would pass for one of the others.
  */
 static bool
-cert_name(Str *list, Str *name)
+cert_name(Str *list, struct identifier *name)
 {
 	Str body, whole;
 	int tag;
@@ -3099,10 +3128,10 @@ cert_name(Str *list, Str *name)
 	if (!der_any(list, &tag, &body, &whole))
 		return false;
 	if (tag == IP_NAME && (body.n == 4 || body.n == 16))
-		*name = text("ip %", ip_text(body));
+		*name = (struct identifier){ S("ip"), ip_text(body) };
 	else
-		*name = text("% %", tag == DNS_NAME ? S("dns") : S("other"),
-		    lower(body));
+		*name = (struct identifier){ tag == DNS_NAME ? S("dns") :
+		    S("other"), lower(body) };
 	return true;
 }
 
@@ -3124,27 +3153,14 @@ common_name(Str dn)
 	return cn;
 }
 
-/* Is an identifier among the subject's alternative names? */
-static bool
-cert_names(const struct cert *c, Str type, Str value)
-{
-	Str list = c->alt_names, name;
-	Str want = text("% %", type, lower(value));
-
-	while (cert_name(&list, &name))
-		if (same(name, want))
-			return true;
-	return false;
-}
-
 /* ------------------------------------------------------- 12. Requests -- */
 
 /* One subject alternative name (RFC 5280 4.2.1.6). */
 static Str
-general_name(Str type, Str value)
+general_name(const struct identifier *id)
 {
-	return is_ip(type) ? der(IP_NAME, ip_bytes(value)) :
-	    der(DNS_NAME, value);
+	return is_ip(id->type) ? der(IP_NAME, ip_bytes(id->value)) :
+	    der(DNS_NAME, id->value);
 }
 
 /*
@@ -3728,13 +3744,14 @@ allows(const struct constraints *k, int kind, Str name)
 static Str
 forbidden_name(const struct constraints *k, const struct cert *c)
 {
-	Str list = c->alt_names, rest, body, whole, name;
+	Str list = c->alt_names, rest, body, whole;
+	struct identifier name;
 	int tag;
 
 	for (rest = list; der_any(&rest, &tag, &body, &whole); list = rest)
 		if ((tag == DNS_NAME || tag == IP_NAME) &&
 		    !allows(k, tag, body) && cert_name(&list, &name))
-			return name;
+			return text("% %", name.type, name.value);
 	return NONE;
 }
 
@@ -5310,12 +5327,13 @@ struct reply {
 	bool last;		/* the connection ends with it */
 };
 
-#define broken(r, ...)  (blame(r), die(BROKEN, __VA_ARGS__))
+/* End the step for a response, r, that breaks HTTP, JSON or ACME. */
+#define broken(r, ...)  (blame((r)->url), die(BROKEN, __VA_ARGS__))
 
 static void
-blame(const struct reply *r)
+blame(Str url)
 {
-	foreword = text("the response from % ", brief(r->url));
+	foreword = text("the response from % ", brief(url));
 }
 
 static bool verbose;		/* -v */
@@ -5892,20 +5910,7 @@ exchange(struct message *q, struct reply *r, size_t n)
 	}
 }
 
-/* --------------------------------------------------------- 17. Record -- */
-
-/*
- * What one step knows and the next one needs: lines of a keyword and a
- * value.  It is all the state there is.
- */
-static struct record_line {
-	Str word, value;
-} record[LINES];
-static size_t nrecord;
-
-static const char *const statuses[] = {
-	"pending", "ready", "processing", "valid", "invalid"
-};
+/* ---------------------------------------------------------- 17. Order -- */
 
 /* Printable ASCII without spaces: what can be a field of a line. */
 static bool
@@ -5932,13 +5937,42 @@ is_nonce(Str s)
 	return is_b64(s) && s.n <= NONCE;
 }
 
+/* The states of an order (RFC 8555 7.1.6), each a bit of a set. */
+enum { PENDING = 1, READY = 2, PROCESSING = 4, VALID = 8, INVALID = 16 };
+
+static const char *const statuses[] = {		/* in the same order */
+	"pending", "ready", "processing", "valid", "invalid"
+};
+
+/* A status as a bit; 0 if it is not an order's. */
+static unsigned
+status_bit(Str s)
+{
+	for (unsigned i = 0; i < COUNT(statuses); i++)
+		if (is(s, statuses[i]))
+			return 1U << i;
+	return 0;
+}
+
 static bool
 is_status(Str s)
 {
-	for (size_t i = 0; i < COUNT(statuses); i++)
-		if (same(s, str(statuses[i])))
-			return true;
-	return false;
+	return status_bit(s) != 0;
+}
+
+static void
+read_status(Str s, void *to)
+{
+	*(unsigned *)to = status_bit(s);
+}
+
+static Str
+status_text(const void *from)
+{
+	for (unsigned i = 0; i < COUNT(statuses); i++)
+		if (*(const unsigned *)from == 1U << i)
+			return str(statuses[i]);
+	return NONE;
 }
 
 /*
@@ -5976,123 +6010,308 @@ is_identifier(Str s)
 	return is_name(type, s);
 }
 
-/* TYPE IDTYPE IDENTIFIER URL NAME CONTENT; the last may hold spaces. */
-struct challenge {
-	Str type, id_type, id, url, name, content;
+/* Identifiers are the same in any case and spelling. */
+static struct identifier
+canonical(Str type, Str value)
+{
+	Str ip = is_ip(type) ? ip_bytes(value) : NONE;
+
+	return (struct identifier){ type, ip.n ? ip_text(ip) : lower(value) };
+}
+
+/* TYPE VALUE */
+static void
+read_identifier(Str s, void *to)
+{
+	Str type = cut(&s, ' ');
+
+	*(struct identifier *)to = canonical(type, s);
+}
+
+static Str
+identifier_text(const void *from)
+{
+	const struct identifier *id = from;
+
+	return id->type.n ? text("% %", id->type, id->value) : NONE;
+}
+
+static bool
+same_identifier(const struct identifier *a, const struct identifier *b)
+{
+	return same(a->value, b->value) && same(a->type, b->type);
+}
+
+/* Different identifiers, each with the number of its place. */
+struct identifiers {
+	struct identifier id[NAMES];
+	size_t n;
+	unsigned short slot[SLOTS];	/* 1 + a number, 0 if free */
 };
 
-static struct challenge
-challenge_read(Str s)
+/*
+ * The slot of an identifier, or the free one where it belongs.  Names that
+ * were made to meet in one slot only make the search as slow as a list's.
+ */
+static unsigned short *
+find_slot(struct identifiers *all, const struct identifier *id)
 {
-	struct challenge c;
+	size_t at = 0;
 
-	c.type = cut(&s, ' ');
-	c.id_type = cut(&s, ' ');
-	c.id = cut(&s, ' ');
-	c.url = cut(&s, ' ');
-	c.name = cut(&s, ' ');
-	c.content = s;
-	return c;
+	for (size_t i = 0; i < id->value.n; i++)
+		at = (at * 31 + id->value.p[i]) % SLOTS;
+	while (all->slot[at] &&
+	    !same_identifier(&all->id[all->slot[at] - 1], id))
+		at = (at + 1) % SLOTS;
+	return &all->slot[at];
+}
+
+/* The number of an identifier, which is added if it is not there. */
+static size_t
+add_identifier(struct identifiers *all, const struct identifier *id)
+{
+	unsigned short *slot = find_slot(all, id);
+
+	if (!*slot) {
+		if (all->n == NAMES)
+			die(FAULT, "more than % names", num(NAMES));
+		all->id[all->n++] = *id;
+		*slot = (unsigned short)all->n;
+	}
+	return *slot - 1U;
+}
+
+/* What a challenge publishes. */
+enum publication {
+	FILE_TOKEN = 1,		/* NAME is a file's, and the token */
+	CERT_DIGEST,		/* NAME is for SNI, CONTENT in hexadecimal */
+	TXT_RECORD		/* NAME is the record's */
+};
+
+/* A challenge (RFC 8555 8), as the CA describes it or a record has it. */
+struct challenge {
+	Str type;
+	struct identifier id;
+	Str url, name, content;
+	Str token;		/* NONE if this step has not read it */
+	Str status, error;	/* what the CA says; error is JSON */
+	Str object;		/* all that the CA says, JSON */
+};
+
+struct authorization;
+
+/* What there is to know of a type; the table is below the responders. */
+static const struct challenge_type {
+	const char *name;
+	/* Fill in name and content, from what the CA says. */
+	void (*make)(const struct authorization *, struct challenge *);
+	enum publication publishes;
+	bool has_token;		/* RFC 8555 8 */
+	bool stays;		/* what it publishes is not removed */
+	const struct responder *responder;	/* for -l */
+} challenge_types[5];
+
+/* NULL if we do not know the type. */
+static const struct challenge_type *
+find_challenge_type(Str type)
+{
+	for (size_t i = 0; i < COUNT(challenge_types); i++)
+		if (is(type, challenge_types[i].name))
+			return &challenge_types[i];
+	return NULL;
+}
+
+static bool
+publishes(const struct challenge *c, enum publication what)
+{
+	const struct challenge_type *t = find_challenge_type(c->type);
+
+	return t && t->publishes == what;
+}
+
+/* TYPE IDTYPE IDENTIFIER URL NAME CONTENT; the last may hold spaces. */
+static void
+read_challenge(Str s, void *to)
+{
+	struct challenge *c = to;
+	Str type = cut(&s, ' '), id_type = cut(&s, ' '), id = cut(&s, ' ');
+
+	*c = (struct challenge){ .type = type, .id = canonical(id_type, id) };
+	c->url = cut(&s, ' ');
+	c->name = cut(&s, ' ');
+	c->content = s;
+}
+
+static Str
+challenge_text(const void *from)
+{
+	const struct challenge *c = from;
+
+	return text("% % % % % %", c->type, c->id.type, c->id.value, c->url,
+	    c->name, c->content);
 }
 
 /* What becomes a file's name must be a token (RFC 8555 8.3), no path. */
 static bool
 is_challenge(Str s)
 {
-	struct challenge c = challenge_read(s);
+	struct challenge c;
 
-	return is_word(c.type) && is_name(c.id_type, c.id) &&
+	read_challenge(s, &c);
+	return is_word(c.type) && is_name(c.id.type, c.id.value) &&
 	    is_url(c.url) && is_word(c.name) && c.name.n <= HOSTNAME &&
 	    c.content.n > 0 && c.content.n <= WORD &&
-	    (!is(c.type, "http-01") ||
+	    (!publishes(&c, FILE_TOKEN) ||
 	    (is_b64(c.name) && c.name.n <= TOKEN)) &&
-	    (!is(c.type, "tls-alpn-01") ||
+	    (!publishes(&c, CERT_DIGEST) ||
 	    (made_of(c.content, HEX) && c.content.n == 64));
 }
+
+/* An authorization (RFC 8555 7.1.4).  Only its URL is in a record. */
+struct authorization {
+	Str url;
+	struct identifier id;	/* this and the rest: as the CA says */
+	Str status;		/* NONE if it could not be read */
+	long retry_after;	/* of the response; seconds, or -1 */
+	struct challenge *challenge;	/* NULL: it has no such member */
+	size_t nchallenge;
+};
+
+/* The same URL in the same place is the same authorization. */
+static void
+read_authorization(Str s, void *to)
+{
+	struct authorization *a = to;
+
+	if (!same(a->url, s))
+		*a = (struct authorization){ .url = NONE };
+	a->url = s;
+}
+
+/*
+ * What one step knows and the next one needs: all that flows through a
+ * pipe.  It is read from a record and written as one by the keywords below.
+ */
+static struct order {
+	Str directory, new_nonce, nonce;
+	Str origin[ORIGINS];
+	Str account, account_status, contact[LISTED];
+	Str url, expires, finalize, certificate, profile, replaces;
+	unsigned status;		/* a bit; 0 if it is not known */
+	struct identifier identifier[NAMES];
+	struct authorization authorization[NAMES];
+	struct challenge challenge[CHALLENGES];
+	Str rest[OTHERS];	/* lines with other keywords, as they came */
+	size_t norigin, ncontact, nidentifier, nauthorization, nchallenge,
+	    nrest;
+} order;
+
+/* Walk through a list of the order's with a pointer. */
+#define each(p, list) \
+    (p = order.list; p < order.list + order.n##list; p++)
+
+#define FIELD(field)  &order.field, sizeof order.field, 1, NULL
+#define MANY(field)  order.field, sizeof order.field[0], \
+    COUNT(order.field), &order.n##field
 
 /* The lines that a record can have, in their order. */
 static const struct keyword {
 	const char *word;
-	bool (*ok)(Str);
-	bool many;
+	bool (*ok)(Str);	/* can this be its value? */
+	void *to;		/* where it goes: the first place, ... */
+	size_t size, places;	/* ... the size and the number of places, */
+	size_t *n;		/* ... and how many there are, if several */
+	void (*read)(Str, void *);	/* NULL for a Str */
+	Str (*write)(const void *);	/* NULL for what begins with its Str */
+	bool of_account;	/* it is read from an account's record (-a) */
 } keywords[] = {
-	{ "directory",        is_url,        false },
-	{ "new-nonce",        is_url,        false },
-	{ "origin",           is_url,        true },
-	{ "nonce",            is_nonce,      false },
-	{ "account",          is_url,        false },
-	{ "account-status",   is_word,       false },
-	{ "contact",          is_word,       true },
-	{ "order",            is_url,        false },
-	{ "status",           is_status,     false },
-	{ "expires",          is_word,       false },
-	{ "identifier",       is_identifier, true },
-	{ "authorization",    is_url,        true },
-	{ "finalize",         is_url,        false },
-	{ "certificate",      is_url,        false },
-	{ "profile",          is_word,       false },
-	{ "replaces",         is_word,       false },
-	{ "challenge",        is_challenge,  true },
+	{ "directory", is_url, FIELD(directory), NULL, NULL, true },
+	{ "new-nonce", is_url, FIELD(new_nonce), NULL, NULL, true },
+	{ "origin", is_url, MANY(origin), NULL, NULL, true },
+	{ "nonce", is_nonce, FIELD(nonce), NULL, NULL, false },
+	{ "account", is_url, FIELD(account), NULL, NULL, true },
+	{ "account-status", is_word, FIELD(account_status), NULL, NULL, false },
+	{ "contact", is_word, MANY(contact), NULL, NULL, false },
+	{ "order", is_url, FIELD(url), NULL, NULL, false },
+	{ "status", is_status, FIELD(status), read_status, status_text, false },
+	{ "expires", is_word, FIELD(expires), NULL, NULL, false },
+	{ "identifier", is_identifier, MANY(identifier), read_identifier,
+	    identifier_text, false },
+	{ "authorization", is_url, MANY(authorization), read_authorization,
+	    NULL, false },
+	{ "finalize", is_url, FIELD(finalize), NULL, NULL, false },
+	{ "certificate", is_url, FIELD(certificate), NULL, NULL, false },
+	{ "profile", is_word, FIELD(profile), NULL, NULL, false },
+	{ "replaces", is_word, FIELD(replaces), NULL, NULL, false },
+	{ "challenge", is_challenge, MANY(challenge), read_challenge,
+	    challenge_text, false },
 };
 
 static const struct keyword *
 keyword(Str word)
 {
 	for (size_t i = 0; i < COUNT(keywords); i++)
-		if (same(word, str(keywords[i].word)))
+		if (is(word, keywords[i].word))
 			return &keywords[i];
 	return NULL;
 }
 
-/* The next line with a keyword after l, the first after NULL. */
-static struct record_line *
-next_line(struct record_line *l, const char *word)
-{
-	for (l = l ? l + 1 : record; l < record + nrecord; l++)
-		if (same(l->word, str(word)))
-			return l;
-	return NULL;
-}
-
-#define each_line(l, word) \
-    (struct record_line *l = NULL; (l = next_line(l, word)); )
-
-static size_t
-count_lines(const char *word)
-{
-	size_t n = 0;
-
-	for each_line(l, word)
-		n++;
-	return n;
-}
-
-/* The value of a line, NONE if there is no such line. */
+/* The i-th value of a keyword, NONE if that is not set. */
 static Str
-field(const char *word)
+value_of(const struct keyword *k, size_t i)
 {
-	struct record_line *l = next_line(NULL, word);
+	const void *from = (const char *)k->to + i * k->size;
 
-	return l ? l->value : NONE;
+	if (k->n && i >= *k->n)
+		return NONE;
+	return k->write ? k->write(from) : *(const Str *)from;
 }
 
+/* Set a value that is fit for its keyword, or add it to its list. */
 static void
-add_line(Str word, Str value)
+set_value(const struct keyword *k, Str value)
 {
-	if (nrecord == LINES)
-		die(FAULT, "a record has at most % lines", num(LINES));
-	record[nrecord++] = (struct record_line){ word, value };
+	size_t at = k->n ? *k->n : 0;
+	void *to = (char *)k->to + at * k->size;
+
+	if (at == k->places)
+		die(FAULT, "more than % '%' lines", num(k->places),
+		    str(k->word));
+	if (k->read)
+		k->read(value, to);
+	else
+		*(Str *)to = value;
+	if (k->n)
+		++*k->n;
 }
 
+/* Add a line with a keyword that we do not know. */
 static void
-drop(const char *word)
+add_other(Str all)
 {
-	size_t n = 0;
+	if (order.nrest == OTHERS)
+		die(FAULT, "more than % lines with unknown keywords",
+		    num(OTHERS));
+	order.rest[order.nrest++] = all;
+}
 
-	for (size_t i = 0; i < nrecord; i++)
-		if (!same(record[i].word, str(word)))
-			record[n++] = record[i];
-	nrecord = n;
+/* The identifiers of the order, each once. */
+static struct identifiers *
+identifiers(void)
+{
+	static struct identifiers all;
+	static size_t seen;
+
+	while (seen < order.nidentifier)
+		add_identifier(&all, &order.identifier[seen++]);
+	return &all;
+}
+
+/* Is it one of the order's? */
+static bool
+has_identifier(const struct identifier *id)
+{
+	return *find_slot(identifiers(), id) != 0;
 }
 
 /*
@@ -6105,15 +6324,17 @@ static Str directory_url;
 static Str
 ca_url(void)
 {
-	return directory_url.n ? directory_url : field("new-nonce");
+	return directory_url.n ? directory_url : order.new_nonce;
 }
 
 /* Does an `origin` line, which only the user writes, allow a URL? */
 static bool
 is_allowed(Str url)
 {
-	for each_line(l, "origin")
-		if (same_origin(url, l->value))
+	Str *o;
+
+	for each(o, origin)
+		if (same_origin(url, *o))
 			return true;
 	return false;
 }
@@ -6143,24 +6364,20 @@ need_own(Str url)
 }
 
 /*
- * Add a line, or set the one that there can be, to what a server said at
- * url: what would break the record is a fault of the server.
+ * Set a keyword's value, or add one to its list, to what a server said at
+ * url: what would break the record is the server's fault.
  */
 static void
 put(const char *word, Str value, Str url)
 {
 	const struct keyword *k = keyword(str(word));
-	struct record_line *l = next_line(NULL, word);
 
 	if (!k->ok(value))
 		die(BROKEN, "the reply from % has an impossible %: %", url,
 		    str(word), brief(value));
 	if (k->ok == is_url)
 		need_own(value);
-	if (l && !k->many)
-		l->value = value;
-	else
-		add_line(str(word), value);
+	set_value(k, value);
 }
 
 /* A step that failed before this one: its status is ours, its words too. */
@@ -6180,20 +6397,12 @@ pass_failure(Str value)
 	leave((int)status);
 }
 
-/* The lines of an account's record (-a) that a step uses. */
+/* Does a keyword have this value already? */
 static bool
-is_account_line(Str word)
+has_value(const struct keyword *k, Str value)
 {
-	return is(word, "account") || is(word, "directory") ||
-	    is(word, "new-nonce") || is(word, "origin");
-}
-
-/* Has the record this line already? */
-static bool
-has_line(Str word, Str value)
-{
-	for (size_t i = 0; i < nrecord; i++)
-		if (same(record[i].word, word) && same(record[i].value, value))
+	for (size_t i = 0; i < (k->n ? *k->n : 1); i++)
+		if (same(value_of(k, i), value))
 			return true;
 	return false;
 }
@@ -6209,16 +6418,16 @@ take_line(Str all, bool account_only)
 		return "a control character";
 	if (!is_b64(word))
 		return "no keyword";
-	if (account_only && !is_account_line(word))
+	if (account_only && !(k && k->of_account))
 		return NULL;
 	if (is(word, "end") || is(word, "failed") || (k && !k->ok(value)))
 		return "malformed";
-	if (account_only && has_line(word, value))
+	if (account_only && has_value(k, value))
 		return NULL;
 	if (!k)			/* it passes through as it is */
-		add_line(all, NONE);
-	else if (k->many || !field(k->word).n)
-		add_line(word, value);
+		add_other(all);
+	else if (k->n || !value_of(k, 0).n)
+		set_value(k, value);
 	else
 		return account_only ? "not the same as in the record" :
 		    "the second of its kind";
@@ -6264,26 +6473,30 @@ record_read(Str text, const char *file, bool account_only)
 		    S("the step that wrote it"));
 }
 
-/* The record as it is written, but for the line "end". */
+/* The order as a record, except for the line "end". */
 static Str
 record_text(void)
 {
-	Str s = NONE;
+	struct list all = text_begin();
+	Str value, *other;
 
-	for (size_t k = 0; k <= COUNT(keywords); k++)
-		for (size_t i = 0; i < nrecord; i++)
-			if (keyword(record[i].word) == (k < COUNT(keywords) ?
-			    &keywords[k] : NULL))
-				s = cat(s, record[i].word, record[i].value.n ?
-				    S(" ") : NONE, record[i].value, S("\n"));
-	return s;
+	for (size_t k = 0; k < COUNT(keywords); k++)
+		for (size_t i = 0; (value = value_of(&keywords[k], i)).n; i++) {
+			list_add(&all, "", text("% %\n", str(keywords[k].word),
+			    value));
+			if (!keywords[k].n)
+				break;
+		}
+	for each(other, rest)
+		list_add(&all, "", text("%\n", *other));
+	return list_text(&all);
 }
 
 /* A value that this step cannot do without. */
 static Str
 need(const char *word)
 {
-	Str s = field(word);
+	Str s = value_of(keyword(str(word)), 0);
 
 	if (!s.n)
 		die(BAD, "the record has no % line", str(word));
@@ -6708,7 +6921,7 @@ need_endpoint(const char *name)
 static void
 refuse_redirected(void)
 {
-	Str url = field("directory");
+	Str url = order.directory;
 
 	if (!same_origin(url, ca_url()) && !is_allowed(ca_url()))
 		die(BROKEN, "the directory % redirects to another origin, %; "
@@ -6754,12 +6967,12 @@ nonce_fetch(size_t n)
 
 	for (size_t i = 0; i < lack; i++)
 		q[i] = (struct message){ .method = "HEAD",
-		    .url = field("new-nonce") };
+		    .url = order.new_nonce };
 	exchange(q, r, lack);
 	for (size_t i = 0; i < lack; i++)
 		nonce_put(r[i].nonce);
 	while (nnonce == 0) {
-		one = fetch("GET", field("new-nonce"));
+		one = fetch("GET", order.new_nonce);
 		accept_reply(&one);
 		if (!one.nonce.n)
 			broken(&one, "has no nonce");
@@ -6794,7 +7007,7 @@ signed_text(const struct post *p)
 	Str input = jws_input(text("{\"alg\":\"%\",%,\"nonce\":\"%\","
 	    "\"url\":%}", str(k->type->alg), p->jwk ?
 	    with(NONE, "jwk", jwk(k)) :
-	    with(NONE, "kid", quote(field("account"))),
+	    with(NONE, "kid", quote(order.account)),
 	    nonce_take(), quote(p->url)), p->payload);
 
 	return keep(mark, jws(input, sign(k, input, false)));
@@ -6938,7 +7151,6 @@ static void
 take_account(const struct reply *r)
 {
 	accept_reply(r);
-	drop("account");
 	put("account", location(r), r->url);
 }
 
@@ -6948,7 +7160,7 @@ need_account(void)
 {
 	struct reply r;
 
-	if (field("account").n)
+	if (order.account.n)
 		return;
 	r = find_account(signer());
 	take_account(&r);
@@ -6958,9 +7170,9 @@ need_account(void)
 static void
 acme_start(void)
 {
-	nonce_put(field("nonce"));
-	drop("nonce");
-	if (!field("new-nonce").n) {
+	nonce_put(order.nonce);
+	order.nonce = NONE;
+	if (!order.new_nonce.n) {
 		Str url = need_endpoint("newNonce");
 
 		put("new-nonce", url, url);
@@ -6972,7 +7184,7 @@ static void
 print_record_and(Str lines)
 {
 	if (nnonce)
-		add_line(S("nonce"), nonce_take());
+		order.nonce = nonce_take();
 	print(cat(NONE, record_text(), lines, S("end\n")));
 }
 
@@ -6992,41 +7204,13 @@ answer_no(void)
 
 /* --------------------------------------------------------- 19. Orders -- */
 
-enum { PENDING = 1, READY = 2, PROCESSING = 4, VALID = 8, INVALID = 16 };
-
-/* A status (RFC 8555 7.1.6) as a bit; 0 for none. */
-static unsigned
-status_bit(Str s)
+/* The identifier in a response (RFC 8555 9.7.7). */
+static struct identifier
+identifier_in(const struct reply *r, Str o)
 {
-	for (unsigned i = 0; i < COUNT(statuses); i++)
-		if (same(s, str(statuses[i])))
-			return 1U << i;
-	return 0;
-}
+	Str type = must(r, o, "type", '"');
 
-static unsigned
-order_status(void)
-{
-	return status_bit(field("status"));
-}
-
-/* Identifiers are the same in any case and spelling. */
-static Str
-canonical(Str type, Str value)
-{
-	Str ip = is_ip(type) ? ip_bytes(value) : NONE;
-
-	return ip.n ? ip_text(ip) : lower(value);
-}
-
-/* Does the record have this identifier? */
-static bool
-has_identifier(Str value)
-{
-	for each_line(l, "identifier")
-		if (same_word(l->value, value))
-			return true;
-	return false;
+	return canonical(type, must(r, o, "value", '"'));
 }
 
 /*
@@ -7036,22 +7220,23 @@ has_identifier(Str value)
 static void
 store_identifiers(const struct reply *r, Str list)
 {
-	bool fill = count_lines("identifier") == 0;
-	Str none, o, type, value;
-	size_t n = 0;
+	bool fill = order.nidentifier == 0, seen[NAMES] = { false };
+	size_t n = 0, at;
+	Str none, o;
 
 	while (json_each(&list, &none, &o)) {
-		type = must(r, o, "type", '"');
-		value = must(r, o, "value", '"');
-		value = text("% %", type, canonical(type, value));
-		if (fill && !has_identifier(value))
-			put("identifier", value, r->url);
-		if (!has_identifier(value))
+		struct identifier id = identifier_in(r, o);
+
+		if (fill && !has_identifier(&id))
+			put("identifier", identifier_text(&id), r->url);
+		if (!has_identifier(&id))
 			broken(r, "is an order for another name: %",
-			    brief(value));
-		n++;
+			    brief(identifier_text(&id)));
+		at = add_identifier(identifiers(), &id);
+		n += !seen[at];
+		seen[at] = true;
 	}
-	if (n < count_lines("identifier"))
+	if (n < identifiers()->n)
 		broken(r, "is an order for fewer names");
 }
 
@@ -7076,21 +7261,21 @@ order_store(const struct reply *r)
 	for (size_t i = 0; i < COUNT(urls); i++)
 		if ((v = want(r, o, urls[i], '"')).n)
 			store_url(r, urls[i], v);
-	if (order_status() & (PENDING | READY) && !field("finalize").n)
+	if (order.status & (PENDING | READY) && !order.finalize.n)
 		broken(r, "lacks the member finalize");
 	if ((list = want(r, o, "identifiers", '[')).n)
 		store_identifiers(r, list);
 	if (!(list = want(r, o, "authorizations", '[')).n)
 		return;
-	drop("authorization");
+	order.nauthorization = 0;
 	while (json_each(&list, &none, &v)) {
 		if (json_kind(v) != '"')
 			broken(r, "has an authorization that is no URL");
+		if (order.nauthorization == NAMES)
+			die(FAULT, "an order has more than % authorizations",
+			    num(NAMES));
 		store_url(r, "authorization", json_text(v));
 	}
-	if (count_lines("authorization") > NAMES)
-		die(FAULT, "an order has more than % authorizations",
-		    num(NAMES));
 }
 
 static void
@@ -7101,135 +7286,166 @@ order_refresh(void)
 	order_store(&r);
 }
 
-/* The authorizations of the order, as their last fetch found them. */
-static struct reply authorization[NAMES];
-static size_t nauthorization;
-
-/* Fetch them, whatever the status of the replies. */
-static size_t
-ask_authorizations(void)
-{
-	static struct post p[NAMES];
-	size_t n = 0;
-
-	for each_line(l, "authorization") {
-		if (n == NAMES)
-			die(FAULT, "an order has more than % authorizations",
-			    num(NAMES));
-		p[n++] = (struct post){ .url = l->value, .made = true };
-	}
-	if (n == 0)
-		need("order");
-	else
-		need("identifier");
-	acme_batch(p, authorization, n);
-	nauthorization = n;
-	return n;
-}
-
-static size_t
-fetch_authorizations(void)
-{
-	size_t n = ask_authorizations();
-
-	for (size_t i = 0; i < n; i++)
-		accept_reply(&authorization[i]);
-	return n;
-}
-
 /*
  * The identifier of an authorization (RFC 8555 7.1.4), with "*." if it is
  * for a wildcard.  It must be one of the order's: who publishes what a CA
  * wants for another name gives a right to that name away.
  */
-static Str
-authorized(const struct reply *r, Str o, Str *type)
+static struct identifier
+authorized(const struct reply *r, Str o)
 {
-	Str id = must(r, o, "identifier", '{');
-	Str value = must(r, id, "value", '"'), wildcard;
-	bool wild = json_kind(json_member(o, "wildcard")) == 't';
+	struct identifier id = identifier_in(r, must(r, o, "identifier", '{'));
+	struct identifier wild = id;
+	bool is_wild = json_kind(json_member(o, "wildcard")) == 't';
 
-	*type = must(r, id, "type", '"');
-	value = canonical(*type, value);
-	wildcard = cat(begins(value, "*.") ? NONE : S("*."), value);
-	if (!is_name(*type, value))
-		broken(r, "is for an impossible name: %", brief(value));
-	if (!wild && has_identifier(text("% %", *type, value)))
-		return value;
+	if (!is_name(id.type, id.value))
+		broken(r, "is for an impossible name: %", brief(id.value));
+	if (!begins(id.value, "*."))
+		wild.value = text("*.%", id.value);
+	if (!is_wild && has_identifier(&id))
+		return id;
 	/* Some CAs leave the member out. */
-	if (!has_identifier(text("% %", *type, wildcard)))
+	if (!has_identifier(&wild))
 		broken(r, "is an authorization for another name than the "
-		    "order's: %", brief(wild ? wildcard : value));
-	return wildcard;
+		    "order's: %", brief(is_wild ? wild.value : id.value));
+	return wild;
 }
 
-/* An authorization without a status is pending, to be of any use. */
-static bool
-is_pending(const struct reply *r, Str o)
-{
-	Str s = want(r, o, "status", '"');
+/* What the CA says of the challenges of all authorizations. */
+static struct challenge offered[CHALLENGES];
+static size_t noffered;
 
-	return !s.n || is(s, "pending");
+static void
+challenge_store(const struct reply *r, Str o, struct authorization *a)
+{
+	Str error = json_member(o, "error");
+
+	if (noffered == CHALLENGES)
+		die(FAULT, "an order has more than % challenges",
+		    num(CHALLENGES));
+	offered[noffered++] = (struct challenge){
+		.type = want(r, o, "type", '"'),
+		.id = a->id,
+		.url = absolute(r->url, text_of(o, "url")),
+		.token = text_of(o, "token"),
+		.status = want(r, o, "status", '"'),
+		.error = json_kind(error) == '{' ? error : NONE,
+		.object = o,
+	};
+	a->nchallenge++;
+}
+
+/* One without a status is pending, to be of any use. */
+static void
+authorization_store(const struct reply *r, struct authorization *a)
+{
+	Str o = json_body(r), list = want(r, o, "challenges", '['), none, c;
+
+	a->id = authorized(r, o);
+	a->status = want(r, o, "status", '"');
+	if (!a->status.n)
+		a->status = S("pending");
+	a->retry_after = r->retry_after;
+	a->challenge = list.n ? offered + noffered : NULL;
+	a->nchallenge = 0;
+	while (json_each(&list, &none, &c))
+		challenge_store(r, c, a);
+}
+
+/*
+ * Fetch the order's authorizations.  One that the CA refuses ends the step;
+ * with `some` it has no status and no challenges.
+ */
+static void
+fetch_authorizations(bool some)
+{
+	static struct post p[NAMES];
+	static struct reply r[NAMES];
+
+	need(order.nauthorization ? "identifier" : "order");
+	for (size_t i = 0; i < order.nauthorization; i++)
+		p[i] = (struct post){ .url = order.authorization[i].url,
+		    .made = true };
+	acme_batch(p, r, order.nauthorization);
+	noffered = 0;
+	for (size_t i = 0; i < order.nauthorization; i++) {
+		struct authorization *a = &order.authorization[i];
+
+		*a = (struct authorization){ .url = a->url };
+		if (some && r[i].status != 200)
+			continue;
+		accept_reply(&r[i]);
+		authorization_store(&r[i], a);
+	}
+}
+
+static bool
+is_pending(const struct authorization *a)
+{
+	return is(a->status, "pending");
 }
 
 /* One that is neither pending nor valid has come to its end (7.1.6). */
 static bool
-is_usable(const struct reply *r)
+is_usable(const struct authorization *a)
 {
-	Str o = json_body(r);
-
-	return is_pending(r, o) || is(want(r, o, "status", '"'), "valid");
+	return is_pending(a) || is(a->status, "valid");
 }
 
 /*
- * What the CA saw fail, name by name; NONE if nothing did.  A challenge
- * that is pending and has an error was tried (some CAs leave it so); one
- * that is processing is being tried again (RFC 8555 8.2).  What failed
+ * Did the CA try a challenge in vain?  One that is pending and has an error
+ * was tried (some CAs leave it so); one that is processing is being tried
+ * again (RFC 8555 8.2).
+ */
+static bool
+is_failed(const struct challenge *c)
+{
+	return is(c->status, "invalid") || (c->error.n &&
+	    !is(c->status, "processing") && !is(c->status, "valid"));
+}
+
+/* Add what failed in an authorization. */
+static void
+add_failures(struct list *all, const struct authorization *a)
+{
+	bool known = is_pending(a);
+
+	for (size_t i = 0; i < a->nchallenge; i++) {
+		const struct challenge *c = &a->challenge[i];
+
+		if (!is_failed(c))
+			continue;
+		list_add(all, "; ", text("%: %", a->id.value, c->error.n ?
+		    problem_text(c->error) : S("its challenge is invalid")));
+		known = true;
+	}
+	if (!known)
+		list_add(all, "; ", text("%: its authorization is %",
+		    a->id.value, brief(a->status)));
+}
+
+/*
+ * What the CA saw fail, name by name; NONE if nothing did.  What failed
  * before another challenge made the authorization valid does not count.
  */
 static Str
-failures(size_t n)
+failures(void)
 {
 	struct list all = list_begin();
-	Str none, c, error, status, type;
+	const struct authorization *a;
 
-	for (size_t i = 0; i < n; i++) {
-		const struct reply *r = &authorization[i];
-		Str o = json_body(r), list = want(r, o, "challenges", '[');
-		bool known = is_pending(r, o);
-
-		if (is(want(r, o, "status", '"'), "valid"))
-			continue;
-		while (json_each(&list, &none, &c)) {
-			error = json_member(c, "error");
-			status = want(r, c, "status", '"');
-			if (!is(status, "invalid") &&
-			    (json_kind(error) != '{' ||
-			    is(status, "processing") ||
-			    is(status, "valid")))
-				continue;
-			list_add(&all, "; ", text("%: %",
-			    authorized(r, o, &type),
-			    json_kind(error) == '{' ? problem_text(error) :
-			    S("its challenge is invalid")));
-			known = true;
-		}
-		if (!known)
-			list_add(&all, "; ", text("%: its authorization is %",
-			    authorized(r, o, &type),
-			    brief(want(r, o, "status", '"'))));
-	}
+	for each(a, authorization)
+		if (!is(a->status, "valid"))
+			add_failures(&all, a);
 	return list_text(&all);
 }
 
 /* Count the errors of challenges that failed, and those that are the CA's. */
 static void
-count_errors(const struct reply *r, size_t *all, size_t *internal)
+count_errors(size_t *all, size_t *internal)
 {
-	Str o = json_body(r), list = list_of(o, "challenges"), none, c;
-
-	while (json_each(&list, &none, &c)) {
-		Str type = text_of(json_member(c, "error"), "type");
+	for (size_t i = 0; i < noffered; i++) {
+		Str type = text_of(offered[i].error, "type");
 
 		*all += type.n > 0;
 		*internal += is(type, ERROR "serverInternal");
@@ -7257,18 +7473,17 @@ files_hint(Str seen)
 
 /*
  * End the step of an order that cannot become valid, with what was seen of
- * the first n authorizations or, if that is nothing, with the order's
- * error.  If the CA itself failed (RFC 8555 6.7, serverInternal), there is
- * nothing for the user to correct.
+ * its authorizations or, if that is nothing, with the order's error.  If
+ * the CA itself failed (RFC 8555 6.7, serverInternal), there is nothing for
+ * the user to correct.
  */
 static void
-validation_failed(const char *what, size_t n, Str error)
+validation_failed(const char *what, Str error)
 {
-	Str seen = failures(n);
+	Str seen = failures();
 	size_t all = 0, internal = 0;
 
-	for (size_t i = 0; i < n; i++)
-		count_errors(&authorization[i], &all, &internal);
+	count_errors(&all, &internal);
 	if (all == 0 && error.n) {
 		all = 1;
 		internal = is(text_of(error, "type"), ERROR "serverInternal");
@@ -7293,8 +7508,23 @@ order_failed(void)
 	struct reply r = acme_post(need("order"), NONE);
 	Str error = want(&r, json_body(&r), "error", '{');
 
-	validation_failed("the order is invalid:", fetch_authorizations(),
-	    error);
+	fetch_authorizations(false);
+	validation_failed("the order is invalid:", error);
+}
+
+/* The types that a pending name can still use, with what failed of them. */
+static Str
+types_needed(const struct authorization *a)
+{
+	struct list types = list_begin();
+
+	for (size_t i = 0; i < a->nchallenge; i++) {
+		const struct challenge *c = &a->challenge[i];
+
+		list_add(&types, " ", c->error.n ? text("% (%)",
+		    brief(c->type), problem_text(c->error)) : brief(c->type));
+	}
+	return list_text(&types);
 }
 
 /*
@@ -7304,27 +7534,15 @@ order_failed(void)
 static void
 order_lacks(long after)
 {
-	size_t n = fetch_authorizations();
-	struct list all = list_begin();
-	Str none, c, type, error;
+	struct list all;
+	const struct authorization *a;
 
-	for (size_t i = 0; i < n; i++) {
-		const struct reply *r = &authorization[i];
-		Str o = json_body(r), list = want(r, o, "challenges", '[');
-		Str name = authorized(r, o, &type);
-		struct list types = list_begin();
-
-		if (!is_pending(r, o))
-			continue;
-		while (json_each(&list, &none, &c)) {
-			error = json_member(c, "error");
-			type = brief(text_of(c, "type"));
-			list_add(&types, " ", json_kind(error) == '{' ?
-			    text("% (%)", type, problem_text(error)) : type);
-		}
-		list_add(&all, "; ", text("% still needs one of %", name,
-		    list_text(&types)));
-	}
+	fetch_authorizations(false);
+	all = list_begin();
+	for each(a, authorization)
+		if (is_pending(a))
+			list_add(&all, "; ", text("% still needs one of %",
+			    a->id.value, types_needed(a)));
 	if (after > 0)
 		afterword = text("; try again after % s",
 		    num((unsigned long)after));
@@ -7335,10 +7553,11 @@ order_lacks(long after)
 static void
 look_for_failures(void)
 {
-	size_t mark = used, n = fetch_authorizations();
+	size_t mark = used;
 
-	if (failures(n).n)
-		validation_failed(NOT_VALIDATED, n, NONE);
+	fetch_authorizations(false);
+	if (failures().n)
+		validation_failed(NOT_VALIDATED, NONE);
 	used = mark;
 }
 
@@ -7368,21 +7587,21 @@ order_await(unsigned set, const char *what, long after)
 	long long pause = 250;
 	struct reply r;
 
-	for (int polls = 1; order_status() & set; polls++) {
+	for (int polls = 1; order.status & set; polls++) {
 		size_t mark = used;
 
 		if (!pause_between(what, after, &pause)) {
-			if (order_status() == PENDING)
+			if (order.status == PENDING)
 				order_lacks(after);
 			die(LATER, "the order is still %; try again after % s",
-			    field("status"), num(after > 0 ?
+			    status_text(&order.status), num(after > 0 ?
 			    (unsigned long)after : 5));
 		}
 		r = acme_post(need("order"), NONE);
 		after = r.retry_after;
 		if (status_bit(want(&r, json_body(&r), "status", '"')) &
-		    order_status()) {
-			if (order_status() == PENDING && polls % 4 == 0)
+		    order.status) {
+			if (order.status == PENDING && polls % 4 == 0)
 				look_for_failures();
 			used = mark;
 			continue;
@@ -7401,17 +7620,17 @@ authorizations_await(const char *what)
 	long long pause = 250;
 
 	for (;;) {
-		size_t mark = used, n = fetch_authorizations(), waiting = 0;
+		const struct authorization *a;
+		size_t mark = used, waiting = 0;
 		long after = -1;
 
-		if (failures(n).n)
-			validation_failed(NOT_VALIDATED, n, NONE);
-		for (size_t i = 0; i < n; i++) {
-			const struct reply *r = &authorization[i];
-
-			waiting += is_pending(r, json_body(r));
-			if (r->retry_after > after)
-				after = r->retry_after;
+		fetch_authorizations(false);
+		if (failures().n)
+			validation_failed(NOT_VALIDATED, NONE);
+		for each(a, authorization) {
+			waiting += is_pending(a);
+			if (a->retry_after > after)
+				after = a->retry_after;
 		}
 		if (waiting == 0)
 			return;
@@ -7432,12 +7651,12 @@ key_authorization(Str token)
 
 /* The SNI name of an identifier: RFC 8738 6 has one for addresses. */
 static Str
-sni_name(Str type, Str name)
+sni_name(const struct identifier *id)
 {
-	Str ip = is_ip(type) ? ip_bytes(name) : NONE, s = NONE;
+	Str ip = is_ip(id->type) ? ip_bytes(id->value) : NONE, s = NONE;
 
 	if (!ip.n)
-		return name;
+		return id->value;
 	for (size_t i = ip.n; i-- > 0; )
 		s = ip.n == 4 ? text("%%.", s, num(ip.p[i])) :
 		    text("%%.%.", s, hex_number(ip.p[i] & 15U),
@@ -7445,34 +7664,40 @@ sni_name(Str type, Str name)
 	return cat(NONE, s, ip.n == 4 ? S("in-addr.arpa") : S("ip6.arpa"));
 }
 
+/* A name without "*.". */
+static Str
+bare(Str name)
+{
+	return from(name, begins(name, "*.") ? 2 : 0);
+}
+
 /*
- * A challenge's name and content, from its object in the reply, whose URL
- * and token have been checked, and the identifier without its "*.".
+ * The types' makers: they fill in the name and the content of a challenge,
+ * whose URL and token have been checked.
  */
 static void
-http_01(const struct reply *r, Str object, Str name, struct challenge *c)
+http_01(const struct authorization *a, struct challenge *c)
 {
-	(void)name;
-	c->name = must(r, object, "token", '"');
-	c->content = key_authorization(c->name);
+	(void)a;
+	c->name = c->token;
+	c->content = key_authorization(c->token);
 }
 
 static void
-dns_01(const struct reply *r, Str object, Str name, struct challenge *c)
+dns_01(const struct authorization *a, struct challenge *c)
 {
-	c->name = text("_acme-challenge.%", name);
-	c->content = b64(sha256(key_authorization(must(r, object, "token",
-	    '"'))));
+	(void)a;
+	c->name = text("_acme-challenge.%", bare(c->id.value));
+	c->content = b64(sha256(key_authorization(c->token)));
 }
 
 /* The label is the account's (draft-ietf-acme-dns-account-label 3.1). */
 static void
-dns_account_01(const struct reply *r, Str object, Str name,
-    struct challenge *c)
+dns_account_01(const struct authorization *a, struct challenge *c)
 {
-	Str h = sha256(field("account"));
+	Str h = sha256(order.account);
 
-	dns_01(r, object, name, c);
+	dns_01(a, c);
 	c->name = text("_%.%", base32((Str){ h.p, 10 }), c->name);
 }
 
@@ -7482,74 +7707,57 @@ dns_account_01(const struct reply *r, Str object, Str name,
  * CA that asks for it, and neither part may end early (RFC 8659 4.2).
  */
 static void
-dns_persist_01(const struct reply *r, Str object, Str name,
-    struct challenge *c)
+dns_persist_01(const struct authorization *a, struct challenge *c)
 {
-	Str list = must(r, object, "issuer-domain-names", '['), none, issuer;
-	Str account = want(r, object, "accounturi", '"');
+	Str list = list_of(c->object, "issuer-domain-names"), none, issuer;
+	Str account = text_of(c->object, "accounturi");
 
-	if (account.n && !same(account, field("account")))
-		broken(r, "has a challenge for another account: %",
+	if (account.n && !same(account, order.account))
+		broken(a, "has a challenge for another account: %",
 		    brief(account));
 	if (!json_each(&list, &none, &issuer) || json_kind(issuer) != '"' ||
 	    !is_name(S("dns"), json_text(issuer)) ||
 	    begins(json_text(issuer), "*."))
-		broken(r, "has a dns-persist-01 challenge without a valid "
+		broken(a, "has a dns-persist-01 challenge without a valid "
 		    "issuer-domain-names");
-	need_own(field("account"));
-	if (contains(field("account"), S(";")))
-		broken(r, "has a dns-persist-01 challenge, but the account's "
-		    "URL cannot be part of a TXT record: %", field("account"));
-	c->name = text("_validation-persist.%", name);
+	need_own(order.account);
+	if (contains(order.account, S(";")))
+		broken(a, "has a dns-persist-01 challenge, but the account's "
+		    "URL cannot be part of a TXT record: %", order.account);
+	c->name = text("_validation-persist.%", bare(c->id.value));
 	c->content = text("%; accounturi=%%", json_text(issuer),
-	    field("account"),
-	    begins(c->id, "*.") ? S("; policy=wildcard") : NONE);
+	    order.account, begins(c->id.value, "*.") ?
+	    S("; policy=wildcard") : NONE);
 }
 
 static void
-tls_alpn_01(const struct reply *r, Str object, Str name, struct challenge *c)
+tls_alpn_01(const struct authorization *a, struct challenge *c)
 {
-	c->name = sni_name(c->id_type, name);
-	c->content = hex(sha256(key_authorization(must(r, object, "token",
-	    '"'))));
+	(void)a;
+	c->name = sni_name(&c->id);
+	c->content = hex(sha256(key_authorization(c->token)));
 }
 
-static const struct challenge_type {
-	const char *type;
-	void (*make)(const struct reply *, Str, Str, struct challenge *);
-	bool token;		/* it has one (RFC 8555 8) */
-} challenge_types[] = {
-	{ "http-01", http_01, true },			/* RFC 8555 8.3 */
-	{ "dns-01", dns_01, true },			/* RFC 8555 8.4 */
-	{ "tls-alpn-01", tls_alpn_01, true },		/* RFC 8737 3 */
-	{ "dns-account-01", dns_account_01, true },
-	{ "dns-persist-01", dns_persist_01, false },
-};
-
-/* Add the line of one challenge; a type that is not known is skipped. */
+/*
+ * Add an offered challenge to the order, ready to be published.  A type
+ * that is not known is skipped.
+ */
 static void
-add_challenge(const struct reply *r, Str o, Str id_type, Str id)
+add_challenge(const struct authorization *a, const struct challenge *offer)
 {
-	struct challenge c = { .id_type = id_type, .id = id };
-	Str base = from(id, begins(id, "*.") ? 2 : 0), token;
-	const struct challenge_type *t = challenge_types;
+	const struct challenge_type *t = find_challenge_type(offer->type);
+	struct challenge c = *offer;
 
-	c.type = text_of(o, "type");
-	while (t < challenge_types + COUNT(challenge_types) &&
-	    !same(c.type, str(t->type)))
-		t++;
-	if (t == challenge_types + COUNT(challenge_types))
+	if (!t)
 		return;
-	c.url = absolute(r->url, must(r, o, "url", '"'));
-	if (t->token) {
-		token = must(r, o, "token", '"');
-		if (!is_b64(token) || token.n > TOKEN)
-			broken(r, "has a token that is none: %", brief(token));
-	}
+	if (!c.url.n)
+		broken(a, "lacks the member %", S("url"));
+	if (t->has_token && (!is_b64(c.token) || c.token.n > TOKEN))
+		broken(a, "has a token that is none: %", brief(c.token));
 	need_own(c.url);
-	t->make(r, o, base, &c);
-	put("challenge", text("% % % % % %", c.type, c.id_type, c.id, c.url,
-	    c.name, c.content), r->url);
+	t->make(a, &c);
+	put("challenge", challenge_text(&c), a->url);
+	order.challenge[order.nchallenge - 1].token = c.token;
 }
 
 static void
@@ -7562,15 +7770,30 @@ not_offered(const char *type, Str id, Str others)
 
 /* The types of an authorization's challenges that have not failed. */
 static Str
-offered_types(const struct reply *r)
+offered_types(const struct authorization *a)
 {
-	Str list = must(r, json_body(r), "challenges", '['), none, c;
 	struct list all = list_begin();
 
-	while (json_each(&list, &none, &c))
-		if (!is(text_of(c, "status"), "invalid"))
-			list_add(&all, " ", brief(text_of(c, "type")));
+	for (size_t i = 0; i < a->nchallenge; i++)
+		if (!is(a->challenge[i].status, "invalid"))
+			list_add(&all, " ", brief(a->challenge[i].type));
 	return list_text(&all);
+}
+
+/* Add those of an authorization that can be answered, of a type or all. */
+static void
+add_pending(const struct authorization *a, const char *type)
+{
+	if (!a->challenge)
+		broken(a, "lacks the member %", S("challenges"));
+	for (size_t i = 0; i < a->nchallenge; i++) {
+		const struct challenge *c = &a->challenge[i];
+
+		if (!c->type.n)
+			broken(a, "lacks the member %", S("type"));
+		if (!is(c->status, "invalid") && (!type || is(c->type, type)))
+			add_challenge(a, c);
+	}
 }
 
 /*
@@ -7581,34 +7804,35 @@ offered_types(const struct reply *r)
 static void
 add_challenges(const char *type)
 {
-	size_t n = nauthorization;
-	bool failed = failures(n).n > 0;
-	Str none, c, id_type;
+	bool failed = failures().n > 0;
+	const struct authorization *a;
 
-	for (size_t i = 0; i < n; i++) {
-		const struct reply *r = &authorization[i];
-		Str o = json_body(r), list;
-		Str name = authorized(r, o, &id_type);
-		size_t before = nrecord;
+	for each(a, authorization) {
+		size_t before = order.nchallenge;
 
-		if (!is_usable(r))
-			validation_failed(NOT_VALIDATED, n, NONE);
-		if (!is_pending(r, o))
+		if (!is_usable(a))
+			validation_failed(NOT_VALIDATED, NONE);
+		if (!is_pending(a))
 			continue;
-		list = must(r, o, "challenges", '[');
-		while (json_each(&list, &none, &c)) {
-			Str t = must(r, c, "type", '"');
-
-			if (is(text_of(c, "status"), "invalid"))
-				continue;
-			if (!type || same(t, str(type)))
-				add_challenge(r, c, id_type, name);
-		}
-		if (failed && nrecord == before)
-			validation_failed(NOT_VALIDATED, n, NONE);
-		if (type && nrecord == before)
-			not_offered(type, name, offered_types(r));
+		add_pending(a, type);
+		if (failed && order.nchallenge == before)
+			validation_failed(NOT_VALIDATED, NONE);
+		if (type && order.nchallenge == before)
+			not_offered(type, a->id.value, offered_types(a));
 	}
+}
+
+/* The types of the record's challenges for an identifier. */
+static Str
+types_for(const struct identifier *id)
+{
+	struct list all = list_begin();
+	const struct challenge *c;
+
+	for each(c, challenge)
+		if (same_identifier(&c->id, id))
+			list_add(&all, " ", c->type);
+	return list_text(&all);
 }
 
 /*
@@ -7618,59 +7842,53 @@ add_challenges(const char *type)
 static void
 choose_challenges(const char *type)
 {
-	struct record_line *last = record + nrecord;
+	static struct identifiers names;
+	size_t all[NAMES] = { 0 }, fit[NAMES] = { 0 }, kept = 0, at;
+	const struct challenge *c;
 
-	for each_line(l, "challenge") {
-		struct challenge c = challenge_read(l->value), d;
-		struct list others = list_begin();
-		size_t same_id = 0, fit = 0;
-
-		for (struct record_line *k = record; k < last; k++) {
-			if (!is(k->word, "challenge"))
-				continue;
-			d = challenge_read(k->value);
-			if (!same(c.id, d.id))
-				continue;
-			same_id++;
-			fit += type && same(d.type, str(type));
-			list_add(&others, " ", d.type);
-		}
-		if (!type && same_id > 1)
-			die(USAGE, "% has several challenges; choose one "
-			    "with -t: %", c.id, list_text(&others));
-		if (type && fit == 0)
-			not_offered(type, c.id, list_text(&others));
+	for each(c, challenge) {
+		at = add_identifier(&names, &c->id);
+		all[at]++;
+		fit[at] += type && is(c->type, type);
 	}
-	for each_line(l, "challenge")
-		if (type && !same(challenge_read(l->value).type, str(type)))
-			l->word = NONE;
-	drop("");
-	if (count_lines("challenge") > NAMES)
+	for (at = 0; at < names.n; at++) {
+		const struct identifier *id = &names.id[at];
+
+		if (!type && all[at] > 1)
+			die(USAGE, "% has several challenges; choose one "
+			    "with -t: %", id->value, types_for(id));
+		if (type && fit[at] == 0)
+			not_offered(type, id->value, types_for(id));
+	}
+	for each(c, challenge)
+		if (!type || is(c->type, type))
+			order.challenge[kept++] = *c;
+	order.nchallenge = kept;
+	if (kept > NAMES)
 		die(FAULT, "more than % challenges", num(NAMES));
 }
 
 /*
  * Add those that the CA has validated, of a type or any, one for each
- * authorization.  What dns-persist-01 publishes is there to stay.
+ * authorization, but for what is there to stay.
  */
 static void
 add_validated(const char *type)
 {
-	Str none, c, id_type;
+	const struct authorization *a;
 
-	for (size_t i = 0; i < nauthorization; i++) {
-		const struct reply *r = &authorization[i];
-		Str o = json_body(r), list = want(r, o, "challenges", '[');
-		Str name = authorized(r, o, &id_type);
+	for each(a, authorization)
+		for (size_t i = 0; i < a->nchallenge; i++) {
+			const struct challenge *c = &a->challenge[i];
+			const struct challenge_type *t =
+			    find_challenge_type(c->type);
 
-		while (json_each(&list, &none, &c))
-			if (is(text_of(c, "status"), "valid") &&
-			    !is(text_of(c, "type"), "dns-persist-01") &&
-			    (!type || is(text_of(c, "type"), type))) {
-				add_challenge(r, c, id_type, name);
+			if (is(c->status, "valid") && t && !t->stays &&
+			    (!type || is(c->type, type))) {
+				add_challenge(a, c);
 				break;
 			}
-	}
+		}
 }
 
 enum { ENTROPY = 22 };	/* characters of a token of 128 bits, RFC 8555 8 */
@@ -7753,15 +7971,13 @@ static void
 publish_files(const char *dir_name)
 {
 	int dir = open_directory(dir_name);
+	const struct challenge *c;
 
 	if (dir < 0)
 		die(NO_PLACE, "cannot open the directory %: %", str(dir_name),
 		    why());
-	for each_line(l, "challenge") {
-		struct challenge c = challenge_read(l->value);
-
-		publish_file(dir, dir_name, &c);
-	}
+	for each(c, challenge)
+		publish_file(dir, dir_name, c);
 }
 
 /* Remove what a run that was killed has left of a challenge, if anything. */
@@ -7780,23 +7996,18 @@ static void
 remove_leftovers(const char *dir_name)
 {
 	int dir = open_directory(dir_name);
-	Str o, list, none, c, token, status;
+	const struct authorization *a;
 
-	for (size_t i = 0; dir >= 0 && i < nauthorization; i++) {
-		const struct reply *r = &authorization[i];
+	for each(a, authorization) {
+		if (dir < 0 || !a->status.n || is_pending(a))
+			continue;
+		for (size_t i = 0; i < a->nchallenge; i++) {
+			const struct challenge *c = &a->challenge[i];
 
-		if (r->status != 200 || !json_read(r->body, &o))
-			continue;
-		status = text_of(o, "status");
-		if (!status.n || is(status, "pending"))
-			continue;
-		list = list_of(o, "challenges");
-		while (json_each(&list, &none, &c)) {
-			token = text_of(c, "token");
-			if (is(text_of(c, "type"), "http-01") &&
-			    is_b64(token) && token.n <= TOKEN)
-				remove_leftover(dir, token,
-				    key_authorization(token));
+			if (publishes(c, FILE_TOKEN) && is_b64(c->token) &&
+			    c->token.n <= TOKEN)
+				remove_leftover(dir, c->token,
+				    key_authorization(c->token));
 		}
 	}
 	close(dir);
@@ -7839,19 +8050,17 @@ static void
 clean_up_files(const char *dir_name)
 {
 	int dir = open_directory(dir_name);
+	const struct challenge *c;
 
-	for each_line(l, "challenge") {
-		struct challenge c = challenge_read(l->value);
-
-		if (dir >= 0 && is(c.type, "http-01"))
-			remove_leftover(dir, c.name, c.content);
-	}
+	for each(c, challenge)
+		if (dir >= 0 && publishes(c, FILE_TOKEN))
+			remove_leftover(dir, c->name, c->content);
 	close(dir);
-	if (count_lines("challenge") || !has_leftover(dir_name))
+	if (order.nchallenge || !has_leftover(dir_name))
 		return;
-	if (!count_lines("authorization"))
+	if (!order.nauthorization)
 		order_refresh();
-	ask_authorizations();
+	fetch_authorizations(true);
 	remove_leftovers(dir_name);
 }
 
@@ -7865,13 +8074,14 @@ tell_ca(void)
 {
 	static struct post p[NAMES];
 	static struct reply r[NAMES];
+	const struct challenge *c;
 	struct post look;
 	struct reply now;
 	size_t n = 0;
 
-	for each_line(l, "challenge")
-		p[n++] = (struct post){ .url = challenge_read(l->value).url,
-		    .payload = S("{}"), .made = true };
+	for each(c, challenge)
+		p[n++] = (struct post){ .url = c->url, .payload = S("{}"),
+		    .made = true };
 	acme_batch(p, r, n);
 	for (size_t i = 0; i < n; i++) {
 		if (has_type(&r[i], "conflict"))
@@ -7964,12 +8174,11 @@ client_read(struct client *c)
 static Str
 content_of(Str name)
 {
-	for each_line(l, "challenge") {
-		struct challenge c = challenge_read(l->value);
+	const struct challenge *c;
 
-		if (same(c.name, name))
-			return c.content;
-	}
+	for each(c, challenge)
+		if (same(c->name, name))
+			return c->content;
 	return NONE;
 }
 
@@ -8021,8 +8230,7 @@ validation_certificate(const struct challenge *c)
 	    name,
 	    public_key(k),
 	    der(EXTS, seq(
-	        seq(SUBJECT_ALT, der(OCTETS, seq(general_name(c->id_type,
-	            c->id)))),
+	        seq(SUBJECT_ALT, der(OCTETS, seq(general_name(&c->id)))),
 	        seq(ACME_IDENTIFIER, TRUE,
 	            der(OCTETS, der(OCTETS, unhex(c->content)))))));
 
@@ -8033,12 +8241,12 @@ static void
 make_validations(void)
 {
 	br_x509_certificate *v = validation;
+	const struct challenge *c;
 
 	key_make(&certificate_key, &key_types[0]);
-	for each_line(l, "challenge") {
-		struct challenge c = challenge_read(l->value);
+	for each(c, challenge) {
 		size_t mark = used;
-		Str s = keep(mark, validation_certificate(&c));
+		Str s = keep(mark, validation_certificate(c));
 
 		v->data = (unsigned char *)s.p;
 		v++->data_len = s.n;
@@ -8049,13 +8257,11 @@ make_validations(void)
 static const br_x509_certificate *
 find_validation(Str sni)
 {
-	const br_x509_certificate *v = validation;
+	const struct challenge *c;
 
-	for each_line(l, "challenge") {
-		if (same_word(challenge_read(l->value).name, sni))
-			return v;
-		v++;
-	}
+	for each(c, challenge)
+		if (same_word(c->name, sni))
+			return &validation[c - order.challenge];
 	return NULL;
 }
 
@@ -8260,17 +8466,17 @@ dns_soa(size_t at)
 static bool
 dns_answers(const struct question *q, Str *answers, size_t *zone, size_t *n)
 {
+	const struct challenge *c;
 	size_t mark = used;
 	bool ours = false;
 
 	*answers = NONE;
 	*n = 0;
-	for each_line(l, "challenge") {
-		struct challenge c = challenge_read(l->value);
-		size_t above = q->name.n - c.name.n;
+	for each(c, challenge) {
+		size_t above = q->name.n - c->name.n;
 
-		if (c.name.n > q->name.n ||
-		    !same_word(from(q->name, above), c.name) ||
+		if (c->name.n > q->name.n ||
+		    !same_word(from(q->name, above), c->name) ||
 		    (above && q->name.p[above - 1] != '.'))
 			continue;
 		ours = true;
@@ -8278,7 +8484,7 @@ dns_answers(const struct question *q, Str *answers, size_t *zone, size_t *n)
 		if (above || q->type != TXT)
 			continue;
 		*answers = keep(mark, cat(NONE, *answers, dns_record(0, TXT,
-		    dns_text(c.content))));
+		    dns_text(c->content))));
 		++*n;
 	}
 	return ours;
@@ -8388,27 +8594,38 @@ dns_serve(struct client *c)
 }
 
 /* Who answers challenges of a type. */
-static const struct responder {
-	const char *type;
-	void (*begin)(struct client *);
+struct responder {
+	void (*begin)(struct client *);		/* NULL: nothing to do */
 	void (*serve)(struct client *);
-	void (*datagram)(int);
-} responders[] = {
-	{ "http-01", NULL, http_serve, NULL },
-	{ "tls-alpn-01", tls_begin, tls_serve, NULL },
-	{ "dns-01", NULL, dns_serve, dns_datagram },
-	{ "dns-account-01", NULL, dns_serve, dns_datagram },
-	{ "dns-persist-01", NULL, dns_serve, dns_datagram },
+	void (*datagram)(int);			/* NULL: TCP alone */
+};
+
+static const struct responder http_responder = { NULL, http_serve, NULL };
+static const struct responder tls_responder = { tls_begin, tls_serve, NULL };
+static const struct responder dns_responder =
+    { NULL, dns_serve, dns_datagram };
+
+static const struct challenge_type challenge_types[] = {
+	{ "http-01", http_01, FILE_TOKEN, true, false,
+	    &http_responder },				/* RFC 8555 8.3 */
+	{ "dns-01", dns_01, TXT_RECORD, true, false,
+	    &dns_responder },				/* RFC 8555 8.4 */
+	{ "tls-alpn-01", tls_alpn_01, CERT_DIGEST, true, false,
+	    &tls_responder },				/* RFC 8737 3 */
+	{ "dns-account-01", dns_account_01, TXT_RECORD, true, false,
+	    &dns_responder },
+	{ "dns-persist-01", dns_persist_01, TXT_RECORD, false, true,
+	    &dns_responder },
 };
 
 static const struct responder *
-find_responder(const char *type)
+find_responder(Str type)
 {
-	for (size_t i = 0; i < COUNT(responders); i++)
-		if (strcmp(type, responders[i].type) == 0)
-			return &responders[i];
-	usage("-l cannot answer challenges of the type %", str(type));
-	return NULL;
+	const struct challenge_type *t = find_challenge_type(type);
+
+	if (!t || !t->responder)
+		usage("-l cannot answer challenges of the type %", type);
+	return t->responder;
 }
 
 /*
@@ -8566,15 +8783,17 @@ on_child(int sig)
 static void
 forget_step(void)
 {
-	Str all = NONE;
+	struct list lines = text_begin();
+	const struct challenge *c;
+	Str all;
 
-	for each_line(l, "challenge")
-		all = cat(all, l->value, S("\n"));
-	all = keep(0, all);
+	for each(c, challenge)
+		list_add(&lines, "\n", challenge_text(c));
+	all = keep(0, list_text(&lines));
 	wipe(heap + used, peak - used);
-	nrecord = 0;
+	wipe(&order, sizeof order);
 	while (all.n)
-		add_line(S("challenge"), cut(&all, '\n'));
+		set_value(keyword(S("challenge")), cut(&all, '\n'));
 	for (char **e = environ; *e; e++)
 		wipe(*e, strlen(*e));
 	*environ = NULL;
@@ -8823,40 +9042,33 @@ set_words(const char **call, const Str *v, size_t nv)
 	call[nv] = NULL;
 }
 
-/* An identifier without "*.": hooks know it by the name alone. */
-static Str
-bare(Str id)
-{
-	return from(id, begins(id, "*.") ? 2 : 0);
-}
-
 /* The digest of tls-alpn-01 has colons there, as openssl dgst -c does it. */
 static void
 dehydrated_hook(struct hook *h, const struct challenge *c, Str token)
 {
 	Str value = c->content, rest = value;
 
-	if (same(c->type, S("tls-alpn-01")))
+	if (publishes(c, CERT_DIGEST))
 		for (value = NONE; rest.n; rest = from(rest, 2))
 			value = text("%%%", value, value.n ? S(":") : NONE,
 			    (Str){ rest.p, 2 });
 	words(h->call[0], str(hook_program), S("deploy_challenge"),
-	    bare(c->id), token, value);
+	    bare(c->id.value), token, value);
 	words(h->call[1], str(hook_program), S("clean_challenge"),
-	    bare(c->id), token, value);
+	    bare(c->id.value), token, value);
 }
 
 /* What is a digest there is in base64url, for tls-alpn-01 too. */
 static void
 uacme_hook(struct hook *h, const struct challenge *c, Str token)
 {
-	Str auth = is(c->type, "tls-alpn-01") ? b64(unhex(c->content)) :
+	Str auth = publishes(c, CERT_DIGEST) ? b64(unhex(c->content)) :
 	    c->content;
 
-	words(h->call[0], str(hook_program), S("begin"), c->type, bare(c->id),
+	words(h->call[0], str(hook_program), S("begin"), c->type, bare(c->id.value),
 	    token, auth);
 	words(h->call[1], str(hook_program), S("failed"), c->type,
-	    bare(c->id), token, auth);
+	    bare(c->id.value), token, auth);
 }
 
 static void
@@ -8865,7 +9077,7 @@ lego_hook(struct hook *h, const struct challenge *c, Str token)
 	Str name = text("%.", c->name);
 
 	(void)token;
-	if (!begins(c->type, "dns-"))
+	if (!publishes(c, TXT_RECORD))
 		usage("hooks of lego's are for DNS, not for %", c->type);
 	words(h->call[0], str(hook_program), S("present"), name, c->content);
 	words(h->call[1], str(hook_program), S("cleanup"), name, c->content);
@@ -8875,13 +9087,12 @@ lego_hook(struct hook *h, const struct challenge *c, Str token)
 static Str
 all_names(void)
 {
-	Str all = NONE;
-	size_t mark = used;
+	struct list all = text_begin();
+	const struct challenge *c;
 
-	for each_line(l, "challenge")
-		all = keep(mark, text("%%%", all, all.n ? S(",") : NONE,
-		    bare(challenge_read(l->value).id)));
-	return all;
+	for each(c, challenge)
+		list_add(&all, ",", bare(c->id.value));
+	return list_text(&all);
 }
 
 static void
@@ -8892,15 +9103,15 @@ certbot_hook(struct hook *h, const struct challenge *c, Str token)
 	(void)token;
 	words(h->call[0], str(hook_program));
 	words(h->call[1], str(hook_cleanup));
-	hook_var(h, "CERTBOT_DOMAIN", bare(c->id));
-	hook_var(h, "CERTBOT_IDENTIFIER", bare(c->id));
+	hook_var(h, "CERTBOT_DOMAIN", bare(c->id.value));
+	hook_var(h, "CERTBOT_IDENTIFIER", bare(c->id.value));
 	hook_var(h, "CERTBOT_VALIDATION", c->content);
 	if (!all)
 		all = c_str(text("CERTBOT_ALL_DOMAINS=%", all_names()));
 	h->vars[h->nvars++] = all;
 	hook_var(h, "CERTBOT_REMAINING_CHALLENGES",
-	    num(count_lines("challenge") - 1 - (size_t)(h - hooks)));
-	if (is(c->type, "http-01"))
+	    num(order.nchallenge - 1 - (size_t)(h - hooks)));
+	if (publishes(c, FILE_TOKEN))
 		hook_var(h, "CERTBOT_TOKEN", c->name);
 }
 
@@ -9121,7 +9332,7 @@ hook_make(struct hook *h, const struct challenge *c, Str token)
 {
 	*h = (struct hook){ .nvars = 0 };
 	hook_var(h, "ACME_TYPE", c->type);
-	hook_var(h, "ACME_IDENTIFIER", c->id);
+	hook_var(h, "ACME_IDENTIFIER", c->id.value);
 	hook_var(h, "ACME_NAME", c->name);
 	hook_var(h, "ACME_CONTENT", c->content);
 	hook_style->make(h, c, token);
@@ -9168,31 +9379,8 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 	    WEXITSTATUS(status) < 126)
 		return false;
 	die(NO_PLACE, "the hook % % for %", str(hook_program), ending(status),
-	    c->id);
+	    c->id.value);
 	return false;
-}
-
-/* The token of a challenge in the authorizations that have been fetched. */
-static Str
-known_token(Str url)
-{
-	Str none, c;
-
-	for (size_t i = 0; i < nauthorization; i++) {
-		const struct reply *r = &authorization[i];
-		Str list = list_of(json_body(r), "challenges");
-
-		while (json_each(&list, &none, &c)) {
-			size_t mark = used;
-			bool found = same(absolute(r->url,
-			    text_of(c, "url")), url);
-
-			used = mark;
-			if (found)
-				return text_of(c, "token");
-		}
-	}
-	return NONE;
 }
 
 /*
@@ -9205,26 +9393,15 @@ fetch_token(const struct challenge *c)
 	struct reply r;
 	Str token;
 
-	if (is(c->type, "http-01") || !hook_style->token)
+	if (publishes(c, FILE_TOKEN) || !hook_style->token)
 		return c->name;
-	token = known_token(c->url);
-	if (is_b64(token))
-		return token;
+	if (is_b64(c->token))
+		return c->token;
 	r = acme_post(c->url, NONE);
 	token = want(&r, json_body(&r), "token", '"');
 	if (token.n && !is_b64(token))
 		broken(&r, "has a token that is none: %", brief(token));
 	return token;
-}
-
-/* Does the record still have a challenge for it, before the line end? */
-static bool
-is_answered(Str id, const struct record_line *end)
-{
-	for each_line(l, "challenge")
-		if (l < end && same(challenge_read(l->value).id, id))
-			return true;
-	return false;
 }
 
 /*
@@ -9234,26 +9411,24 @@ is_answered(Str id, const struct record_line *end)
 static void
 publish_by_hooks(void)
 {
-	struct hook *h = hooks;
+	static struct identifiers names;
+	bool done[NAMES] = { false };
+	const struct challenge *c;
+	size_t kept = 0, at;
 
-	for each_line(l, "challenge") {
-		struct challenge c = challenge_read(l->value);
-
-		if (h == hooks + NAMES)
-			die(FAULT, "more than % challenges", num(NAMES));
-		if (!is_answered(c.id, l) &&
-		    hook_publish(h, &c, fetch_token(&c)))
-			h++;
-		else
-			l->word = NONE;
+	for each(c, challenge) {
+		at = add_identifier(&names, &c->id);
+		if (done[at])
+			continue;
+		done[at] = hook_publish(&hooks[kept], c, fetch_token(c));
+		if (done[at])
+			order.challenge[kept++] = *c;
 	}
-	for (struct record_line *l = record; l < record + nrecord; l++)
-		if (!l->word.n && !is_answered(challenge_read(l->value).id,
-		    record + nrecord))
+	for (at = 0; at < names.n; at++)
+		if (!done[at])
 			die(REFUSED, "the hook % declines all challenges for "
-			    "%", str(hook_program),
-			    challenge_read(l->value).id);
-	drop("");
+			    "%", str(hook_program), names.id[at].value);
+	order.nchallenge = kept;
 }
 
 /*
@@ -9265,24 +9440,21 @@ static void
 clean_up_by_hooks(const char *type)
 {
 	size_t before = ndoomed;
+	const struct challenge *c;
 	struct hook *h = hooks;
 
 	add_validated(type);
-	for each_line(l, "challenge") {
-		struct challenge c = challenge_read(l->value);
-
-		if (h == hooks + NAMES)
-			die(FAULT, "more than % challenges", num(NAMES));
-		if (hook_style->make == lego_hook && !begins(c.type, "dns-"))
+	for each(c, challenge) {
+		if (hook_style->make == lego_hook && !publishes(c, TXT_RECORD))
 			continue;
-		hook_make(h, &c, fetch_token(&c));
+		hook_make(h, c, fetch_token(c));
 		if (hook_style->speaks)
 			hook_var(h, "CERTBOT_AUTH_OUTPUT", NONE);
 		doom(hook_take_down, 0, h++);
 	}
 	validated = true;
 	undo(before);
-	drop("challenge");
+	order.nchallenge = 0;
 }
 
 /* --------------------------------------------------- 23. Finalization -- */
@@ -9296,20 +9468,16 @@ not_of_account(const char *file, Str key)
 		    "another (RFC 8555 11.1)", file_name(file));
 }
 
-/* The record's names as GeneralNames. */
+/* The order's names as GeneralNames. */
 static Str
 record_names(void)
 {
-	Str names = NONE;
-	size_t mark = used;
+	struct list names = text_begin();
+	const struct identifier *id;
 
-	for each_line(l, "identifier") {
-		Str value = l->value, type = cut(&value, ' ');
-
-		names = keep(mark, cat(NONE, names, general_name(type,
-		    value)));
-	}
-	return names;
+	for each(id, identifier)
+		list_add(&names, "", general_name(id));
+	return list_text(&names);
 }
 
 /* The key for our own request; its public half. */
@@ -9393,21 +9561,21 @@ read_chain(const struct reply *r)
 static Str
 names_differ(const struct cert *c)
 {
-	Str list = c->alt_names, name;
+	struct identifiers *asked = identifiers();
+	bool seen[NAMES] = { false };
+	struct identifier name;
+	Str list = c->alt_names, extra = NONE;
 
-	for each_line(l, "identifier") {
-		Str value = l->value, type = cut(&value, ' ');
-
-		if (!cert_names(c, type, value))
-			return text("lacks %", brief(value));
-	}
 	while (cert_name(&list, &name))
-		if (!has_identifier(name)) {
-			cut(&name, ' ');
-			return text("has %, which is not asked for",
-			    brief(name));
-		}
-	return NONE;
+		if (has_identifier(&name))
+			seen[add_identifier(asked, &name)] = true;
+		else if (!extra.n)
+			extra = text("has %, which is not asked for",
+			    brief(name.value));
+	for (size_t i = 0; i < asked->n; i++)
+		if (!seen[i])
+			return text("lacks %", brief(asked->id[i].value));
+	return extra;
 }
 
 /* The common name of a chain's topmost issuer. */
@@ -9453,10 +9621,10 @@ print_certificate(const char *issuer, Str key, int status)
 	Str text = NONE, fault;
 	size_t n;
 
-	if (!field("certificate").n)
+	if (!order.certificate.n)
 		die(BROKEN, "the order is % and has no certificate: %",
-		    field("status"), need("order"));
-	r = acme_post(field("certificate"), NONE);
+		    status_text(&order.status), need("order"));
+	r = acme_post(order.certificate, NONE);
 	n = issuer ? choose_chain(&r, issuer) : read_chain(&r);
 	if (key.n && !same(issued[0].public_key, key))
 		die(status, "the certificate % is for another key", r.url);
@@ -9485,13 +9653,13 @@ send_request(Str csr)
 	if (!has_type(&r, "orderNotReady")) {
 		accept_reply(&r);
 		order_store(&r);
-		if (order_status() == PROCESSING)
+		if (order.status == PROCESSING)
 			order_await(PROCESSING, "waiting for the certificate",
 			    r.retry_after);
 		return true;
 	}
 	order_refresh();
-	if (order_status() == READY &&
+	if (order.status == READY &&
 	    !pause_for("waiting for the order to settle", 1000))
 		accept_reply(&r);
 	return false;
@@ -9544,26 +9712,26 @@ name_hint(Str s)
 	return "";
 }
 
-/* Names from the command line become identifier lines, each once. */
+/* Names from the command line become identifiers, each once. */
 static void
 take_names(char **arg)
 {
 	for (; *arg; arg++) {
 		Str name = str(*arg), ip = ip_bytes(name);
-		Str type = ip.n ? S("ip") : S("dns");
+		struct identifier id;
 
 		/* The root's dot belongs to DNS, not to a certificate. */
 		if (!ip.n && name.n > 1 && name.p[name.n - 1] == '.')
 			name.n--;
-		if (!is_name(type, name))
+		id = canonical(ip.n ? S("ip") : S("dns"), name);
+		if (!is_name(id.type, name))
 			usage("'%' is neither a DNS name nor an IP address%",
 			    brief(name), str(name_hint(name)));
-		name = text("% %", type, canonical(type, name));
-		if (has_identifier(name))
+		if (has_identifier(&id))
 			continue;
-		if (count_lines("identifier") == NAMES)
+		if (order.nidentifier == NAMES)
 			die(FAULT, "more than % names", num(NAMES));
-		add_line(S("identifier"), name);
+		set_value(keyword(S("identifier")), identifier_text(&id));
 	}
 }
 
@@ -9745,26 +9913,26 @@ do_directory(char **arg)
 	Str meta, list, key, v;
 
 	(void)arg;
-	for (size_t i = 0; i < COUNT(urls); i++)
-		if ((v = endpoint(urls[i].member)).n)
-			add_line(str(urls[i].word), v);
 	meta = json_member(directory(), "meta");
-	if (is_word(v = text_of(meta, "termsOfService")))
-		add_line(S("terms-of-service"), v);
-	if (is_word(v = text_of(meta, "website")))
-		add_line(S("website"), v);
-	list = list_of(meta, "caaIdentities");
-	while (json_each(&list, &key, &v))
-		if (is_word(plain(v)))
-			add_line(S("caa-identity"), plain(v));
-	v = json_member(meta, "externalAccountRequired");
-	add_line(S("external-account-required"),
-	    json_kind(v) == 't' ? S("yes") : S("no"));
 	list = json_member(meta, "profiles");
 	while (json_each(&list, &key, &v))
 		if (key.n && is_word(json_text(key)))
-			add_line(S("profile"), text("% %", json_text(key),
+			add_other(text("profile % %", json_text(key),
 			    is_line(plain(v)) ? plain(v) : NONE));
+	for (size_t i = 0; i < COUNT(urls); i++)
+		if ((v = endpoint(urls[i].member)).n)
+			add_other(text("% %", str(urls[i].word), v));
+	if (is_word(v = text_of(meta, "termsOfService")))
+		add_other(text("terms-of-service %", v));
+	if (is_word(v = text_of(meta, "website")))
+		add_other(text("website %", v));
+	list = list_of(meta, "caaIdentities");
+	while (json_each(&list, &key, &v))
+		if (is_word(plain(v)))
+			add_other(text("caa-identity %", plain(v)));
+	v = json_member(meta, "externalAccountRequired");
+	add_other(json_kind(v) == 't' ? S("external-account-required yes") :
+	    S("external-account-required no"));
 	print_record();
 }
 
@@ -9977,7 +10145,7 @@ do_account(char **arg)
 	    NONE);
 	if (change.n) {
 		refuse_redirected();
-		r = acme_post(field("account"), braces(change));
+		r = acme_post(order.account, braces(change));
 	}
 	account_store(&r);
 	if (!opt['D'])
@@ -9997,8 +10165,8 @@ key_changed(void)
 
 	if (r.status == 429 || r.status >= 500)
 		accept_reply(&r);
-	if (r.status >= 300 || (field("account").n &&
-	    !same(location(&r), field("account"))))
+	if (r.status >= 300 || (order.account.n &&
+	    !same(location(&r), order.account)))
 		return false;
 	take_account(&r);
 	return true;
@@ -10013,7 +10181,7 @@ change_text(Str url)
 	    text("{\"alg\":\"%\",\"jwk\":%,\"url\":%}",
 	        str(k->type->alg), jwk(k), quote(url)),
 	    text("{\"account\":%,\"oldKey\":%}",
-	        quote(field("account")), jwk(signer())));
+	        quote(order.account), jwk(signer())));
 
 	return jws(input, sign(k, input, false));
 }
@@ -10043,12 +10211,12 @@ do_key_change(char **arg)
 	(void)arg;
 	refuse_redirected();
 	afterword = S("; run it again to learn which key is the account's");
-	if (!field("account").n) {
+	if (!order.account.n) {
 		r = find_account(signer());
 		if (r.status < 300)
 			take_account(&r);
 	}
-	if (field("account").n) {
+	if (order.account.n) {
 		p.payload = change_text(p.url);
 		acme_batch(&p, &r, 1);
 	}
@@ -10066,25 +10234,22 @@ do_key_change(char **arg)
 
 /* RFC 8555 9.7.7. */
 static Str
-identifier(Str type, Str value)
+identifier_json(const struct identifier *id)
 {
-	return text("{\"type\":%,\"value\":%}", quote(type), quote(value));
+	return text("{\"type\":%,\"value\":%}", quote(id->type),
+	    quote(id->value));
 }
 
 /* The payload's identifiers (RFC 8555 7.4). */
 static Str
-identifiers(void)
+identifiers_json(void)
 {
-	Str s = NONE;
-	size_t mark = used;
+	struct list all = text_begin();
+	const struct identifier *id;
 
-	for each_line(l, "identifier") {
-		Str value = l->value, type = cut(&value, ' ');
-
-		s = keep(mark, text("%%%", s, s.n ? S(",") : S("["),
-		    identifier(type, value)));
-	}
-	return text("%]", s);
+	for each(id, identifier)
+		list_add(&all, ",", identifier_json(id));
+	return text("[%]", list_text(&all));
 }
 
 /* new-authz NAME (RFC 8555 7.4.1) */
@@ -10092,55 +10257,47 @@ static void
 do_new_authz(char **arg)
 {
 	struct reply r;
-	Str value = field("identifier"), type;
 
 	(void)arg;
-	type = cut(&value, ' ');
-	r = acme_post(need_endpoint("newAuthz"),
-	    text("{\"identifier\":%}", identifier(type, value)));
+	r = acme_post(need_endpoint("newAuthz"), text("{\"identifier\":%}",
+	    identifier_json(&order.identifier[0])));
 	put("authorization", location(&r), r.url);
 	print_record();
 }
 
 /*
- * See that what is to be deactivated is an authorization: an account has a
- * status, too, and the same payload would end it (RFC 8555 7.3.6).
+ * deactivate-authz (RFC 8555 7.5.2).  An account has a status, too, and the
+ * same payload would end it (7.3.6): what is deactivated must have what an
+ * authorization has.
  */
-static void
-need_authorization(const struct reply *r)
-{
-	Str o = json_body(r), type;
-
-	authorized(r, o, &type);
-	must(r, o, "challenges", '[');
-}
-
-/* deactivate-authz (RFC 8555 7.5.2) */
 static void
 do_deactivate_authz(char **arg)
 {
 	static struct post p[NAMES];
 	static struct reply r[NAMES];
-	size_t n, m = 0;
+	const struct authorization *a;
+	size_t n = 0;
 
 	(void)arg;
-	if (!count_lines("authorization"))
+	if (!order.nauthorization)
 		need("order");
 	need("identifier");
-	if (!count_lines("authorization"))
+	if (!order.nauthorization)
 		order_refresh();
 	refuse_redirected();
-	n = fetch_authorizations();
+	fetch_authorizations(false);
+	for each(a, authorization) {
+		if (!is_usable(a))
+			continue;
+		if (!a->challenge)
+			broken(a, "lacks the member %", S("challenges"));
+		p[n++] = (struct post){ .url = a->url,
+		    .payload = S("{\"status\":\"deactivated\"}") };
+	}
+	acme_batch(p, r, n);
 	for (size_t i = 0; i < n; i++)
-		if (is_usable(&authorization[i])) {
-			need_authorization(&authorization[i]);
-			p[m++] = (struct post){ .url = authorization[i].url,
-			    .payload = S("{\"status\":\"deactivated\"}") };
-		}
-	acme_batch(p, r, m);
-	for (size_t i = 0; i < m; i++)
 		accept_reply(&r[i]);
-	drop("authorization");
+	order.nauthorization = 0;
 	print_record();
 }
 
@@ -10175,7 +10332,7 @@ profile_option(void)
 			return quote(str(opt['p']));
 		list_add(&all, " ", brief(json_text(name)));
 	}
-	die(REFUSED, all.all.n ? "the CA has no profile '%', only: %" :
+	die(REFUSED, all.n ? "the CA has no profile '%', only: %" :
 	    "the CA has no profile '%', nor any other", str(opt['p']),
 	    list_text(&all));
 }
@@ -10240,7 +10397,7 @@ do_new_order(char **arg)
 	struct reply r;
 
 	(void)arg;
-	o = with(NONE, "identifiers", identifiers());
+	o = with(NONE, "identifiers", identifiers_json());
 	o = with(o, "notBefore", time_option('b'));
 	o = with(o, "notAfter", time_option('u'));
 	o = with(o, "profile", profile_option());
@@ -10257,7 +10414,7 @@ do_new_order(char **arg)
 	accept_reply(&r);
 	put("order", location(&r), r.url);
 	order_store(&r);
-	if (order_status() == INVALID)
+	if (order.status == INVALID)
 		order_failed();
 	print_record();
 }
@@ -10270,7 +10427,7 @@ do_order(char **arg)
 	order_refresh();
 	if (opt['W']) {
 		order_await(PENDING | PROCESSING, "waiting for the order", 0);
-		if (order_status() == INVALID)
+		if (order.status == INVALID)
 			order_failed();
 	}
 	print_record();
@@ -10283,9 +10440,9 @@ type_option(void)
 	struct list all = list_begin();
 
 	for (size_t i = 0; i < COUNT(challenge_types); i++) {
-		if (opt['t'] && strcmp(opt['t'], challenge_types[i].type) == 0)
+		if (opt['t'] && strcmp(opt['t'], challenge_types[i].name) == 0)
 			return opt['t'];
-		list_add(&all, " ", str(challenge_types[i].type));
+		list_add(&all, " ", str(challenge_types[i].name));
 	}
 	if (opt['t'])
 		usage("no such challenge type: %; there are %", str(opt['t']),
@@ -10300,12 +10457,12 @@ do_challenges(char **arg)
 	const char *type = type_option();
 
 	(void)arg;
-	if (order_status() & (READY | VALID)) {
+	if (order.status & (READY | VALID)) {
 		print_record();
 		return;
 	}
-	drop("challenge");
-	fetch_authorizations();
+	order.nchallenge = 0;
+	fetch_authorizations(false);
 	add_challenges(type);
 	print_record();
 }
@@ -10315,13 +10472,12 @@ static const char *
 record_type(void)
 {
 	Str type = NONE;
+	const struct challenge *c;
 
-	for each_line(l, "challenge") {
-		Str t = challenge_read(l->value).type;
-
-		if (type.n && !same(type, t))
+	for each(c, challenge) {
+		if (type.n && !same(type, c->type))
 			return NULL;
-		type = t;
+		type = c->type;
 	}
 	return type.n ? c_str(type) : NULL;
 }
@@ -10354,7 +10510,7 @@ check_respond(char **arg)
 		usage("-n would take down at once what is published");
 	settling_time();
 	if (opt['l'] && type)
-		find_responder(type);
+		find_responder(str(type));
 	if (opt['x'])
 		choose_hook(opt['x']);
 }
@@ -10367,23 +10523,23 @@ check_respond(char **arg)
 static void
 find_challenges(const char *type)
 {
-	bool fetch = !count_lines("challenge");
-	bool pending = order_status() == PENDING;
+	bool fetch = !order.nchallenge;
+	bool pending = order.status == PENDING;
 
 	if (fetch) {
-		fetch_authorizations();
+		fetch_authorizations(false);
 		if (opt['w'])
 			remove_leftovers(opt['w']);
 		add_challenges(type);
 	}
 	if (type || !hook_style || !hook_style->declines)
 		choose_challenges(type);
-	if (!count_lines("challenge") && field("order").n)
+	if (!order.nchallenge && order.url.n)
 		order_refresh();
-	if (!count_lines("challenge") && order_status() == PENDING)
+	if (!order.nchallenge && order.status == PENDING)
 		die(REFUSED, "the CA offers no challenge that we know");
-	if (fetch && pending && opt['x'] && !count_lines("challenge") &&
-	    order_status() != INVALID)
+	if (fetch && pending && opt['x'] && !order.nchallenge &&
+	    order.status != INVALID)
 		clean_up_by_hooks(type);
 }
 
@@ -10399,10 +10555,10 @@ do_respond(char **arg)
 	const char *type = opt['t'] ? opt['t'] : opt['w'] ? "http-01" :
 	    opt['l'] ? record_type() : NULL;
 	const struct responder *how = opt['l'] && type ?
-	    find_responder(type) : NULL;
+	    find_responder(str(type)) : NULL;
 
 	(void)arg;
-	if (order_status() & (READY | VALID)) {
+	if (order.status & (READY | VALID)) {
 		if (opt['w'])
 			clean_up_files(opt['w']);
 		print_record();
@@ -10428,15 +10584,15 @@ do_respond(char **arg)
 	if (settle && !pause_for("settling", (long long)settle * 1000))
 		die(LATER, "-s leaves no time before -T");
 	tell_ca();
-	if (!opt['n'] && field("order").n)
+	if (!opt['n'] && order.url.n)
 		order_await(PENDING, "waiting for the CA to validate", 0);
 	else if (!opt['n'])
 		authorizations_await("waiting for the CA to validate");
-	validated = order_status() != INVALID;
+	validated = order.status != INVALID;
 	undo(before);
 	if (!validated)
 		order_failed();
-	drop("challenge");
+	order.nchallenge = 0;
 	print_record();
 }
 
@@ -10468,10 +10624,10 @@ do_finalize(char **arg)
 	need("order");
 	if (opt['K'])
 		csr = request(&certificate_key, record_names(), NONE);
-	if (!order_status())
+	if (!order.status)
 		order_refresh();
 	for (;;)
-		switch (order_status()) {
+		switch (order.status) {
 		case PENDING:
 			order_refresh();
 			order_await(PENDING, "waiting for the order to be "
@@ -10493,7 +10649,7 @@ do_finalize(char **arg)
 			order_failed();
 			break;
 		default:
-			if (!field("certificate").n)
+			if (!order.certificate.n)
 				order_refresh();
 			print_certificate(opt['i'], wanted.key, sent ?
 			    BROKEN : BAD);
@@ -10506,13 +10662,13 @@ static void
 do_certificate(char **arg)
 {
 	(void)arg;
-	if (!field("certificate").n)
+	if (!order.certificate.n)
 		order_refresh();
-	if (order_status() == INVALID)
+	if (order.status == INVALID)
 		order_failed();
-	if (order_status() != VALID)
+	if (order.status != VALID)
 		die(LATER, "the order is %: it has no certificate yet",
-		    field("status"));
+		    status_text(&order.status));
 	print_certificate(opt['i'], NONE, BROKEN);
 }
 
@@ -11067,11 +11223,11 @@ choose_directory(void)
 {
 	const char *url = option('d');
 
-	if (url && field("directory").n && !same(field("directory"), str(url)))
+	if (url && order.directory.n && !same(order.directory, str(url)))
 		die(BAD, "the record is of another CA, %, than %",
-		    field("directory"), str(url));
-	if (!field("directory").n)
-		add_line(S("directory"), url ? str(url) : S(LETS_ENCRYPT));
+		    order.directory, str(url));
+	if (!order.directory.n)
+		order.directory = url ? str(url) : S(LETS_ENCRYPT);
 }
 
 /* ACME_RESOLVE: what -H takes, with spaces between. */
@@ -11100,7 +11256,7 @@ read_origins(const char *file)
 		if (!is_url(value))
 			die(BAD, "%, line %: malformed", file_name(file),
 			    num(n));
-		add_line(S("origin"), value);
+		set_value(keyword(S("origin")), value);
 	}
 }
 
@@ -11197,7 +11353,7 @@ prepare(const struct command *c, char **arg)
 		return;
 	choose_directory();
 	if (!boxed)
-		check_proxy(field("directory"));
+		check_proxy(order.directory);
 	acme_start();
 	if ((needs & ACCOUNT) == ACCOUNT)
 		need_account();

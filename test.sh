@@ -4746,7 +4746,7 @@ main(void)
 	Str s;
 
 	for (int i = 0; i < 9; i++)
-		add_line(S("challenge"), S("dns-01 dns a.b https://x/ "
+		set_value(keyword(S("challenge")), S("dns-01 dns a.b https://x/ "
 		    "_acme-challenge.a.b 0123456789012345678901234567890123"));
 	for (long i = 0; i < 400000; i++) {
 		unsigned char b[600] = "id\1\0\0\1\0\0\0\0\0\0";
@@ -6297,7 +6297,7 @@ answer POST_order '200 OK' "$(order pending | sed "s|\[\"[^]]*authz\"\]|[$(
 dies 70 '250 authorizations' 'step order <pending'
 { cat pending; sed "s|.*|challenge dns-01 dns & $ca/c x y|" many-names
 } >many-challenges
-dies 70 '250 challenges' 'step respond -t dns-01 <many-challenges'
+dies 70 '250 names' 'step respond -t dns-01 <many-challenges'
 dies 70 '10 contacts' '"$acme" account $(yes -- -mmailto:a@b | head -n 11)'
 dies 70 '16 addresses' '"$acme" directory $(yes -- -Ha:1:::1 | head -n 17)'
 misuse '"$acme" directory -T 2592001'
