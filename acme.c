@@ -7976,6 +7976,7 @@ publish_files(const char *dir_name)
 	if (dir < 0)
 		die(NO_PLACE, "cannot open the directory %: %", str(dir_name),
 		    why());
+	published_in = dir_name;
 	for each(c, challenge)
 		publish_file(dir, dir_name, c);
 }
@@ -8618,6 +8619,8 @@ static const struct challenge_type challenge_types[] = {
 	    &dns_responder },
 };
 
+static const struct responder *responder;	/* the one of this step */
+
 static const struct responder *
 find_responder(Str type)
 {
@@ -8876,7 +8879,7 @@ run_responder(const struct responder *how, int step_fd)
 }
 
 static void
-start_responder(const struct responder *how)
+start_responder(const char *where)
 {
 	struct sigaction act = { .sa_handler = on_child,
 	    .sa_flags = SA_RESTART | SA_NOCLDSTOP };
@@ -8884,6 +8887,7 @@ start_responder(const struct responder *how)
 	sigset_t old;
 	pid_t pid;
 
+	(void)where;
 	hold_signals(&old);
 	sigfillset(&act.sa_mask);
 	sigaction(SIGCHLD, &act, NULL);
@@ -8891,7 +8895,7 @@ start_responder(const struct responder *how)
 		die(FAULT, "cannot start a process: %", why());
 	if (pid == 0) {
 		close(fds[1]);
-		run_responder(how, fds[0]);
+		run_responder(responder, fds[0]);
 	}
 	answering.pid = pid;
 	answering.pipe = fds[1];
@@ -8973,6 +8977,18 @@ listen_at(const struct responder *how, const char *where)
 		    "there, or let it answer (see -w)") :
 		    errno == EACCES ? S("; ports below 1024 need root") :
 		    NONE);
+}
+
+/* -l can only answer one kind of peer, and where peers can come. */
+static void
+prepare_responder(const char *where, const char *type)
+{
+	if (!type)
+		usage("choose with -t what -l is to answer");
+	if (boxed)
+		usage("nobody comes to -l where there is a box (-B)");
+	responder = find_responder(str(type));
+	listen_at(responder, where);
 }
 
 /* ---------------------------------------------------------- 22. Hooks -- */
@@ -9409,13 +9425,14 @@ fetch_token(const struct challenge *c)
  * name the first that is not declined stays in it.
  */
 static void
-publish_by_hooks(void)
+publish_by_hooks(const char *hook)
 {
 	static struct identifiers names;
 	bool done[NAMES] = { false };
 	const struct challenge *c;
 	size_t kept = 0, at;
 
+	(void)hook;
 	for each(c, challenge) {
 		at = add_identifier(&names, &c->id);
 		if (done[at])
@@ -9457,7 +9474,86 @@ clean_up_by_hooks(const char *type)
 	order.nchallenge = 0;
 }
 
-/* --------------------------------------------------- 23. Finalization -- */
+/* ----------------------------------------------------- 23. Publishing -- */
+
+/* The one type of the record's challenges; NULL if there is no one type. */
+static const char *
+record_type(void)
+{
+	Str type = NONE;
+	const struct challenge *c;
+
+	for each(c, challenge) {
+		if (type.n && !same(type, c->type))
+			return NULL;
+		type = c->type;
+	}
+	return type.n ? c_str(type) : NULL;
+}
+
+static const char *
+files_type(void)
+{
+	return "http-01";
+}
+
+static void
+check_files(const char *dir_name, const char *type)
+{
+	(void)dir_name;
+	if (type && strcmp(type, files_type()) != 0)
+		usage("-w is for http-01, not for %", str(type));
+}
+
+static void
+check_responder(const char *where, const char *type)
+{
+	(void)where;
+	if (type)
+		find_responder(str(type));
+}
+
+static void
+check_hooks(const char *hook, const char *type)
+{
+	(void)type;
+	choose_hook(hook);
+}
+
+static void
+prepare_hooks(const char *hook, const char *type)
+{
+	(void)hook;
+	(void)type;
+	check_hook();
+}
+
+/*
+ * Ways to publish: options of respond.  What publish() does, the clean-up
+ * handlers that it sets undo at the step's end, whatever that is.
+ */
+static const struct publisher {
+	int letter;		/* of the option, whose value is `value` */
+	const char *(*type)(void);	/* without -t; NULL if it can be any */
+	/* Do the options go together? */
+	void (*check)(const char *value, const char *type);
+	/* Find out if it can work, before the CA is asked for anything. */
+	void (*prepare)(const char *value, const char *type);
+	void (*publish)(const char *value);
+	/* What an earlier run that was killed has left is removed: if ... */
+	void (*clean_passed)(const char *value); /* the order was ready, ... */
+	void (*clean_ready)(const char *type);	/* ... became ready, or ... */
+	void (*clean_names)(const char *value);	/* ... some names did */
+} publishers[] = {
+	{ 'w', files_type, check_files, NULL, publish_files,
+	    clean_up_files, NULL, remove_leftovers },
+	{ 'l', record_type, check_responder, prepare_responder,
+	    start_responder, NULL, NULL, NULL },
+	{ 'x', NULL, check_hooks, prepare_hooks, publish_by_hooks,
+	    NULL, clean_up_by_hooks, NULL },
+};
+
+/* --------------------------------------------------- 24. Finalization -- */
 
 /* RFC 8555 11.1. */
 static void
@@ -9665,7 +9761,7 @@ send_request(Str csr)
 	return false;
 }
 
-/* ------------------------------------------------------- 24. Commands -- */
+/* ------------------------------------------------------- 25. Commands -- */
 
 static const char *opt[128];	/* by letter; "" where it has no value */
 static const char *contact[CONTACTS];	/* -m */
@@ -10467,19 +10563,21 @@ do_challenges(char **arg)
 	print_record();
 }
 
-/* The one type of the record's challenges; NULL if there is no one type. */
-static const char *
-record_type(void)
-{
-	Str type = NONE;
-	const struct challenge *c;
 
-	for each(c, challenge) {
-		if (type.n && !same(type, c->type))
-			return NULL;
-		type = c->type;
+/* The way to publish that an option names; NULL if the user publishes. */
+static const struct publisher *
+chosen_publisher(void)
+{
+	const struct publisher *how = NULL;
+
+	for (size_t i = 0; i < COUNT(publishers); i++) {
+		if (!opt[publishers[i].letter])
+			continue;
+		if (how)
+			usage("only one of -w, -l and -x");
+		how = &publishers[i];
 	}
-	return type.n ? c_str(type) : NULL;
+	return how;
 }
 
 /* The seconds of -s. */
@@ -10500,19 +10598,15 @@ static void
 check_respond(char **arg)
 {
 	const char *type = type_option();
+	const struct publisher *how = chosen_publisher();
 
 	(void)arg;
-	if (!!opt['w'] + !!opt['l'] + !!opt['x'] > 1)
-		usage("only one of -w, -l and -x");
-	if (opt['w'] && type && strcmp(type, "http-01") != 0)
-		usage("-w is for http-01, not for %", str(type));
-	if (opt['n'] && (opt['w'] || opt['l'] || opt['x']))
-		usage("-n would take down at once what is published");
 	settling_time();
-	if (opt['l'] && type)
-		find_responder(str(type));
-	if (opt['x'])
-		choose_hook(opt['x']);
+	if (!how)
+		return;
+	if (opt['n'])
+		usage("-n would take down at once what is published");
+	how->check(opt[how->letter], type);
 }
 
 /*
@@ -10521,15 +10615,15 @@ check_respond(char **arg)
  * was killed may have left something of it.
  */
 static void
-find_challenges(const char *type)
+find_challenges(const struct publisher *how, const char *type)
 {
 	bool fetch = !order.nchallenge;
 	bool pending = order.status == PENDING;
 
 	if (fetch) {
 		fetch_authorizations(false);
-		if (opt['w'])
-			remove_leftovers(opt['w']);
+		if (how && how->clean_names)
+			how->clean_names(opt[how->letter]);
 		add_challenges(type);
 	}
 	if (type || !hook_style || !hook_style->declines)
@@ -10538,9 +10632,16 @@ find_challenges(const char *type)
 		order_refresh();
 	if (!order.nchallenge && order.status == PENDING)
 		die(REFUSED, "the CA offers no challenge that we know");
-	if (fetch && pending && opt['x'] && !order.nchallenge &&
-	    order.status != INVALID)
-		clean_up_by_hooks(type);
+	if (fetch && pending && !order.nchallenge &&
+	    order.status != INVALID && how && how->clean_ready)
+		how->clean_ready(type);
+}
+
+/* The type to answer: of -t, or the only one that can be meant, or NULL. */
+static const char *
+respond_type(const struct publisher *how)
+{
+	return opt['t'] || !how || !how->type ? opt['t'] : how->type();
 }
 
 /*
@@ -10552,35 +10653,23 @@ do_respond(char **arg)
 {
 	unsigned long settle = settling_time();
 	size_t before = ndoomed;
-	const char *type = opt['t'] ? opt['t'] : opt['w'] ? "http-01" :
-	    opt['l'] ? record_type() : NULL;
-	const struct responder *how = opt['l'] && type ?
-	    find_responder(str(type)) : NULL;
+	const struct publisher *how = chosen_publisher();
+	const char *type = respond_type(how), *value = how ?
+	    opt[how->letter] : NULL;
 
 	(void)arg;
 	if (order.status & (READY | VALID)) {
-		if (opt['w'])
-			clean_up_files(opt['w']);
+		if (how && how->clean_passed)
+			how->clean_passed(value);
 		print_record();
 		return;
 	}
-	if (opt['l'] && !how)
-		usage("choose with -t what -l is to answer");
-	if (how && boxed)
-		usage("nobody comes to -l where there is a box (-B)");
-	if (opt['x'])
-		check_hook();
 	box.published = before;
+	if (how && how->prepare)
+		how->prepare(value, type);
+	find_challenges(how, type);
 	if (how)
-		listen_at(how, opt['l']);
-	find_challenges(type);
-	published_in = opt['w'];
-	if (opt['w'])
-		publish_files(opt['w']);
-	else if (how)
-		start_responder(how);
-	else if (opt['x'])
-		publish_by_hooks();
+		how->publish(value);
 	if (settle && !pause_for("settling", (long long)settle * 1000))
 		die(LATER, "-s leaves no time before -T");
 	tell_ca();
@@ -10897,7 +10986,7 @@ do_version(char **arg)
 	print(S("acme-step " VERSION "\n"));
 }
 
-/* ---------------------------------------------------------- 25. Table -- */
+/* ---------------------------------------------------------- 26. Table -- */
 
 enum {			/* what a command needs before it is called */
 	RECORD = 1,	/* a record on standard input */
@@ -11070,7 +11159,7 @@ do_help(char **arg)
 	print(s);
 }
 
-/* ----------------------------------------------------------- 26. Main -- */
+/* ----------------------------------------------------------- 27. Main -- */
 
 /* Descriptors 0 to 2 are ours alone, even where we were started without. */
 static void
