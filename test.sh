@@ -6451,7 +6451,7 @@ dies 65 . 'step order </dev/null'
 dies 65 . 'echo | step order'
 dies 65 . 'head -c 2000000 /dev/zero | tr "\0" x | step order'
 dies 65 . 'head -c 100000 /dev/urandom | step order'
-dies 70 2048 'yes "identifier dns a.example" | head -n 9999 | step order'
+dies 70 250 'yes "identifier dns a.example" | head -n 9999 | step order'
 dies 65 . '{ cat record; printf "order $ca/"
 	head -c 9000 /dev/zero | tr "\0" x; } | step order'
 dies 66 'standard input' 'step order <&-'
