@@ -2678,6 +2678,34 @@ for name in rsa-server p384 deep-chain capital; do
 	serve "$name"
 	check "$name" "step directory -d https://localhost:$port/dir"
 done
+# serve_only CERTIFICATE OPTION...: a server, with TLS 1.2, that answers
+# each request with the directory, on $port.
+serve_only() {
+	port=$(free_port) cert=$1; shift
+	ln -sf www/GET_dir dir
+	server_start openssl s_server -HTTP -quiet -tls1_2 \
+	    -accept "127.0.0.1:$port" -cert "$cert.pem" -key "$cert.key" "$@"
+	up "$port"
+}
+while read -r name option; do
+	# shellcheck disable=SC2086	# several words
+	serve_only "$name" $option
+	check "$name: a server with $option alone" '
+	    step directory -d "https://localhost:$port/dir" | grep new-nonce'
+done <<'END'
+server -groups X25519
+server -groups P-256
+server -groups P-384
+server -groups P-521
+server -cipher ECDHE-ECDSA-AES128-GCM-SHA256
+server -cipher ECDHE-ECDSA-AES256-GCM-SHA384
+server -cipher ECDHE-ECDSA-CHACHA20-POLY1305
+rsa-server -cipher ECDHE-RSA-AES128-GCM-SHA256
+rsa-server -cipher ECDHE-RSA-AES256-GCM-SHA384
+rsa-server -cipher ECDHE-RSA-CHACHA20-POLY1305
+END
+serve_only server -cipher ECDHE-ECDSA-AES128-SHA256
+dies 69 cipher 'step directory -d "https://localhost:$port/dir"'
 issue expired root "$here" -startdate 20200101000000Z \
     -enddate 20210101000000Z
 issue future root "$here" -startdate 20480101000000Z \
@@ -4615,6 +4643,16 @@ END
 check 'in any case, among other protocols, with TLS 1.2' '
     greet -tls1_2 -servername A.Example -alpn h2,acme-tls/1,http/1.1 &&
     grep "ALPN protocol: acme-tls/1" greeting'
+# OpenSSL wants the certificate's curve, P-256, among the groups.
+for option in '-groups X25519:P-256' '-cipher ECDHE-ECDSA-AES256-GCM-SHA384' \
+    '-cipher ECDHE-ECDSA-CHACHA20-POLY1305'
+do
+	chosen=${option##* }
+	check "a client with $option" '
+	    greet -tls1_2 -servername a.example -alpn acme-tls/1 $option &&
+	    grep -e "Server Temp Key: ${chosen%:*}" -e "Cipher is $chosen" \
+		greeting'
+done
 ! has_v6 ||
 check 'by IPv6 as well' '
     greet -servername a.example -alpn acme-tls/1 -connect "[::1]:$alpn"'
