@@ -4217,7 +4217,7 @@ static struct {
 	size_t turn;			/* the family to try next */
 	int unknown;			/* error of the lookups, or 0 */
 	bool truncated;
-	int error;			/* errno of the last attempt to fail */
+	int error;			/* errno of a failed attempt, or 0 */
 } way;
 
 static void
@@ -4546,6 +4546,18 @@ free_attempt(void)
 	return 0;
 }
 
+/*
+ * Note why an attempt failed.  That the machine has no way to the addresses
+ * of a family says less than any other error.
+ */
+static void
+note_error(int error)
+{
+	if (!way.error || (error != ENETUNREACH && error != EAFNOSUPPORT &&
+	    error != EADDRNOTAVAIL))
+		way.error = error;
+}
+
 /* Start to connect to the next address that does not fail at once. */
 static bool
 start_attempt(in_port_t port)
@@ -4558,7 +4570,7 @@ start_attempt(in_port_t port)
 		way.until[i] = now_ms() + CONNECT * 1000;
 		if (way.fd[i].fd >= 0)
 			return true;
-		way.error = errno;
+		note_error(errno);
 	}
 	return false;
 }
@@ -4581,7 +4593,7 @@ has_failed(size_t i)
 		return false;
 	close(way.fd[i].fd);
 	way.fd[i].fd = -1;
-	way.error = error;
+	note_error(error);
 	return true;
 }
 

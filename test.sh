@@ -3610,6 +3610,9 @@ check '-H: the first of two addresses is dead' '
 	-H x.names.test:8443:127.0.0.2'
 dies 69 '-4 or -6 excludes' '
     named x.names.test -6 -H x.names.test:8443:127.0.0.2'
+dies 69 'refused' '
+    named x.names.test -H x.names.test:8443:2001:db8::1 \
+	-H x.names.test:8443:127.0.0.9 -H x.names.test:8443:2001:db8::2'
 dies 69 'limit of 1 s reached while connecting to dead-dead' \
     'named dead-dead.names.test -T 1'
 
