@@ -4129,6 +4129,15 @@ drop_secret_variables(void)
 	*to = NULL;
 }
 
+/* In a new process that runs no other program: forget the environment. */
+static void
+wipe_environment(void)
+{
+	for (char **e = environ; *e; e++)
+		wipe(*e, strlen(*e));
+	*environ = NULL;
+}
+
 /* In a new process: what the old one must clean up is not ours. */
 static void
 become_child(void)
@@ -4252,8 +4261,8 @@ add_ip(Str ip)
 struct hosts_reader {
 	bool comment;
 	size_t nwords;			/* of the line; the first: an address */
-	size_t at;			/* in the word: bytes that are as the */
-	bool differs;			/* name's, unless it differs */
+	size_t at;			/* bytes of the word so far */
+	bool differs;			/* from the name looked for */
 };
 
 /* Read a byte of /etc/hosts: true at the end of a word that is the name. */
@@ -4263,7 +4272,7 @@ is_host(struct hosts_reader *r, unsigned char c, Str name)
 	bool equal = r->nwords > 0 && !r->differs && r->at == name.n;
 
 	if (c > ' ' && c != '#' && !r->comment) {
-		r->differs = r->differs || r->at == name.n ||
+		r->differs = r->differs || r->at >= name.n ||
 		    name.p[r->at] != c;
 		r->at++;
 		return false;
@@ -4316,29 +4325,29 @@ is_truncated(const char *name, int af)
 }
 
 /*
- * Forget all that a new process does not need to look a name up: it may be
- * killed before it ends.  Returns the name.
+ * In a new process: overwrite all memory that can hold a key.  Signals are
+ * held, since they are for the step; but SIGTERM ends the process after that.
  */
-static const char *
-forget_secrets(const char *name)
+static void
+become_lookup(void)
 {
-	static char kept[HOSTNAME + 2];		/* a dot can follow it */
-	size_t n = strlen(name);
+	sigset_t end;
 
-	if (n >= sizeof kept)
-		die(FAULT, "a host name has more than % bytes", num(HOSTNAME));
-	memcpy(kept, name, n + 1);
-	wipe_secrets();
+	ndoomed = 0;
+	tells = false;
 	wipe(heap, peak);
+	wipe_environment();
+	wipe_secrets();
 	wipe_stack();
-	used = peak = 0;
-	return kept;
+	signal(SIGTERM, SIG_DFL);
+	sigemptyset(&end);
+	sigaddset(&end, SIGTERM);
+	sigprocmask(SIG_UNBLOCK, &end, NULL);
 }
 
 /*
  * In a new process: look a name up in a family or both, and write a struct
- * lookup to fd, after a byte that tells that no secret is here any more.
- * Signals are held: they are for the step.
+ * lookup to fd.  The name has at most HOSTNAME bytes and a dot.
  */
 static void
 run_lookup(const char *name, int af, int fd)
@@ -4346,35 +4355,34 @@ run_lookup(const char *name, int af, int fd)
 	struct addrinfo hint = { .ai_family = af,
 	    .ai_socktype = SOCK_STREAM }, *a = NULL;
 	struct lookup l = { .n = 0 };
+	char copy[HOSTNAME + sizeof "."];
 
-	ndoomed = 0;
-	tells = false;
+	memcpy(copy, name, strlen(name) + 1);
+	become_lookup();
 	dup2(fd, 1);	/* the next step of a pipe does not wait for us */
 	close(0);
-	name = forget_secrets(name);
-	write_all(1, S("."));
-	l.error = getaddrinfo(name, NULL, &hint, &a);
+	l.error = getaddrinfo(copy, NULL, &hint, &a);
 	for (; !l.error && a && l.n < ADDRESSES; a = a->ai_next) {
 		l.list[l.n].n = a->ai_addrlen;
 		memcpy(&l.list[l.n++].to, a->ai_addr, a->ai_addrlen);
 	}
 	l.truncated = (l.error == EAI_NONAME || l.error == EAI_NODATA) &&
-	    is_truncated(name, af);
-	write_all(1, (Str){ (const unsigned char *)&l, sizeof l });
-	leave(DONE);
+	    is_truncated(copy, af);
+	leave(write(1, &l, sizeof l) == sizeof l ? DONE : FAULT);
 }
 
+/* End a lookup, but not before it has overwritten the keys. */
 static void
-stop_process(const struct doomed *d)
+stop_lookup(const struct doomed *d)
 {
-	kill(d->n, SIGKILL);
+	kill(d->n, SIGTERM);
+	kill(d->n, SIGCONT);
 	waitpid(d->n, NULL, 0);
 }
 
 static void
 start_lookup(struct pollfd *p, const char *name, int af)
 {
-	unsigned char ready;
 	sigset_t old;
 	int fds[2];
 	pid_t pid;
@@ -4384,11 +4392,10 @@ start_lookup(struct pollfd *p, const char *name, int af)
 		die(FAULT, "cannot start a process: %", why());
 	if (pid == 0)
 		run_lookup(name, af, fds[1]);
-	doom(stop_process, pid, NULL);
+	doom(stop_lookup, pid, NULL);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[1]);
 	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
-	read_some(fds[0], &ready, 1, "a lookup");
 	*p = (struct pollfd){ fds[0], POLLIN, 0 };
 }
 
@@ -8815,9 +8822,7 @@ forget_step(void)
 	wipe(&order, sizeof order);
 	while (all.n)
 		set_value(keyword(S("challenge")), cut(&all, '\n'));
-	for (char **e = environ; *e; e++)
-		wipe(*e, strlen(*e));
-	*environ = NULL;
+	wipe_environment();
 	wipe_secrets();
 	wipe_stack();
 }

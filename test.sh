@@ -3552,15 +3552,24 @@ status=$?
 kill $pids
 exit "$status"
 END
+# inside_net COMMAND...: run it there.
+inside_net() {
+	own=-rnm
+	[ "$(id -u)" != 0 ] || own=-nm
+	unshare $own sh named.sh "$@"
+}
 # named HOST [OPTION]...: ask for the directory at that host, there.
 named() {
 	host=$1; shift
 	answer GET_dir '200 OK' \
 	    "$(printf %s "$directory" | sed "s|$ca|https://$host:8443|g")"
-	own=-rnm
-	[ "$(id -u)" != 0 ] || own=-nm
-	unshare $own sh named.sh "$acme" directory -C root.pem -T 4 \
+	inside_net "$acme" directory -C root.pem -T 4 \
 	    -d "https://$host:8443/dir" "$@"
+}
+# looking_up N: such a step runs, with N processes that look up its name.
+looking_up() {
+	looker=$(pgrep -o -f "^$acme .*silent-silent") &&
+	    [ "$(pgrep -c -P "$looker")" = "$1" ]
 }
 # search LINE...: what /etc/resolv.conf has beside the name server.
 search() { printf '%s\n' 'nameserver 127.0.0.1' "$@" >named.conf; }
@@ -5315,6 +5324,25 @@ case $acme in
 	    ./residue "sh private.eab" 0 $(a_step new-account ec256) \
 		-d "$ca/dir" -e eab.file 2>residue.err; got=$?
 	    cat residue.err; [ $got = 0 ] && grep "^status 0, " residue.err'
+	check 'a process that looks a name up has no key, nor a variable' '
+	    ACME_EAB_KID=k ACME_EAB_HMAC_KEY=$mac_key inside_net "$acme" \
+		new-account -k ec256.pem -C root.pem -T 20 \
+		-d https://silent-silent.names.test:8443/dir 2>/dev/null &
+	    await looking_up 2 || exit
+	    for child in $(pgrep -P "$looker"); do
+		echo "sh private.sh ec256.pem; sh private.eab" >private.all
+		./residue "sh private.all" "$child" || exit
+	    done
+	    not ./residue "sh private.all" "$looker" && kill "$looker"'
+	for ms in 1 2 3 4 6 8; do
+		check "a look-up, or before it: SIGTERM after $ms ms" '
+		    own=-rn
+		    [ "$(id -u)" != 0 ] || own=-n
+		    after=$ms
+		    clean_end ec256.pem ".*" unshare $own "$acme" new-account \
+			-y -k ec256.pem -C root.pem -T 20 \
+			-d https://a.invalid/dir'
+	done
 	for ms in 1 2 4 8 16 32; do
 		check "rsa4096: SIGTERM after $ms ms" '
 		    after=$ms
