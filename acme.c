@@ -4326,11 +4326,13 @@ is_truncated(const char *name, int af)
 
 /*
  * In a new process: overwrite all memory that can hold a key.  Signals are
- * held, since they are for the step; but SIGTERM ends the process after that.
+ * held, since they are for the step.  After that SIGTERM ends the process; so
+ * does the step's time limit, even if the step was killed by SIGKILL.
  */
 static void
 become_lookup(void)
 {
+	long long left = time_left();
 	sigset_t end;
 
 	ndoomed = 0;
@@ -4340,8 +4342,11 @@ become_lookup(void)
 	wipe_secrets();
 	wipe_stack();
 	signal(SIGTERM, SIG_DFL);
+	signal(SIGALRM, SIG_DFL);
+	alarm(1 + (unsigned)(left > 0 ? left / 1000 : 0));
 	sigemptyset(&end);
 	sigaddset(&end, SIGTERM);
+	sigaddset(&end, SIGALRM);
 	sigprocmask(SIG_UNBLOCK, &end, NULL);
 }
 
@@ -4359,8 +4364,9 @@ run_lookup(const char *name, int af, int fd)
 
 	memcpy(copy, name, strlen(name) + 1);
 	become_lookup();
-	dup2(fd, 1);	/* the next step of a pipe does not wait for us */
+	dup2(fd, 1);	/* those who read what the step writes do not wait */
 	close(0);
+	close(2);
 	l.error = getaddrinfo(copy, NULL, &hint, &a);
 	for (; !l.error && a && l.n < ADDRESSES; a = a->ai_next) {
 		l.list[l.n].n = a->ai_addrlen;

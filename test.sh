@@ -3589,6 +3589,12 @@ dies 69 'limit of 1 s reached while looking up the address of silent-silent' \
     'named silent-silent.names.test -T 1'
 check 'no process that looks a name up outlives the step' '
     not pgrep -f "^$acme directory .*silent-silent"'
+search 'options timeout:30 attempts:5'
+check 'nor, for longer than its time limit, a step that SIGKILL ends' '
+    named silent-silent.names.test -T 3 &
+    await looking_up 2 && kill -9 "$looker" &&
+    await not pgrep -f "^$acme directory .*silent-silent"'
+search
 check 'an answer cut short: found over TCP, or said so' '
     named cut-cut.names.test 2>err
     case $? in 0) ;; 69) cat err; grep "cut short.*use -H" err ;;
