@@ -30,7 +30,8 @@ WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wconversion \
            -Wwrite-strings -Wvla -Wformat=2 -Wundef
 HARDEN   = -fPIE -fstack-protector-strong \
            -Wl,-z,relro,-z,now,-z,noexecstack,-z,text
-SMALL    = -s -Wl,--gc-sections,--build-id=none
+# x86 alone would put constants into pages of their own.
+SMALL    = -s -Wl,--gc-sections,--build-id=none,-z,noseparate-code
 SAN      = -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
 # $$inc and $$lib: where BearSSL's headers and archive are.
@@ -40,10 +41,7 @@ FIND     = set -e; if [ "$(BEARSSL)" ]; then \
 		    CC='$(CC)' LD='$(CC)'; \
 	else \
 		inc=/usr/include/bearssl; \
-		for lib in /usr/lib/`$(CC) -print-multiarch`/libbearssl.a \
-		    /usr/lib/libbearssl.a; do \
-			[ ! -f "$$lib" ] || break; \
-		done; \
+		lib=`$(CC) -print-file-name=libbearssl.a`; \
 	fi
 COMPILE  = -std=c99 $(WARN) -isystem "$$inc"
 

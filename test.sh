@@ -8302,6 +8302,12 @@ check 'acme.c is compiled with -fstack-protector-strong' '
     cd guarded && unset MAKEFLAGS && make CC="musl-gcc -save-temps" &&
     guards=$(cat ./*.s | grep -c __stack_chk_fail) && echo "$guards" &&
     [ "$guards" -gt 60 ]	# -fstack-protector alone: 14'
+check 'BearSSL is found by a compiler that knows no multiarch, such as clang' '
+    mkdir other && cp "$src/acme.c" "$src/Makefile" other && cd other &&
+    unset MAKEFLAGS && printf "%s\n" "#!/bin/sh" "case \$* in" \
+	"*-print-multiarch*) exit 1 ;; esac; exec cc \"\$@\"" >compiler &&
+    chmod +x compiler && make CC=./compiler LDFLAGS= >log 2>&1; got=$?
+    cat log; [ $got = 0 ] && not grep warning log && ./acme-step help key'
 check 'the contents of acme.c are its sections' '
     sed -n "s/^\/\* -* \([0-9]*\. .*\) -- \*\//\1/p" "$src/acme.c" |
     sort >a && [ "$(grep -c . a)" -gt 20 ] &&
