@@ -14,7 +14,7 @@ DOCDIR   = $(PREFIX)/share/doc/acme-step
 # Debian's archive of BearSSL was built with glibc: --defsym replaces
 # its checked functions with musl's plain ones.
 CC       = musl-gcc
-CFLAGS   = -Os -ffunction-sections -fdata-sections \
+CFLAGS   = -Oz -ffunction-sections -fdata-sections \
            -fno-asynchronous-unwind-tables
 LDFLAGS  = -static -nostartfiles -l:rcrt1.o \
            -Wl,-pie,--no-dynamic-linker,--exclude-libs,ALL \
