@@ -4229,6 +4229,15 @@ static struct {
 	int error;			/* errno of a failed attempt, or 0 */
 } way;
 
+/* Forget the way to the last host. */
+static void
+begin_way(void)
+{
+	memset(&way, 0, sizeof way);
+	for (size_t i = 0; i < COUNT(way.fd); i++)
+		way.fd[i].fd = -1;
+}
+
 static void
 add_address(const struct address *a)
 {
@@ -4489,7 +4498,7 @@ await_addresses(void)
 }
 
 /*
- * Find the addresses of a name.  A name with a dot is looked up as it is
+ * Find the addresses of a host.  A name with a dot is looked up as it is
  * first, whatever ndots in /etc/resolv.conf is: a domain to search can fail,
  * or have every name.  The dot at the end says so to the resolver; but
  * /etc/hosts has names without it.
@@ -4497,12 +4506,15 @@ await_addresses(void)
 static void
 find_addresses(const char *name)
 {
-	Str s = str(name);
+	Str s = str(name), ip = ip_bytes(s);
 	bool whole = !contains(s, S(".")) || s.p[s.n - 1] == '.' ||
 	    in_hosts(s);
 	int error;
 
-	doing(CA_DOWN, "looking up the address of ", name);
+	if (ip.n) {
+		add_ip(ip);
+		return;
+	}
 	look_up(whole ? name : c_str(cat(NONE, s, S("."))));
 	if (await_addresses() || whole || way.unknown != EAI_NONAME ||
 	    way.truncated)
@@ -4527,16 +4539,22 @@ next_address(void)
 	return NULL;
 }
 
+static void
+set_port(struct address *a, in_port_t port)
+{
+	if (a->to.any.sa_family == AF_INET)
+		a->to.v4.sin_port = port;
+	else
+		a->to.v6.sin6_port = port;
+}
+
 /* Start to connect; -1 and errno if that fails at once. */
 static int
 start_connecting(struct address *a, in_port_t port)
 {
 	int fd = socket(a->to.any.sa_family, SOCK_STREAM, 0), error;
 
-	if (a->to.any.sa_family == AF_INET)
-		a->to.v4.sin_port = port;
-	else
-		a->to.v6.sin6_port = port;
+	set_port(a, port);
 	if (fd < 0)
 		return -1;
 	fcntl(fd, F_SETFD, FD_CLOEXEC);
@@ -4665,13 +4683,13 @@ add_resolved_addresses(Str name, Str port)
 	return any;
 }
 
-/* Why there is no address to connect to. */
+/* Why there is no address. */
 static Str
 no_address(void)
 {
 	if (way.truncated)
 		return S("the answer of the name server was cut short (too "
-		    "many addresses for this resolver); use -H");
+		    "many addresses for this resolver)");
 	return way.unknown ? str(gai_strerror(way.unknown)) :
 	    S("it has only those that -4 or -6 excludes");
 }
@@ -4684,19 +4702,14 @@ dial_tcp(const char *name, const char *port)
 	unsigned long n = 0;
 	int fd, on = 1;
 
-	memset(&way, 0, sizeof way);
-	for (size_t i = 0; i < COUNT(way.fd); i++)
-		way.fd[i].fd = -1;
+	begin_way();
 	number(str(port), 65535, &n);
-	if (!add_resolved_addresses(str(name), str(port))) {
-		if (ip_bytes(str(name)).n)
-			add_ip(ip_bytes(str(name)));
-		else
-			find_addresses(name);
-	}
+	doing(CA_DOWN, "looking up the address of ", name);
+	if (!add_resolved_addresses(str(name), str(port)))
+		find_addresses(name);
 	if (!has_untried())
-		die(CA_DOWN, "cannot find the address of %: %", str(name),
-		    no_address());
+		die(CA_DOWN, "cannot find the address of %: %%", str(name),
+		    no_address(), way.truncated ? S("; use -H") : NONE);
 	doing(CA_DOWN, "connecting to ", name);
 	if (!(winner = race(htons((in_port_t)n))))
 		die(CA_DOWN, "cannot connect to % port %: %", str(name),
@@ -8940,9 +8953,9 @@ start_responder(const char *where)
 
 /* A socket that is bound; -1 and errno. */
 static int
-bind_to(const struct addrinfo *a, int type)
+bind_to(const struct address *a, int type)
 {
-	int fd = socket(a->ai_family, type, 0), on = 1;
+	int fd = socket(a->to.any.sa_family, type, 0), on = 1;
 
 	if (fd < 0)
 		return -1;
@@ -8950,12 +8963,12 @@ bind_to(const struct addrinfo *a, int type)
 	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, type == SOCK_STREAM ?
 	    sizeof on : 0);
-	if (a->ai_family == AF_INET6) {
+	if (a->to.any.sa_family == AF_INET6) {
 		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
 		setsockopt(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, &on, sizeof on);
 	} else
 		setsockopt(fd, IPPROTO_IP, IP_PKTINFO, &on, sizeof on);
-	if (bind(fd, a->ai_addr, a->ai_addrlen) == 0 &&
+	if (bind(fd, &a->to.any, a->n) == 0 &&
 	    (type != SOCK_STREAM || listen(fd, CLIENTS) == 0))
 		return fd;
 	on = errno;
@@ -8965,33 +8978,45 @@ bind_to(const struct addrinfo *a, int type)
 }
 
 /*
- * Listen at [HOST:]PORT, on each family that the machine has, before the
- * CA hears of anything.
+ * Find all addresses of a host of ours, or the one of each family that
+ * stands for all hosts.  -4 and -6 are about connecting.
  */
 static void
-listen_at(const struct responder *how, const char *where)
+find_own_addresses(Str host)
 {
-	struct addrinfo hint = { .ai_flags = AI_PASSIVE | AI_NUMERICSERV,
-	    .ai_socktype = SOCK_STREAM }, *a;
-	Str port = str(where), host = contains(port, S(":")) ?
-	    take_host(&port) : NONE;
-	unsigned long n;
-	bool any = false;
-	int err;
+	static const unsigned char any[16];
+	size_t mark = ndoomed;
+	int connecting = family;
 
-	for (size_t i = 0; i < LISTENERS; i++)
-		listeners[i] = (struct pollfd){ -1, POLLIN, 0 };
-	if (!number(port, 65535, &n) || n == 0)
-		usage("-l takes [HOST:]PORT, not %", str(where));
-	if ((err = getaddrinfo(host.n ? c_str(host) : NULL, c_str(port),
-	    &hint, &a)) != 0)
-		die(NO_PLACE, "cannot listen on %: %", str(where),
-		    str(gai_strerror(err)));
-	for (; a; a = a->ai_next) {
-		struct pollfd *l = &listeners[a->ai_family == AF_INET ? 0 : 2];
+	family = AF_UNSPEC;
+	begin_way();
+	if (host.n) {
+		doing(NO_PLACE, "looking up the address of ", c_str(host));
+		find_addresses(c_str(host));
+	} else {
+		add_ip((Str){ any, 16 });
+		add_ip((Str){ any, 4 });
+	}
+	while (is_looking_up())
+		poll_way(NEVER);
+	undo(mark);
+	family = connecting;
+}
+
+/* Listen on what was found: one address of each family, or end the step. */
+static void
+listen_on_addresses(const struct responder *how, Str where, in_port_t port)
+{
+	struct address *a;
+	bool any = false;
+
+	while ((a = next_address())) {
+		struct pollfd *l = &listeners[a->to.any.sa_family == AF_INET ?
+		    0 : 2];
 
 		if (l->fd >= 0)
 			continue;
+		set_port(a, port);
 		l[0].fd = bind_to(a, SOCK_STREAM);
 		if (l[0].fd >= 0 && how->datagram)
 			l[1].fd = bind_to(a, SOCK_DGRAM);
@@ -9001,11 +9026,33 @@ listen_at(const struct responder *how, const char *where)
 			break;
 	}
 	if (a || !any)
-		die(NO_PLACE, "cannot listen on %: %%", str(where), why(),
+		die(NO_PLACE, "cannot listen on %: %%", where, why(),
 		    errno == EADDRINUSE ? S("; stop the program that listens "
 		    "there, or let it answer (see -w)") :
 		    errno == EACCES ? S("; ports below 1024 need root") :
 		    NONE);
+}
+
+/*
+ * Listen at [HOST:]PORT, on each family that the machine has, before the
+ * CA hears of anything.
+ */
+static void
+listen_at(const struct responder *how, const char *where)
+{
+	Str port = str(where), host = contains(port, S(":")) ?
+	    take_host(&port) : NONE;
+	unsigned long n;
+
+	for (size_t i = 0; i < LISTENERS; i++)
+		listeners[i] = (struct pollfd){ -1, POLLIN, 0 };
+	if (host.n > HOSTNAME || !number(port, 65535, &n) || n == 0)
+		usage("-l takes [HOST:]PORT, not %", str(where));
+	find_own_addresses(host);
+	if (!has_untried())
+		die(NO_PLACE, "cannot listen on %: %", str(where),
+		    no_address());
+	listen_on_addresses(how, str(where), htons((in_port_t)n));
 }
 
 /* -l can only answer one kind of peer, and where peers can come. */

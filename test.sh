@@ -3423,6 +3423,7 @@ answer(int tcp)
 	char name[256] = "";
 	size_t at = 12;
 	const char *kind;
+	FILE *f;
 	int type;
 
 	for (; m[at]; at += m[at] + 1)
@@ -3430,6 +3431,10 @@ answer(int tcp)
 		    "%s%.*s", *name ? "." : "", m[at], (char *)m + at + 1);
 	type = m[at + 2];
 	n = at + 5;
+	if ((f = fopen("asked", "a"))) {
+		fprintf(f, "%d %s\n", type, name);
+		fclose(f);
+	}
 	kind = kind_of(name, type);
 	m[2] = 0x81;
 	m[3] = 0x80;
@@ -3519,7 +3524,8 @@ main(void)
 }
 END
 cc -w -o names names.c || exit
-issue named root 'subjectAltName=DNS:*.names.test,DNS:short.ns,DNS:single'
+issue named root 'subjectAltName=DNS:*.names.test,DNS:short.ns,DNS:single,\
+IP:127.0.0.2,IP:::1'
 cat >named.hosts <<'END'
 127.0.0.9 live-none.names.test.x xlive-none.names.test #live-none.names.test
 # 127.0.0.9 x live-none.names.test
@@ -3575,7 +3581,14 @@ looking_up() {
 search() { printf '%s\n' 'nameserver 127.0.0.1' "$@" >named.conf; }
 fresh
 search
-check 'a name with addresses of both families' 'named live-live.names.test'
+check 'a name with addresses of both families' '
+    rm -f asked; named live-live.names.test &&
+    grep live-live.names.test asked'
+for host in hosted.names.test 127.0.0.2 '[::1]' \
+    'x.names.test -H x.names.test:8443:::1'; do
+	check "no name server is asked for $host" '
+	    rm -f asked; named $host && not cat asked'
+done
 for kind in servfail refused notimp nxdomain silent none; do
 	check "no address of IPv6: $kind" "named live-$kind.names.test"
 	check "no address of IPv4: $kind" "named $kind-live.names.test"
@@ -4357,7 +4370,46 @@ for where in '' x 0 65536 99999999999999999999 127.0.0.1: :x \
     127.0.0.1:0 '[::1]' '[::1:80'; do
 	dies 64 'HOST:.PORT' "step respond -l '$where' <http.rec"
 done
+dies 64 'HOST:.PORT' 'step respond -l "$(printf %0256d 1):80" <http.rec'
 dies 73 '1.2.3.4.5:80' 'step respond -l 1.2.3.4.5:80 <http.rec'
+
+# -l HOST, in the network with a name server of its own.
+listens_at() {
+	host=$1; shift
+	inside_net "$acme" respond -C root.pem -k account.key -T 4 \
+	    -l "$host.names.test:8080" "$@" <http.rec
+}
+# has_place -4|-6|-v HOST PLACE...: it listens at these alone, as
+# /proc/net/tcp has them.
+has_place() {
+	rm -f seen
+	listens_at "$2" -P 'cat /proc/net/tcp /proc/net/tcp6 >seen' "$1"
+	shift 2
+	awk '$4 == "0A" && /:1F90/ { print $2 }' seen >places
+	cat places
+	for place; do echo "$place:1F90"; done | diff - places
+}
+own_v4=0200007F own_v6=00000000000000000000000001000000
+for kind in servfail refused nxdomain silent none; do
+	search 'options timeout:1'
+	check "-l: no address of IPv6: $kind" 'has_place -v live-$kind $own_v4'
+	check "-l: no address of IPv4: $kind" 'has_place -v $kind-live $own_v6'
+done
+for option in -v -4 -6; do
+	check "-l: addresses of both families, with $option" '
+	    has_place $option live-live $own_v4 $own_v6'
+done
+search 'search broken.test' 'options ndots:5'
+check '-l: a name with a dot is not searched' 'has_place -v live-none $own_v4'
+check '-l: a name of /etc/hosts' 'has_place -v hosted $own_v4'
+search
+dies 73 'limit of 1 s reached while looking up the address of silent-silent' \
+    'listens_at silent-silent -T 1'
+check '-l: no process that looks a name up outlives the step' '
+    not pgrep -f "^$acme respond .*silent-silent"'
+dies 73 'cannot listen on nxdomain-nxdomain.names.test:8080: Name' \
+    'listens_at nxdomain-nxdomain'
+
 dies 64 'only one of' 'step respond -l 1 -w webroot <http.rec'
 dies 64 'only one of' 'step respond -l 1 -x true <http.rec'
 dies 64 'style: acmesh; there are dehydrated uacme lego certbot' \
