@@ -6478,6 +6478,43 @@ take_line(Str all, bool account_only)
 	return NULL;
 }
 
+/* What a file that is not a record is, or NULL. */
+static const char *
+not_a_record(Str s)
+{
+	static const char *const kind[][2] = {
+		{ "CERTIFICATE REQUEST-----", "a certificate request" },
+		{ "PRIVATE KEY-----", "a key" },
+		{ "CERTIFICATE-----", "a certificate" },
+		{ "-----", "a PEM file" }
+	};
+	Str label = NONE, l;
+
+	if (s.n > 1 && s.p[0] == 0x30 && s.p[1] >= 0x80)
+		return "a DER file";
+	while (s.n && !label.n) {
+		l = cut(&s, '\n');
+		label = pem_label(trim(cut(&l, '\r')), S("-----BEGIN "));
+	}
+	for (size_t i = 0; label.n && i < COUNT(kind); i++)
+		if (contains(cat(NONE, label, S("-----")), str(kind[i][0])))
+			return kind[i][1];
+	return NULL;
+}
+
+/* A file of another kind was given as a record: say what it is. */
+static void
+check_kind(Str s, const char *file, bool account_only)
+{
+	const char *kind = not_a_record(s);
+
+	if (kind)
+		die(BAD, "% is %, not a record%", file_name(file), str(kind),
+		    account_only ? S("; -a takes the output of new-account, "
+		    "-k the key") : S("; the output of the step before, such "
+		    "as new-order, is one"));
+}
+
 /*
  * Read a record, the text of a file.  Of an account's (-a) only some lines
  * count, and none may differ from the record's own.  The line "end" tells a
@@ -6493,10 +6530,7 @@ record_read(Str text, const char *file, bool account_only)
 
 	if (text.n == 0)
 		die(BAD, "% is empty", file_name(file));
-	if (begins(text, "-----BEGIN "))
-		die(BAD, "% is a PEM file, not a record%", file_name(file),
-		    account_only ? S("; -a takes the output of new-account, "
-		    "-k the key") : NONE);
+	check_kind(text, file, account_only);
 	for (size_t n = 1; text.n; n++) {
 		all = value = cut(&text, '\n');
 		if (is(cut(&value, ' '), "failed") && is_line(all) &&

@@ -4424,15 +4424,52 @@ dies 73 'hook ./none: No such file' \
     'step respond -x certbot:true,./none <http.rec'
 dies 73 "listen on 127.0.0.1:$home: .*; stop the program" \
     "step respond -l 127.0.0.1:$home <http.rec"
-dies 65 'is a PEM file, not a record$' 'step respond <server.pem'
-dies 65 'is a PEM file.*-a takes the output of new-account, -k the key' \
+# taken FILE WHAT: it is not taken for a record.
+taken() { dies 65 "standard input is $2, not a record; " "step order <$1"; }
+openssl req -new -key account.key -subj / >request.pem
+{ printf '\357\273\277'; cat server.pem; } >marked.pem
+sed 's/$/\r/' server.pem >crlf.pem
+openssl x509 -in server.pem -text >text.pem
+openssl x509 -in server.pem -outform DER >server.der
+for name in server marked crlf text; do
+	taken $name.pem 'a certificate'
+done
+taken request.pem 'a certificate request'
+taken account.key 'a key'
+taken server.der 'a DER file'
+dies 65 'account.key is a key, not a record; -a takes the output of new-acc' \
     'step new-order -a account.key a.example'
+dies 65 'server.pem is a certificate, not a record; -a takes' \
+    'step new-order -a server.pem a.example'
+# by_hand: a record is typed once the program says that it waits for it.
+by_hand() {
+	: >typed
+	echo 'acme-step order -k account.key; echo "status $?"' >by-hand.sh
+	{ await grep terminal typed; printf 'failed 75 x y\n\004'; } |
+	socat -t 10 - 'EXEC:sh by-hand.sh,pty,setsid,ctty,stderr' >typed
+}
+check 'a record that is read from a terminal: that is said first, once' '
+    by_hand; cat typed; grep "status 75" typed &&
+    is 1 "grep -c \"^acme-step: order: reading a rec.* terminal\" typed"'
+check 'and only then' '
+    { ! step order <pending; } 2>err; cat err
+    not grep terminal err'
 dies 64 ' -n ' 'step respond -l 1 -n <http.rec'
 dies 64 'choose with -t' 'step respond -l 1 <pending'
-dies 64 'no such challenge type: tls-sni-01; there are http-01 dns-01 tls' \
+types='http-01 dns-01 tls-alpn-01 dns-account-01 dns-persist-01'
+dies 64 "no such challenge type: tls-sni-01; there are $types (see" \
     'step challenges -t tls-sni-01 <pending'
-dies 64 'type: tls-sni-01; .* dns-persist-01' \
+dies 64 "no such challenge type: tls-sni-01; there are $types (see" \
     'step respond -t tls-sni-01 -l 1 <pending'
+dies 64 '-l cannot answer sky-01 challenges, only: http-01 .*persist-01 (see' \
+    '{ cat pending; echo "challenge sky-01 dns a.example $ca/c x y"; } |
+    step respond -l 1'
+reasons=$(sed -n '/^    revoke-cert/,/CAs take/p' "$src/README" |
+    tr -d ' \n' | sed 's/.*5.3.1://; s/([0-9]*)//g; s/\..*//; s/,/ /g')
+for reason in mistake certificatehold 7 - 11 -1 ''; do
+	dies 64 "no such reason: $reason; there are $reasons (see" \
+	    "step revoke-cert -c '$reason' server.pem"
+done
 dies 73 "cannot listen on 127.0.0.1:$home: .*in use" \
     'step respond -l 127.0.0.1:$home <http.rec'
 dies 73 "cannot listen on $home: .*in use" 'step respond -l $home <http.rec'
