@@ -9307,16 +9307,21 @@ static bool
 is_program(const char *name)
 {
 	Str path = str(getenv("PATH")), dir;
+	int cause = ENOENT;
 
 	if (strchr(name, '/'))
 		return can_run(name);
 	while (path.n) {
+		const char *file;
+
 		dir = cut(&path, ':');
-		if (can_run(c_str(text("%/%", dir.n ? dir : S("."),
-		    str(name)))))
+		file = c_str(text("%/%", dir.n ? dir : S("."), str(name)));
+		if (can_run(file))
 			return true;
+		if (access(file, F_OK) == 0)
+			cause = EACCES;
 	}
-	errno = ENOENT;
+	errno = cause;
 	return false;
 }
 
@@ -9324,17 +9329,21 @@ is_program(const char *name)
 static void
 check_program(const char *name)
 {
+	Str cause;
 	const char *remedy = "";
 
 	if (is_program(name))
 		return;
+	cause = why();
 	if (errno == EACCES)
 		remedy = "; is it executable (chmod +x)?";
-	else if (access(name, F_OK) == 0)
-		remedy = "; it is not in PATH, write ./ before its name";
 	else if (strchr(name, ' '))
 		remedy = "; -x takes a program without arguments";
-	die(NO_PLACE, "cannot run the hook %: %%", str(name), why(),
+	else if (!strchr(name, '/')) {
+		cause = S("not found in PATH");
+		remedy = "; a file in this directory is named with ./";
+	}
+	die(NO_PLACE, "cannot run the hook %: %%", str(name), cause,
 	    str(remedy));
 }
 

@@ -4416,10 +4416,16 @@ dies 64 'style: acmesh; there are dehydrated uacme lego certbot' \
     'step respond -x acmesh:x <http.rec'
 printf '#!/bin/sh\n' >not-run
 dies 73 'hook ./not-run: .*(chmod +x)' 'step respond -x ./not-run <http.rec'
-dies 73 'hook not-run: .*not in PATH, write ./' \
-    'step respond -x not-run <http.rec'
-dies 73 'hook ./no prog: .*without arguments' \
-    'step respond -x "./no prog" <http.rec'
+for name in not-run no-such-hook; do
+	dies 73 "hook $name: not found in PATH; a file in this directory is\
+ named with ./$" "step respond -x $name <http.rec"
+done
+dies 73 'hook not-run: Permission denied; .*(chmod +x)' \
+    'PATH=$PWD:$PATH; step respond -x not-run <http.rec'
+for name in './no prog' 'no prog'; do
+	dies 73 "hook $name: No such file.*without arguments" \
+	    "step respond -x '$name' <http.rec"
+done
 dies 73 'hook ./none: No such file' \
     'step respond -x certbot:true,./none <http.rec'
 dies 73 "listen on 127.0.0.1:$home: .*; stop the program" \
