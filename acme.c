@@ -8703,10 +8703,17 @@ static const struct responder *
 find_responder(Str type)
 {
 	const struct challenge_type *t = find_challenge_type(type);
+	struct list all = list_begin();
 
-	if (!t || !t->responder)
-		usage("-l cannot answer challenges of the type %", type);
-	return t->responder;
+	if (t && t->responder)
+		return t->responder;
+	for (t = challenge_types; t < challenge_types +
+	    COUNT(challenge_types); t++)
+		if (t->responder)
+			list_add(&all, " ", str(t->name));
+	usage("-l cannot answer % challenges, only: %", type,
+	    list_text(&all));
+	return NULL;
 }
 
 /*
