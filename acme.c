@@ -667,7 +667,7 @@ static unsigned char *
 take(size_t n)
 {
 	if (n > sizeof heap - used)
-		die(FAULT, "more than the 3 MiB of memory that a step has");
+		die(FAULT, "out of memory: a step has 3 MiB");
 	used += n;
 	if (used > peak)
 		peak = used;
@@ -1833,7 +1833,7 @@ read_some(int fd, void *p, size_t n, const char *name)
 		got = read(fd, p, n);
 	while (got < 0 && errno == EINTR);
 	if (got < 0 && errno == EISDIR && is_std(name))
-		die(MISSING, "there is no standard input");
+		die(MISSING, "standard input is closed or is a directory");
 	if (got < 0)
 		die(errno == EISDIR ? MISSING : IO, "cannot read %: %",
 		    file_name(name), why());
@@ -2089,7 +2089,7 @@ follow(const char *file, struct stat *st)
 		if (access(next, F_OK) != 0 && access(file, F_OK) == 0)
 			return file;
 	}
-	no_place(S("it is a symbolic link that leads nowhere"));
+	no_place(S("the symbolic link does not lead to a file"));
 	return file;
 }
 
@@ -2149,7 +2149,7 @@ is_mount(void)
 static void
 open_there(const char *file, int flags)
 {
-	doing(NO_PLACE, "waiting for a reader of ", file);
+	doing(NO_PLACE, "waiting for a reader to open ", file);
 	out.fd = open(file, O_WRONLY | O_NOCTTY | O_CLOEXEC | flags);
 	if (out.fd < 0)
 		no_place(why());
@@ -2195,7 +2195,8 @@ out_open(const char *file, bool key)
 	if (out.dir < 0)
 		no_place(why());
 	if (!*out.base)
-		no_place(S("it has no name"));
+		die(NO_PLACE, "cannot create '%': the file name is empty",
+		    str(file));
 	out.in_place = old && is_mount();
 	if (out.in_place) {
 		open_there(file, O_NOFOLLOW);
@@ -2677,7 +2678,7 @@ key_accept(struct key *k)
 
 	if (rsa) {
 		if (rsa->n_bitlen < 2048 || rsa->n_bitlen > 4096)
-			return "RSA keys have 2048 to 4096 bits";
+			return "RSA keys must have 2048 to 4096 bits";
 		k->rsa = *rsa;
 		k->type = &key_types[2];
 		return NULL;
@@ -2691,7 +2692,7 @@ key_accept(struct key *k)
 	k->type = &key_types[i];
 	n = k->type->size;
 	if (ec->xlen > n)
-		return "its number is too big for its curve";
+		return "its private value is too large for its curve";
 	memcpy(k->secret + n - ec->xlen, ec->x, ec->xlen);
 	k->ec = (br_ec_private_key){ ec->curve, k->secret, n };
 	return NULL;
@@ -2726,8 +2727,8 @@ warn_if_shared(const char *name)
 	if (!is_std(name) && stat(name, &st) == 0 && S_ISREG(st.st_mode) &&
 	    st.st_mode & 077 && (geteuid() == 0 || geteuid() == st.st_uid) &&
 	    (statvfs(name, &fs) != 0 || !(fs.f_flag & ST_RDONLY)))
-		warn("warning: the key % can be read by others (chmod 600)",
-		    str(name));
+		warn("warning: % is accessible to other users; run chmod 600 %",
+		    str(name), str(name));
 }
 
 /* The first private key in a PEM file, PKCS #8 or of its own kind. */
@@ -2751,16 +2752,17 @@ key_read(struct key *k, const char *name)
 			die(BAD, "% holds an Ed25519 key; use an ec256, ec384 "
 			    "or RSA key", file_name(name));
 		if (!key_fits(k, block, false))
-			die(BAD, "% holds a malformed key, or one that is "
-			    "not supported", file_name(name));
+			die(BAD, "the key in % is malformed or of an "
+			    "unsupported type", file_name(name));
 		br_skey_decoder_init(&k->decoder);
 		br_skey_decoder_push(&k->decoder, block.p, block.n);
 		if ((fault = key_accept(k)))
-			die(BAD, "the key in % is of no use: %",
+			die(BAD, "cannot use the key in %: %",
 			    file_name(name), str(fault));
 		if (k->type->curve ? !in_range(k) || !ec_complete(k) :
 		    !rsa_works(k))
-			die(BAD, "the numbers of the key in % make no key",
+			die(BAD, "the key in % is invalid: its values are "
+			    "out of range or do not match",
 			    file_name(name));
 		wipe(heap + mark, peak - mark);
 		wipe_stack();
@@ -3296,7 +3298,7 @@ static void
 add_anchor(const struct cert *c, unsigned flags, const br_x509_pkey *key)
 {
 	if (nanchor == ANCHORS)
-		die(FAULT, "more than % trust anchors fit the server's chain",
+		die(FAULT, "more than % trust anchors match the server's chain",
 		    num(ANCHORS));
 	anchor_cert[nanchor] = *c;
 	anchor[nanchor++] = (br_x509_trust_anchor){
@@ -3451,7 +3453,8 @@ find_anchors(const char *option)
 	if (option && strcmp(option, "builtin") == 0)
 		return;
 	if (option && is_std(option))
-		usage("trust anchors are read more than once: -C FILE");
+		usage("trust anchors cannot come from standard input; use "
+		    "-C FILE");
 	anchor_file = option ? option : file.n ? c_str(file) : NULL;
 	if (!anchor_file)
 		find_bundle();
@@ -4189,7 +4192,7 @@ add_resolved(Str s)
 	Str host, port, address;
 
 	if (!read_resolved(s, &host, &port, &address))
-		usage("-H takes HOST:PORT:ADDR, not %", s);
+		usage("-H needs HOST:PORT:ADDR, not %", s);
 	if (nresolved == RESOLVED)
 		die(FAULT, "more than % addresses by -H", num(RESOLVED));
 	resolved[nresolved++] = s;
@@ -4688,8 +4691,8 @@ static Str
 no_address(void)
 {
 	if (way.truncated)
-		return S("the answer of the name server was cut short (too "
-		    "many addresses for this resolver)");
+		return S("the name server's response was truncated (too many "
+		    "addresses for this resolver)");
 	return way.unknown ? str(gai_strerror(way.unknown)) :
 	    S("it has only those that -4 or -6 excludes");
 }
@@ -4803,7 +4806,7 @@ fill_command(const char *host, const char *port)
 		if (head.n == n)
 			return c_str(all);
 		if (!s.n || !strchr("hp%", s.p[0]))
-			usage("-P knows %, no other", S("%h, %p and %%"));
+			usage("-P accepts only %", S("%h, %p and %%"));
 		all = cat(NONE, all, s.p[0] == 'h' ? str(host) :
 		    s.p[0] == 'p' ? str(port) : S("%"));
 		s = from(s, 1);
@@ -5032,8 +5035,8 @@ proxy_line(int fd, size_t *room, Str name)
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n <= 0 || --*room == 0)
-			die(CA_DOWN, "the proxy % gives no answer that can "
-			    "be read", name);
+			die(CA_DOWN, "no valid response from the "
+			    "proxy %", name);
 		if (c == '\n')
 			break;
 		*take(1) = c;
@@ -5065,7 +5068,7 @@ static Str
 answer_without_secrets(Str code)
 {
 	return code.n == 3 && made_of(code, DIGIT) ? text("status %", code) :
-	    S("its answer is not HTTP");
+	    S("its response is not HTTP");
 }
 
 /*
@@ -5108,7 +5111,7 @@ dial_proxy(Str url, const char *host, const char *port)
 		die(CA_DOWN, "cannot write to the proxy %: %", p.host, why());
 	status = proxy_status(fd, &room, p.host, &code);
 	if (!begins(status, "HTTP/1.") || !begins(code, "2"))
-		die(CA_DOWN, "the proxy % does not connect to %: %", p.host,
+		die(CA_DOWN, "the proxy % refused to connect to %: %", p.host,
 		    target, basic.n ? answer_without_secrets(code) :
 		    brief(status));
 	while (proxy_line(fd, &room, p.host).n)
@@ -5260,11 +5263,11 @@ tls_fault(int err)
 	case BR_ERR_RECV_FATAL_ALERT + 70:	/* protocol_version */
 		return S("it does not speak TLS 1.2");
 	case BR_ERR_RECV_FATAL_ALERT + 40:	/* handshake_failure */
-		return S("it shares no TLS 1.2 cipher suite with us");
+		return S("no TLS 1.2 cipher suite in common");
 	case BR_ERR_RECV_FATAL_ALERT + 112:	/* unrecognized_name */
-		return S("it does not know that name");
+		return S("it does not serve that name");
 	}
-	return text("TLS failed (BearSSL error %)", num((unsigned)err));
+	return text("BearSSL error %", num((unsigned)err));
 }
 
 /*
@@ -5315,7 +5318,7 @@ conn_open(const struct url *u)
 	chain.ip = ip_bytes(host);
 	name = chain.ip.n ? NULL : conn.host;
 	conn.fd = dial(conn.host, conn.port);
-	doing(CA_DOWN, "shaking hands with ", conn.host);
+	doing(CA_DOWN, "negotiating TLS with ", conn.host);
 	br_ssl_client_zero(&conn.tls);
 	tls_engine(&conn.tls.eng, conn.tls_buffer, sizeof conn.tls_buffer, 1);
 	chain.vtable = &chain_vtable;
@@ -5396,8 +5399,8 @@ http_line(struct reply *r, size_t *room, Str *s)
 		if (c < 0)
 			return false;
 		if ((*room)-- == 0)
-			die(FAULT, "the header of the reply from % is larger "
-			    "than % KiB", r->url, num(HEAD >> 10));
+			die(FAULT, "the header of the response from % is "
+			    "larger than % KiB", r->url, num(HEAD >> 10));
 		*take(1) = (unsigned char)c;
 		s->n++;
 	}
@@ -5413,7 +5416,8 @@ http_line(struct reply *r, size_t *room, Str *s)
 static void
 cut_off(const struct reply *r)
 {
-	die(CA_DOWN, "the connection ended early, in the reply from %",
+	die(CA_DOWN, "the connection ended in the middle of the response "
+		    "from %",
 	    r->url);
 }
 
@@ -5474,13 +5478,14 @@ http_field(struct reply *r, struct framing *f, Str name, Str value)
 	else if (same_word(name, S("Content-Length"))) {
 		if (!number(value, 1UL << 31, &n) ||
 		    (f->has_length && n != f->length))
-			broken(r, "has no clear length: %", brief(value));
+			broken(r, "has an invalid or second, different "
+			    "Content-Length: %", brief(value));
 		f->has_length = true;
 		f->length = n;
 	} else if (same_word(name, S("Transfer-Encoding"))) {
 		if (!same_word(value, S("chunked")) || f->chunked)
-			broken(r, "has a transfer coding that nobody asked "
-			    "for: %", brief(value));
+			broken(r, "has an unsupported "
+			    "Transfer-Encoding: %", brief(value));
 		f->chunked = true;
 	} else if (same_word(name, S("Connection")))
 		while (value.n)
@@ -5541,7 +5546,7 @@ static void
 http_bytes(struct reply *r, unsigned long n)
 {
 	if (n > BODY || r->body.n + n > BODY)
-		die(FAULT, "the reply from % is larger than % KiB", r->url,
+		die(FAULT, "the response from % is larger than % KiB", r->url,
 		    num(BODY >> 10));
 	while (n-- > 0) {
 		int c = conn_byte();
@@ -5563,7 +5568,7 @@ chunk_size(struct reply *r, Str s)
 	while (size.n && strchr(" \t", size.p[size.n - 1]))
 		size.n--;
 	if (!made_of(size, DIGIT "abcdefABCDEF"))
-		broken(r, "has a chunk without a size");
+		broken(r, "has a chunk with an invalid size");
 	for (size_t i = 0; i < size.n; i++) {
 		int c = lower_case(size.p[i]);
 
@@ -5609,7 +5614,7 @@ http_receive(const struct message *q, struct reply *r)
 	int c;
 
 	*r = (struct reply){ .url = q->url, .retry_after = -1 };
-	doing(CA_DOWN, "waiting for a reply from ", conn.host);
+	doing(CA_DOWN, "waiting for a response from ", conn.host);
 	if (!http_head(r, &f))
 		return false;
 	r->body = (Str){ heap + used, 0 };
@@ -5617,7 +5622,7 @@ http_receive(const struct message *q, struct reply *r)
 	    r->status == 304)
 		;
 	else if (f.chunked && f.has_length)
-		broken(r, "has two lengths");
+		broken(r, "has both Content-Length and Transfer-Encoding");
 	else if (f.chunked)
 		http_chunks(r);
 	else if (f.has_length)
@@ -5656,7 +5661,8 @@ static void
 message_url(const struct message *q, struct url *u)
 {
 	if (!url_read(q->url, u))
-		die(FAULT, "this is no https URL to ask: %", brief(q->url));
+		die(FAULT, "cannot request %: it is not an https URL",
+		    brief(q->url));
 }
 
 /* The path and query of a URL; there is always a path (RFC 9112 3.2.1). */
@@ -5842,12 +5848,12 @@ box_exchange(const struct message *q, struct reply *r)
 	if (!box_read(name, &old))
 		box_write(name, request);
 	else if (!same(old, request))
-		die(BAD, "% in % is of another step: each step has a box of "
-		    "its own", str(name), str(box.name));
+		die(BAD, "% in % belongs to another step; use a box for each "
+		    "step", str(name), str(box.name));
 	if (!box_read(box_file(box.n, "response"), &s))
 		return false;
 	if (!box_open(request, &s))
-		box_refuse("is not the reply to that request");
+		box_refuse("is not the response to that request");
 	s = keep(mark, s);
 	conn.from = s.p;
 	conn.at = 0;
@@ -5855,7 +5861,7 @@ box_exchange(const struct message *q, struct reply *r)
 	conn.whole = true;
 	conn.error = BR_ERR_OK;
 	if (!http_receive(q, r) || conn.at != conn.have)
-		box_refuse("is not a whole reply");
+		box_refuse("is incomplete");
 	return true;
 }
 
@@ -5874,11 +5880,11 @@ box_batch(const struct message *q, struct reply *r, size_t n)
 		return;
 	if (box.published)
 		ndoomed = box.published;
-	die(LATER, "% in % want%: run acme-step send %, then this again%",
-	    lack == 1 ? S("a request") : text("% requests", num(lack)),
-	    str(box.name), lack == 1 ? S("s a reply") : S(" replies"),
-	    str(box.name), carrier_pause < 1000 ? NONE : text("; not before "
-	    "% s have passed", num((unsigned long long)carrier_pause / 1000)));
+	die(LATER, "% has % request% without a response; run acme-step send "
+	    "%, then this step again%", str(box.name), num(lack),
+	    lack == 1 ? NONE : S("s"), str(box.name),
+	    carrier_pause < 1000 ? NONE : text("; not before % s have passed",
+	    num((unsigned long long)carrier_pause / 1000)));
 }
 
 /* Use a directory as the box; where there is none, it is made. */
@@ -5920,7 +5926,7 @@ reply_lost(struct message *q, bool new_connection)
 {
 	if (q->once || ++q->lost > RESENDS || (new_connection &&
 	    !pause_for("waiting to connect again", 1000 << (q->lost - 1))))
-		die(CA_DOWN, "the connection to % ended before a reply",
+		die(CA_DOWN, "the connection to % ended before a response",
 		    str(conn.host));
 }
 
@@ -6417,7 +6423,7 @@ put(const char *word, Str value, Str url)
 	const struct keyword *k = keyword(str(word));
 
 	if (!k->ok(value))
-		die(BROKEN, "the reply from % has an impossible %: %", url,
+		die(BROKEN, "the response from % has an invalid %: %", url,
 		    str(word), brief(value));
 	if (k->ok == is_url)
 		need_own(value);
@@ -6432,7 +6438,7 @@ pass_failure(Str value)
 	unsigned long status;
 
 	if (!number(code, 255, &status) || status == 0)
-		die(BAD, "malformed failed line");
+		die(BAD, "malformed 'failed' line");
 	finish((int)status);
 	if (tell_begin((int)status, name)) {
 		line_add(value);
@@ -6451,31 +6457,32 @@ has_value(const struct keyword *k, Str value)
 	return false;
 }
 
-/* Add a line of a record; what is wrong with it, or NULL. */
-static const char *
+/* Add a line of a record; what is wrong with it, or NONE. */
+static Str
 take_line(Str all, bool account_only)
 {
 	Str value = all, word = cut(&value, ' ');
 	const struct keyword *k = keyword(word);
 
 	if (!is_line(all))
-		return "a control character";
+		return S("control character or malformed text");
 	if (!is_b64(word))
-		return "no keyword";
+		return S("does not begin with a keyword");
 	if (account_only && !(k && k->of_account))
-		return NULL;
+		return NONE;
 	if (is(word, "end") || is(word, "failed") || (k && !k->ok(value)))
-		return "malformed";
+		return text("malformed '%' value", word);
 	if (account_only && has_value(k, value))
-		return NULL;
+		return NONE;
 	if (!k)			/* it passes through as it is */
 		add_other(all);
 	else if (k->n || !value_of(k, 0).n)
 		set_value(k, value);
 	else
-		return account_only ? "not the same as in the record" :
-		    "the second of its kind";
-	return NULL;
+		return account_only ?
+		    text("'%' differs from the record on standard input",
+		    word) : text("a second '%' line", word);
+	return NONE;
 }
 
 /* What a file that is not a record is, or NULL. */
@@ -6526,7 +6533,7 @@ record_read(Str text, const char *file, bool account_only)
 {
 	Str all, value;
 	bool whole = text.n && text.p[text.n - 1] == '\n', ended = false;
-	const char *fault;
+	Str fault;
 
 	if (text.n == 0)
 		die(BAD, "% is empty", file_name(file));
@@ -6541,9 +6548,9 @@ record_read(Str text, const char *file, bool account_only)
 			continue;
 		}
 		fault = take_line(all, account_only);
-		if (fault && (text.n || whole || ended))
+		if (fault.n && (text.n || whole || ended))
 			die(BAD, "%, line %: %", file_name(file), num(n),
-			    str(fault));
+			    fault);
 	}
 	if (!ended)
 		die(BAD, "% is cut off: it has no 'end' line; run % again",
@@ -6577,7 +6584,7 @@ need(const char *word)
 	Str s = value_of(keyword(str(word)), 0);
 
 	if (!s.n)
-		die(BAD, "the record has no % line", str(word));
+		die(BAD, "the record has no '%' line", str(word));
 	return s;
 }
 
@@ -6757,7 +6764,8 @@ accept_reply(const struct reply *r)
 	if (r->status == 429 || has_type(r, "rateLimited"))
 		come_back(r, r->retry_after);
 	if (r->status < 400)
-		broken(r, "is a redirect, which ACME does not have here");
+		broken(r, "is a redirect, which is followed only once and only "
+		    "for the directory");
 	die(r->status < 500 || r->status == 501 ? REFUSED : CA_DOWN, "%: %",
 	    brief(r->url), problem(r));
 }
@@ -6863,7 +6871,8 @@ next_link(struct links *l, Str relation)
 			continue;
 		url = absolute(l->reply->url, url);
 		if (!is_url(url))
-			broken(l->reply, "has a link that is no https URL: %",
+			broken(l->reply, "has a link that is not an https "
+			    "URL: %",
 			    brief(url));
 		return url;
 	}
@@ -6877,7 +6886,7 @@ location(const struct reply *r)
 	Str url = absolute(r->url, r->location);
 
 	if (!is_url(url))
-		broken(r, "has no https URL as its Location");
+		broken(r, "has no Location with an https URL");
 	return url;
 }
 
@@ -7308,14 +7317,14 @@ store_identifiers(const struct reply *r, Str list)
 		if (fill && !has_identifier(&id))
 			put("identifier", identifier_text(&id), r->url);
 		if (!has_identifier(&id))
-			broken(r, "is an order for another name: %",
-			    brief(identifier_text(&id)));
+			broken(r, "is an order with a name that was not "
+			    "requested: %", brief(identifier_text(&id)));
 		at = add_identifier(identifiers(), &id);
 		n += !seen[at];
 		seen[at] = true;
 	}
 	if (n < identifiers()->n)
-		broken(r, "is an order for fewer names");
+		broken(r, "is an order that lacks requested names");
 }
 
 static void
@@ -7348,7 +7357,7 @@ order_store(const struct reply *r)
 	order.nauthorization = 0;
 	while (json_each(&list, &none, &v)) {
 		if (json_kind(v) != '"')
-			broken(r, "has an authorization that is no URL");
+			broken(r, "has an authorization that is not a URL");
 		if (order.nauthorization == NAMES)
 			die(FAULT, "an order has more than % authorizations",
 			    num(NAMES));
@@ -7377,7 +7386,7 @@ authorized(const struct reply *r, Str o)
 	bool is_wild = json_kind(json_member(o, "wildcard")) == 't';
 
 	if (!is_name(id.type, id.value))
-		broken(r, "is for an impossible name: %", brief(id.value));
+		broken(r, "is for an invalid name: %", brief(id.value));
 	if (!begins(id.value, "*."))
 		wild.value = text("*.%", id.value);
 	if (!is_wild && has_identifier(&id))
@@ -7568,7 +7577,7 @@ validation_failed(const char *what, Str error)
 	}
 	if (!seen.n)
 		seen = error.n ? problem_text(error) :
-		    S("the CA does not say why");
+		    S("the CA gave no reason");
 	if (all && all == internal)
 		afterword = S("; the CA itself failed: place a new order");
 	else if (published_in)
@@ -7831,7 +7840,7 @@ add_challenge(const struct authorization *a, const struct challenge *offer)
 	if (!c.url.n)
 		broken(a, "lacks the member %", S("url"));
 	if (t->has_token && (!is_b64(c.token) || c.token.n > TOKEN))
-		broken(a, "has a token that is none: %", brief(c.token));
+		broken(a, "has an invalid token: %", brief(c.token));
 	need_own(c.url);
 	t->make(a, &c);
 	put("challenge", challenge_text(&c), a->url);
@@ -8858,7 +8867,7 @@ on_child(int sig)
 	    waitpid(answering.pid, &status, WNOHANG) == answering.pid) {
 		answering.pid = 0;
 		foreword = NONE;
-		die(FAULT, "the process that answers the challenges %%",
+		die(FAULT, "the responder %%",
 		    WIFSIGNALED(status) ? S("was ended by signal ") :
 		    S("failed with status "), digits(WIFSIGNALED(status) ?
 		    (unsigned)WTERMSIG(status) :
@@ -8893,7 +8902,7 @@ limit_to_zero(int resource)
 	const struct rlimit zero = { 0, 0 };
 
 	if (setrlimit(resource, &zero) != 0)
-		die(FAULT, "cannot limit the process that answers: %", why());
+		die(FAULT, "cannot limit the responder: %", why());
 }
 
 /*
@@ -8907,10 +8916,10 @@ give_up_root(void)
 	    setgid(NOBODY) == 0 && setuid(NOBODY) == 0))
 		return;
 	if (errno != EPERM && errno != EINVAL)
-		die(FAULT, "the process that answers cannot give up root: %",
+		die(FAULT, "the responder cannot give up root: %",
 		    why());
 	if (verbose)
-		warn("the process that answers cannot give up root: %", why());
+		warn("the responder cannot give up root: %", why());
 }
 
 /*
@@ -9088,7 +9097,7 @@ listen_at(const struct responder *how, const char *where)
 	for (size_t i = 0; i < LISTENERS; i++)
 		listeners[i] = (struct pollfd){ -1, POLLIN, 0 };
 	if (host.n > HOSTNAME || !number(port, 65535, &n) || n == 0)
-		usage("-l takes [HOST:]PORT, not %", str(where));
+		usage("-l needs [HOST:]PORT, not %", str(where));
 	find_own_addresses(host);
 	if (!has_untried())
 		die(NO_PLACE, "cannot listen on %: %", str(where),
@@ -9101,9 +9110,10 @@ static void
 prepare_responder(const char *where, const char *type)
 {
 	if (!type)
-		usage("choose with -t what -l is to answer");
+		usage("-l needs -t, unless the record has challenge lines "
+		    "of exactly one type");
 	if (boxed)
-		usage("nobody comes to -l where there is a box (-B)");
+		usage("-l cannot be used with -B");
 	responder = find_responder(str(type));
 	listen_at(responder, where);
 }
@@ -9211,7 +9221,7 @@ lego_hook(struct hook *h, const struct challenge *c, Str token)
 
 	(void)token;
 	if (!publishes(c, TXT_RECORD))
-		usage("hooks of lego's are for DNS, not for %", c->type);
+		usage("lego hooks answer only DNS challenges, not %", c->type);
 	words(h->call[0], str(hook_program), S("present"), name, c->content);
 	words(h->call[1], str(hook_program), S("cleanup"), name, c->content);
 }
@@ -9289,7 +9299,7 @@ choose_hook(const char *option)
 		no_such_style(name);
 	name = cut(&s, ',');
 	if (!*hook_program || (hook_style->speaks && (!name.n || !s.n)))
-		usage("-x takes [STYLE:]PROGRAM or certbot:AUTH,CLEANUP, "
+		usage("-x needs [STYLE:]PROGRAM or certbot:AUTH,CLEANUP, "
 		    "not %", str(option));
 	if (!hook_style->speaks)
 		return;
@@ -9345,7 +9355,7 @@ check_program(const char *name)
 	if (errno == EACCES)
 		remedy = "; is it executable (chmod +x)?";
 	else if (strchr(name, ' '))
-		remedy = "; -x takes a program without arguments";
+		remedy = "; -x needs a program without arguments";
 	else if (!strchr(name, '/')) {
 		cause = S("not found in PATH");
 		remedy = "; a file in this directory is named with ./";
@@ -9425,7 +9435,7 @@ hook_take_down(const struct doomed *d)
 			nanosleep(&moment, NULL);
 	}
 	if (status != 0)
-		warn_later("the hook % could not take down %",
+		warn_later("the hook % failed to clean up %",
 		    str(h->call[1][0]), str(h->vars[2] + sizeof "ACME_NAME"));
 }
 
@@ -9459,7 +9469,7 @@ hook_output(int fd, pid_t pid)
 	while (hook_speaks(fd, pid) &&
 	    (n = read_some(fd, b, sizeof b, "the hook's output")) > 0) {
 		if (s.n + n > HOOK_SAYS)
-			die(FAULT, "the hook % prints more than % bytes",
+			die(FAULT, "the hook % printed more than % bytes",
 			    str(hook_program), num(HOOK_SAYS));
 		s = cat(s, (Str){ b, n });
 	}
@@ -9542,7 +9552,7 @@ fetch_token(const struct challenge *c)
 	r = acme_post(c->url, NONE);
 	token = want(&r, json_body(&r), "token", '"');
 	if (token.n && !is_b64(token))
-		broken(&r, "has a token that is none: %", brief(token));
+		broken(&r, "has an invalid token: %", brief(token));
 	return token;
 }
 
@@ -9569,7 +9579,7 @@ publish_by_hooks(const char *hook)
 	}
 	for (at = 0; at < names.n; at++)
 		if (!done[at])
-			die(REFUSED, "the hook % declines all challenges for "
+			die(REFUSED, "the hook % declined every challenge for "
 			    "%", str(hook_program), names.id[at].value);
 	order.nchallenge = kept;
 }
@@ -9686,8 +9696,8 @@ static void
 not_of_account(const char *file, Str key)
 {
 	if (same(key, public_key(signer())))
-		die(BAD, "% has the account's key: a certificate needs "
-		    "another (RFC 8555 11.1)", file_name(file));
+		die(BAD, "% contains the account key; use another key for "
+		    "the certificate (RFC 8555 11.1)", file_name(file));
 }
 
 /* The order's names as GeneralNames. */
@@ -9728,7 +9738,7 @@ read_request(const char *file, Str *key)
 		else
 			block = s;
 	if (!request_key(block, key))
-		die(BAD, "% is no certificate request, PEM or DER",
+		die(BAD, "% is not a certificate request (PEM or DER)",
 		    file_name(file));
 	not_of_account(file, *key);
 	return block;
@@ -9759,20 +9769,22 @@ read_chain(const struct reply *r)
 
 	while (pem_next(&text, &label, &block, &bad)) {
 		if (!is(label, "CERTIFICATE"))
-			broken(r, "has in its chain a PEM block %", label);
+			broken(r, "has a PEM block % in its chain; only "
+			    "CERTIFICATE is allowed", label);
 		if (has_certificate(n, block))
 			continue;
 		if (n == CERTS)
-			die(FAULT, "a chain of more than % certificates",
+			die(FAULT, "the chain has more than % certificates",
 			    num(CERTS));
 		if (!cert_read(block, &issued[n]))
-			broken(r, "has in its chain what is no certificate");
+			broken(r, "has a malformed certificate in its chain");
 		if (n && !same(issued[n - 1].issuer, issued[n].subject))
-			broken(r, "has a chain that does not link");
+			broken(r, "has a chain in which one certificate "
+			    "was not issued by the next");
 		n++;
 	}
 	if (bad || n == 0)
-		broken(r, "is no chain of certificates");
+		broken(r, "is not a PEM certificate chain");
 	return n;
 }
 
@@ -9849,7 +9861,9 @@ print_certificate(const char *issuer, Str key, int status)
 	r = acme_post(order.certificate, NONE);
 	n = issuer ? choose_chain(&r, issuer) : read_chain(&r);
 	if (key.n && !same(issued[0].public_key, key))
-		die(status, "the certificate % is for another key", r.url);
+		die(status, "the certificate at % is for another key%", r.url,
+		    status == BAD ? S("; use the key it was finalized with, "
+		    "or place a new order") : NONE);
 	fault = names_differ(&issued[0]);
 	if (fault.n)
 		broken(&r, "is a certificate whose names differ from the "
@@ -9966,7 +9980,7 @@ do_csr(char **arg)
 	for (const char *s = opt['N']; s && *s; s++)
 		n += ((unsigned char)*s & 0xc0) != 0x80;
 	if (n > COMMON)
-		usage("-N takes at most % characters", num(COMMON));
+		usage("-N accepts at most % characters", num(COMMON));
 	take_names(arg);
 	key_read(&certificate_key, opt['K']);
 	print(pem(request(&certificate_key, record_names(), str(opt['N'])),
@@ -10109,7 +10123,8 @@ do_json(char **arg)
 			v = json_step(v, cut(&path, '.'));
 		while (path.n && v.n);
 	if (!v.n)
-		die(NO, "no % in %", str(arg[0]), file_name(arg[1]));
+		die(NO, "% has nothing at '%'", file_name(arg[1]),
+		    str(arg[0]));
 	if (json_kind(v) != '[')
 		print(text("%\n", plain(v)));
 	else {		/* line upon line on top of the heap */
@@ -10205,8 +10220,8 @@ check_new_account(char **arg)
 		kid = take_word(&text);
 		mac_key = take_word(&text);
 		if (!mac_key.n || take_word(&text).n)
-			die(BAD, "% does not hold KID HMACKEY",
-			    file_name(file));
+			die(BAD, "% must hold two words, the KID and the "
+			    "HMAC key", file_name(file));
 	}
 	if (!kid.n && !mac_key.n)
 		return;
@@ -10214,8 +10229,8 @@ check_new_account(char **arg)
 	binding.mac_key = unb64_any(mac_key);
 	if (!kid.n || !binding.mac_key.n)
 		die(BAD, "external account binding: %", kid.n ?
-		    S("the HMAC key is missing or not base64url") :
-		    S("there is a key, but no ACME_EAB_KID"));
+		    S("the HMAC key is missing or is not base64") :
+		    S("ACME_EAB_HMAC_KEY is set, but ACME_EAB_KID is not"));
 }
 
 /*
@@ -10307,7 +10322,7 @@ add_orders(Str all, const struct reply *r)
 		v = absolute(r->url, json_kind(v) == '"' ? json_text(v) :
 		    NONE);
 		if (!is_url(v))
-			broken(r, "has an order that is no URL");
+			broken(r, "has an order that is not a URL");
 		lines = cat(lines, S("account-order "), v, S("\n"));
 	}
 	return lines;
@@ -10413,7 +10428,8 @@ check_key_change(char **arg)
 {
 	(void)arg;
 	if (is_std(opt['K']))
-		usage("the new key must be in a file: -K FILE");
+		usage("the new key cannot come from standard input; use "
+		    "-K FILE");
 	key_read(&certificate_key, opt['K']);
 	if (same(public_key(&certificate_key), public_key(signer())))
 		die(BAD, "% is the same key as %", str(opt['K']),
@@ -10432,7 +10448,7 @@ do_key_change(char **arg)
 
 	(void)arg;
 	refuse_redirected();
-	afterword = S("; run it again to learn which key is the account's");
+	afterword = S("; run it again to learn which is the account key");
 	if (!order.account.n) {
 		r = find_account(signer());
 		if (r.status < 300)
@@ -10443,14 +10459,15 @@ do_key_change(char **arg)
 		acme_batch(&p, &r, 1);
 	}
 	if (!key_changed()) {
-		afterword = text("; the account's key is still %",
+		afterword = text("; the account key is still %",
 		    str(account_file));
 		accept_reply(&r);
-		die(BROKEN, "the CA agreed to a key that it does not take");
+		die(BROKEN, "the CA agreed to the key change, but does not "
+		    "accept the new key");
 	}
 	afterword = NONE;
 	print_record();
-	warn("the account's key is now %, no longer %", str(opt['K']),
+	warn("the account key is now %, no longer %", str(opt['K']),
 	    str(account_file));
 }
 
@@ -10532,8 +10549,8 @@ time_option(int letter)
 	long long t;
 
 	if (opt[letter] && !rfc3339(s, &t))
-		usage("no time as 2026-11-24T12:00:00Z, but wanted by -%",
-		    (Str){ &c, 1 });
+		usage("-% needs a time such as 2026-11-24T12:00:00Z, not %",
+		    (Str){ &c, 1 }, s);
 	return opt[letter] ? quote(s) : NONE;
 }
 
@@ -10628,7 +10645,7 @@ do_new_order(char **arg)
 	acme_batch(&p, &r, 1);
 	if (replaces.n && replaced_before(&r)) {
 		if (verbose)
-			warn("refused, once more without replaces: %",
+			warn("refused, retrying without replaces: %",
 			    problem(&r));
 		p.payload = braces(o);
 		acme_batch(&p, &r, 1);
@@ -10700,7 +10717,7 @@ chosen_publisher(void)
 		if (!opt[publishers[i].letter])
 			continue;
 		if (how)
-			usage("only one of -w, -l and -x");
+			usage("-w, -l and -x cannot be combined");
 		how = &publishers[i];
 	}
 	return how;
@@ -10713,9 +10730,9 @@ settling_time(void)
 	unsigned long n = 0;
 
 	if (opt['s'] && !number(str(opt['s']), MAX_WAIT, &n))
-		usage("-s takes a number of seconds, not %", str(opt['s']));
+		usage("-s needs a number of seconds, not %", str(opt['s']));
 	if (n >= busy.limit)
-		usage("-s leaves no time before -T");
+		usage("-s must be less than -T");
 	return n;
 }
 
@@ -10731,7 +10748,8 @@ check_respond(char **arg)
 	if (!how)
 		return;
 	if (opt['n'])
-		usage("-n would take down at once what is published");
+		usage("-n cannot be used with -w, -l or -x: what they "
+		    "publish would be removed at once");
 	how->check(opt[how->letter], type);
 }
 
@@ -10757,7 +10775,7 @@ find_challenges(const struct publisher *how, const char *type)
 	if (!order.nchallenge && order.url.n)
 		order_refresh();
 	if (!order.nchallenge && order.status == PENDING)
-		die(REFUSED, "the CA offers no challenge that we know");
+		die(REFUSED, "the CA offers no challenge of a supported type");
 	if (fetch && pending && !order.nchallenge &&
 	    order.status != INVALID && how && how->clean_ready)
 		how->clean_ready(type);
@@ -10796,8 +10814,9 @@ do_respond(char **arg)
 	find_challenges(how, type);
 	if (how)
 		how->publish(value);
-	if (settle && !pause_for("settling", (long long)settle * 1000))
-		die(LATER, "-s leaves no time before -T");
+	if (settle && !pause_for("waiting after publishing (-s)",
+	    (long long)settle * 1000))
+		die(LATER, "too little of -T is left for -s; raise -T");
 	tell_ca();
 	if (!opt['n'] && order.url.n)
 		order_await(PENDING, "waiting for the CA to validate", 0);
@@ -10821,7 +10840,7 @@ check_finalize(char **arg)
 {
 	(void)arg;
 	if (!opt['K'] == !opt['r'])
-		usage("either -K KEY or -r CSR");
+		usage("exactly one of -K KEY and -r CSR is required");
 	if (opt['K'])
 		wanted.key = read_request_key(opt['K']);
 	else
@@ -10965,8 +10984,8 @@ check_renewal_info(char **arg)
 {
 	read_certificate(arg[0], &subject);
 	if (!subject.key_id.n)
-		die(BAD, "% has no authority key identifier, so it has no "
-		    "name for the CA", file_name(arg[0]));
+		die(BAD, "% has no authority key identifier, so the CA cannot "
+		    "be asked about it", file_name(arg[0]));
 }
 
 /* renewal-info CERT (RFC 9773 4) */
@@ -10986,9 +11005,10 @@ do_renewal_info(char **arg)
 	window = must(&r, o, "suggestedWindow", '{');
 	if (!rfc3339(must(&r, window, "start", '"'), &start) ||
 	    !rfc3339(must(&r, window, "end", '"'), &end))
-		broken(&r, "has a window without times");
+		broken(&r, "has a suggestedWindow without valid times");
 	if (end <= start)
-		broken(&r, "has an empty window: go by due instead");
+		broken(&r, "has an empty suggestedWindow; use acme-step due "
+		    "instead");
 	when = window_moment(&subject, start, end);
 	text = text("window % %\nmoment %\n", date(start), date(end),
 	    date(when));
@@ -11007,7 +11027,7 @@ static void
 check_url(char **arg)
 {
 	if (!is_url(str(arg[0])))
-		usage("no https URL: %", str(arg[0]));
+		usage("not an https URL: %", str(arg[0]));
 }
 
 /* Send a request of the user's, and print the reply's body as it came. */
@@ -11082,15 +11102,17 @@ do_send(char **arg)
 
 	open_box(arg[0], false);
 	if (!box_read(box_file(1, "request"), &s))
-		die(MISSING, "% is no box: it has no 1.request", str(arg[0]));
+		die(MISSING, "% is not a box: it has no 1.request",
+		    str(arg[0]));
 	do {
 		for (n = 0; n < WINDOW && box_read(box_file(next, "request"),
 		    &request[n]); next++) {
 			if (box_read(box_file(next, "response"), &s))
 				continue;
 			if (!read_request_file(request[n], &q[n]))
-				die(BAD, "% in % is no request", str(box_file(
-				    next, "request")), str(arg[0]));
+				die(BAD, "% in % is not a request",
+				    str(box_file(next, "request")),
+				    str(arg[0]));
 			at[n++] = next;
 		}
 		exchange(q, r, n);
@@ -11143,7 +11165,7 @@ static const struct command {
 { "thumbprint", do_thumbprint, "", "", 0, 0, KEY,
     "", "print the account key's thumbprint" },
 { "due", do_due, "K:", "", 1, INT_MAX, 0,
-    "[-K KEY] CERT [NAME...]", "say whether it is time to renew" },
+    "[-K KEY] CERT [NAME...]", "report whether it is time to renew" },
 { "json", do_json, "", "", 1, 2, 0,
     "PATH [FILE]", "print a value out of JSON" },
 { "directory", do_directory, "", "", 0, 0, TELLS | NET,
@@ -11155,29 +11177,29 @@ static const struct command {
 { "key-change", do_key_change, "K:", "K", 0, 0, TELLS | NET | KEY | RECORDED,
     "-K NEWKEY", "give the account another key" },
 { "new-authz", do_new_authz, "", "", 1, 1, TELLS | NET | KEY | ACCOUNT,
-    "NAME", "ask for an authorization without an order" },
+    "NAME", "create an authorization without an order" },
 { "new-order", do_new_order, "p:R:b:u:", "", 1, INT_MAX,
     TELLS | NET | KEY | ACCOUNT,
     "[-p PROFILE] [-R CERT] [-b NOTBEFORE] [-u NOTAFTER] NAME...",
     "order a certificate" },
 { "order", do_order, "W", "", 0, 0, TELLS | ORDER,
-    "[-W]", "ask for the order, and perhaps wait for it" },
+    "[-W]", "fetch the order, and optionally wait" },
 { "challenges", do_challenges, "t:", "", 0, 0, TELLS | ORDER,
-    "[-t TYPE]", "add the challenges that are to be answered" },
+    "[-t TYPE]", "add the challenges to be answered" },
 { "respond", do_respond, "t:w:l:x:s:n", "", 0, 0, TELLS | ORDER,
     "[-t TYPE] [-w DIR | -l ADDR | -x HOOK] [-s SECONDS] [-n]",
     "answer the challenges" },
 { "finalize", do_finalize, "K:r:i:", "", 0, 0, ORDER,
     "(-K KEY | -r CSR) [-i ISSUER]", "get the certificate" },
 { "certificate", do_certificate, "i:", "", 0, 0, ORDER,
-    "[-i ISSUER]", "get the certificate again" },
+    "[-i ISSUER]", "download the certificate again" },
 { "renewal-info", do_renewal_info, "", "", 1, 1, NET | RECORDED,
     "CERT", "ask the CA when to renew" },
 { "revoke-cert", do_revoke_cert, "K:c:", "", 1, 1,
     NET | KEY | ACCOUNT | NOT_WITH_K,
     "[-K CERTKEY] [-c REASON] CERT", "revoke a certificate" },
 { "deactivate-authz", do_deactivate_authz, "", "", 0, 0, TELLS | ORDER,
-    "", "give up the authorizations" },
+    "", "deactivate the authorizations" },
 { "get", do_get, "", "", 1, 1, NET | KEY | ACCOUNT,
     "URL", "read a resource of the CA" },
 { "post", do_post, "", "", 1, 1, NET | KEY | ACCOUNT,
@@ -11185,7 +11207,7 @@ static const struct command {
 { "send", do_send, "", "", 1, 1, CARRY,
     "BOX", "carry the requests of an air-gapped step" },
 { "help", do_help, "", "", 0, 1, 0,
-    "[COMMAND]", "say how to use it" },
+    "[COMMAND]", "print usage" },
 { "version", do_version, "", "", 0, 0, 0,
     "", "print the version" },
 };
@@ -11212,14 +11234,15 @@ static const struct {
 	const char *arg, *variable, *gist;
 } shared[] = {
 	{ 'd', "URL", "ACME_DIRECTORY", "the CA's directory" },
-	{ 'k', "FILE", "ACME_KEY", "the account's key (account.pem)" },
-	{ 'a', "FILE", "ACME_ACCOUNT", "the account's record" },
+	{ 'k', "FILE", "ACME_KEY", "the account key (account.pem)" },
+	{ 'a', "FILE", "ACME_ACCOUNT", "the account record" },
 	{ 'C', "FILE", "ACME_CA_FILE", "trust anchors (the system's)" },
 	{ 'o', "FILE", NULL, "output (standard output)" },
 	{ 'T', "SECONDS", "ACME_TIMEOUT", "the step's time limit (300)" },
-	{ 'H', "HOST:PORT:ADDR", "ACME_RESOLVE", "connect there instead" },
+	{ 'H', "HOST:PORT:ADDR", "ACME_RESOLVE",
+	    "connect to ADDR for HOST:PORT" },
 	{ 'P', "COMMAND", "ACME_PROXY_COMMAND", "connect through a command" },
-	{ 'B', "DIR", "ACME_BOX", "exchange files, not messages" },
+	{ 'B', "DIR", "ACME_BOX", "write requests to files (air gap)" },
 	{ '4', NULL, NULL, "connect over IPv4 only" },
 	{ '6', NULL, NULL, "connect over IPv6 only" },
 	{ 'v', NULL, NULL, "one line for each request" },
@@ -11270,7 +11293,7 @@ do_help(char **arg)
 	} else
 		for (size_t i = 0; i < COUNT(commands); i++)
 			s = cat(NONE, s, synopsis(&commands[i]));
-	s = text("%%for all commands:\n", s, arg[0] ? NONE : S("\n"));
+	s = text("%%options of every command:\n", s, arg[0] ? NONE : S("\n"));
 	for (size_t i = 0; i < COUNT(shared); i++) {
 		Str name = text("  -% %",
 		    (Str){ (const unsigned char *)&shared[i].letter, 1 },
@@ -11346,7 +11369,8 @@ add_contact(const char *value)
 	if (ncontact == CONTACTS)
 		die(FAULT, "more than % contacts", num(CONTACTS));
 	if (*value && !strchr(value, ':'))
-		usage("a contact is a URL, as mailto:you@example.com, not %",
+		usage("-m needs a URL such as mailto:you@example.com, not "
+		    "%",
 		    str(value));
 	contact[ncontact++] = value;
 }
@@ -11422,7 +11446,7 @@ check_usage(const struct command *c, char **arg)
 
 	for (const char *s = c->required; *s; s++)
 		if (!opt[(int)*s])
-			usage("it needs the option -%",
+			usage("option -% is required",
 			    (Str){ (const unsigned char *)s, 1 });
 	while (arg[n])
 		n++;
@@ -11439,8 +11463,8 @@ choose_directory(void)
 	const char *url = option('d');
 
 	if (url && order.directory.n && !same(order.directory, str(url)))
-		die(BAD, "the record is of another CA, %, than %",
-		    order.directory, str(url));
+		die(BAD, "the record is for the CA %, but -d or ACME_DIRECTORY "
+		    "names %", order.directory, str(url));
 	if (!order.directory.n)
 		order.directory = url ? str(url) : S(LETS_ENCRYPT);
 }
@@ -11469,7 +11493,8 @@ read_origins(const char *file)
 		if (!is(cut(&value, ' '), "origin"))
 			continue;
 		if (!is_url(value))
-			die(BAD, "%, line %: malformed", file_name(file),
+			die(BAD, "%, line %: malformed 'origin' value",
+			    file_name(file),
 			    num(n));
 		set_value(keyword(S("origin")), value);
 	}
@@ -11483,14 +11508,14 @@ check_options(void)
 	unsigned long n = busy.limit;
 
 	if (limit && (!number(str(limit), MAX_WAIT, &n) || n == 0))
-		usage("-T takes 1 to 2592000 seconds, not %", str(limit));
+		usage("-T accepts 1 to 2592000 seconds, not %", str(limit));
 	busy.limit = (unsigned)n;
 	verbose = opt['v'];
 	family = opt['4'] ? AF_INET : opt['6'] ? AF_INET6 : AF_UNSPEC;
 	if (opt['4'] && opt['6'])
-		usage("-4 and -6 exclude each other");
+		usage("-4 and -6 cannot be used together");
 	if (url && !is_url(str(url)))
-		usage("no https URL: %", str(url));
+		usage("not an https URL: %", str(url));
 	account_file = option('k') ? option('k') : "account.pem";
 	proxy_command = option('P');
 	if (!nresolved)
@@ -11507,7 +11532,8 @@ open_output(const struct command *c, bool late)
 	    !S_ISREG(st.st_mode);
 
 	if (c->run == do_key && is_std(file))
-		usage("a key goes to a file: -o FILE");
+		usage("keys are not written to standard output; use "
+		    "-o FILE");
 	if (!is_std(file) && special == late)
 		out_open(file, c->run == do_key);
 }
