@@ -2882,6 +2882,61 @@ root wide -newkey ec -pkeyopt ec_paramgen_curve:P-521
 issue by-wide wide "$here"
 offer by-wide
 accepts by-wide -C wide.pem
+# Each of BearSSL's reasons has words: a CA or a certificate that has it.
+openssl genrsa -out long.key 4104 2>/dev/null
+openssl genrsa -out weak.key 1024 2>/dev/null
+openssl ecparam -name secp256k1 -genkey -noout -out odd.key
+issue long root "$issuing"
+issue odd root "$issuing"
+issue cannot root "$issuing
+keyUsage=digitalSignature"
+issue last root "$issuing,pathlen:0"
+issue after last "$issuing"
+issue critical root "$here
+1.2.3.4=critical,DER:05:00"
+issue weak root "$here"
+openssl genrsa -out use.key 2048 2>/dev/null
+issue use root "$here
+keyUsage=keyEncipherment"
+# Its issuer's name, but another key.
+root middle-twin -subj /CN=middle
+issue by-other-key middle-twin "$here"
+cat by-other-key.pem middle.pem >by-other-key-chain.pem
+for name in long odd cannot after; do
+	issue "by-$name" "$name" "$here"
+	cat "by-$name.pem" "$name.pem" >"by-$name-chain.pem"
+done
+cat by-after-chain.pem last.pem >by-last-chain.pem
+cp by-after.key by-last.key
+cat deep.pem server.pem middle.pem >swapped-chain.pem
+cp deep.key swapped.key
+# openssl would not serve a key that is too short.
+cat >weak.cnf <<'END'
+openssl_conf = init
+[init]
+ssl_conf = tls
+[tls]
+system_default = level
+[level]
+CipherString = ALL:@SECLEVEL=0
+END
+OPENSSL_CONF=$PWD/weak.cnf
+export OPENSSL_CONF
+while read -r name words; do
+	offer "$name"
+	unfit "$name" "$words" -C root.pem
+done <<'END'
+by-long-chain has a key or a signature of more than 4096 bits
+by-odd-chain has a key or a signature of an unsupported type
+by-cannot-chain a CA in its chain may not issue certificates (key usage)
+by-last-chain was issued by one that is not a CA's, or below too many CAs
+critical has a critical extension that is not supported
+weak has an RSA key of less than 2048 bits
+use its certificate may not be used for this (key usage)
+by-other-key-chain a signature in its chain is wrong
+swapped-chain its chain does not link: a certificate is not followed by
+END
+unset OPENSSL_CONF
 # What a CA issued to itself is exempt.
 root own -addext 'nameConstraints=permitted;DNS:localhost'
 issue own-again own "$issuing
