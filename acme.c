@@ -6148,13 +6148,12 @@ struct challenge {
 	Str object;		/* all that the CA says, JSON */
 };
 
-struct authorization;
-
 /* What there is to know of a type; the table is below the responders. */
 static const struct challenge_type {
-	const char *name;
-	/* Fill in name and content, from what the CA says. */
-	void (*make)(const struct authorization *, struct challenge *);
+	const char *type;
+	/* What is published, and its name, by what the CA says. */
+	Str (*name)(const struct challenge *);
+	Str (*content)(const struct challenge *);
 	enum publication publishes;
 	bool has_token;		/* RFC 8555 8 */
 	bool stays;		/* what it publishes is not removed */
@@ -6166,7 +6165,7 @@ static const struct challenge_type *
 find_challenge_type(Str type)
 {
 	for (size_t i = 0; i < COUNT(challenge_types); i++)
-		if (is(type, challenge_types[i].name))
+		if (is(type, challenge_types[i].type))
 			return &challenge_types[i];
 	return NULL;
 }
@@ -7491,19 +7490,43 @@ is_failed(const struct challenge *c)
 	    !is(c->status, "processing") && !is(c->status, "valid"));
 }
 
+/*
+ * For the message about a challenge that failed: the name of its TXT record
+ * as the record has it, which may be that of an alias, or as its type has
+ * it.  NONE if it has no such record, or if the CA's words name it.
+ */
+static Str
+txt_hint(const struct challenge *failed, Str seen)
+{
+	const struct challenge *c;
+	Str name;
+
+	if (!publishes(failed, TXT_RECORD))
+		return NONE;
+	name = find_challenge_type(failed->type)->name(failed);
+	for each(c, challenge)
+		if (same(c->type, failed->type) &&
+		    same_identifier(&c->id, &failed->id))
+			name = c->name;
+	return contains(seen, name) ? NONE : text(" (TXT record %)", name);
+}
+
 /* Add what failed in an authorization. */
 static void
 add_failures(struct list *all, const struct authorization *a)
 {
 	bool known = is_pending(a);
+	Str seen;
 
 	for (size_t i = 0; i < a->nchallenge; i++) {
 		const struct challenge *c = &a->challenge[i];
 
 		if (!is_failed(c))
 			continue;
-		list_add(all, "; ", text("%: %", a->id.value, c->error.n ?
-		    problem_text(c->error) : S("its challenge is invalid")));
+		seen = c->error.n ? problem_text(c->error) :
+		    S("its challenge is invalid");
+		list_add(all, "; ", cat(NONE, a->id.value, S(": "), seen,
+		    txt_hint(c, seen)));
 		known = true;
 	}
 	if (!known)
@@ -7527,15 +7550,16 @@ failures(void)
 	return list_text(&all);
 }
 
-/* Count the errors of challenges that failed, and those that are the CA's. */
+/* Count the errors of challenges: all, those that are the CA's, in DNS. */
 static void
-count_errors(size_t *all, size_t *internal)
+count_errors(size_t *all, size_t *internal, size_t *dns)
 {
 	for (size_t i = 0; i < noffered; i++) {
 		Str type = text_of(offered[i].error, "type");
 
 		*all += type.n > 0;
 		*internal += is(type, ERROR "serverInternal");
+		*dns += type.n && publishes(&offered[i], TXT_RECORD);
 	}
 }
 
@@ -7568,9 +7592,9 @@ static void
 validation_failed(const char *what, Str error)
 {
 	Str seen = failures();
-	size_t all = 0, internal = 0;
+	size_t all = 0, internal = 0, dns = 0;
 
-	count_errors(&all, &internal);
+	count_errors(&all, &internal, &dns);
 	if (all == 0 && error.n) {
 		all = 1;
 		internal = is(text_of(error, "type"), ERROR "serverInternal");
@@ -7582,6 +7606,9 @@ validation_failed(const char *what, Str error)
 		afterword = S("; the CA itself failed: place a new order");
 	else if (published_in)
 		afterword = files_hint(seen);
+	else if (dns)
+		afterword = S("; acme-step challenges prints what to publish "
+		    "for a new order");
 	die(all && all == internal ? CA_DOWN : REFUSED, "% %", str(what),
 	    seen);
 }
@@ -7736,21 +7763,6 @@ key_authorization(Str token)
 	return text("%.%", token, thumbprint(signer()));
 }
 
-/* The SNI name of an identifier: RFC 8738 6 has one for addresses. */
-static Str
-sni_name(const struct identifier *id)
-{
-	Str ip = is_ip(id->type) ? ip_bytes(id->value) : NONE, s = NONE;
-
-	if (!ip.n)
-		return id->value;
-	for (size_t i = ip.n; i-- > 0; )
-		s = ip.n == 4 ? text("%%.", s, num(ip.p[i])) :
-		    text("%%.%.", s, hex_number(ip.p[i] & 15U),
-		    hex_number(ip.p[i] >> 4));
-	return cat(NONE, s, ip.n == 4 ? S("in-addr.arpa") : S("ip6.arpa"));
-}
-
 /* A name without "*.". */
 static Str
 bare(Str name)
@@ -7759,33 +7771,46 @@ bare(Str name)
 }
 
 /*
- * The types' makers: they fill in the name and the content of a challenge,
- * whose URL and token have been checked.
+ * The names and contents of the types, whose URL and token have been
+ * checked.
  */
-static void
-http_01(const struct authorization *a, struct challenge *c)
+static Str
+token_of(const struct challenge *c)
 {
-	(void)a;
-	c->name = c->token;
-	c->content = key_authorization(c->token);
+	return c->token;
 }
 
-static void
-dns_01(const struct authorization *a, struct challenge *c)
+static Str
+key_authorization_of(const struct challenge *c)
 {
-	(void)a;
-	c->name = text("_acme-challenge.%", bare(c->id.value));
-	c->content = b64(sha256(key_authorization(c->token)));
+	return key_authorization(c->token);
+}
+
+static Str
+txt_name(const struct challenge *c)
+{
+	return text("_acme-challenge.%", bare(c->id.value));
 }
 
 /* The label is the account's (draft-ietf-acme-dns-account-label 3.1). */
-static void
-dns_account_01(const struct authorization *a, struct challenge *c)
+static Str
+account_txt_name(const struct challenge *c)
 {
 	Str h = sha256(order.account);
 
-	dns_01(a, c);
-	c->name = text("_%.%", base32((Str){ h.p, 10 }), c->name);
+	return text("_%.%", base32((Str){ h.p, 10 }), txt_name(c));
+}
+
+static Str
+txt_digest(const struct challenge *c)
+{
+	return b64(sha256(key_authorization(c->token)));
+}
+
+static Str
+persist_name(const struct challenge *c)
+{
+	return text("_validation-persist.%", bare(c->id.value));
 }
 
 /*
@@ -7793,36 +7818,47 @@ dns_account_01(const struct authorization *a, struct challenge *c)
  * right for an account at a CA, for good: so the account must be one of the
  * CA that asks for it, and neither part may end early (RFC 8659 4.2).
  */
-static void
-dns_persist_01(const struct authorization *a, struct challenge *c)
+static Str
+persist_value(const struct challenge *c)
 {
 	Str list = list_of(c->object, "issuer-domain-names"), none, issuer;
 	Str account = text_of(c->object, "accounturi");
 
 	if (account.n && !same(account, order.account))
-		broken(a, "has a challenge for another account: %",
+		broken(c, "has a challenge for another account: %",
 		    brief(account));
 	if (!json_each(&list, &none, &issuer) || json_kind(issuer) != '"' ||
 	    !is_name(S("dns"), json_text(issuer)) ||
 	    begins(json_text(issuer), "*."))
-		broken(a, "has a dns-persist-01 challenge without a valid "
+		broken(c, "has a dns-persist-01 challenge without a valid "
 		    "issuer-domain-names");
 	need_own(order.account);
 	if (contains(order.account, S(";")))
-		broken(a, "has a dns-persist-01 challenge, but the account's "
+		broken(c, "has a dns-persist-01 challenge, but the account's "
 		    "URL cannot be part of a TXT record: %", order.account);
-	c->name = text("_validation-persist.%", bare(c->id.value));
-	c->content = text("%; accounturi=%%", json_text(issuer),
-	    order.account, begins(c->id.value, "*.") ?
-	    S("; policy=wildcard") : NONE);
+	return text("%; accounturi=%%", json_text(issuer), order.account,
+	    begins(c->id.value, "*.") ? S("; policy=wildcard") : NONE);
 }
 
-static void
-tls_alpn_01(const struct authorization *a, struct challenge *c)
+/* The SNI name of an identifier: RFC 8738 6 has one for addresses. */
+static Str
+sni_name(const struct challenge *c)
 {
-	(void)a;
-	c->name = sni_name(&c->id);
-	c->content = hex(sha256(key_authorization(c->token)));
+	Str ip = is_ip(c->id.type) ? ip_bytes(c->id.value) : NONE, s = NONE;
+
+	if (!ip.n)
+		return c->id.value;
+	for (size_t i = ip.n; i-- > 0; )
+		s = ip.n == 4 ? text("%%.", s, num(ip.p[i])) :
+		    text("%%.%.", s, hex_number(ip.p[i] & 15U),
+		    hex_number(ip.p[i] >> 4));
+	return cat(NONE, s, ip.n == 4 ? S("in-addr.arpa") : S("ip6.arpa"));
+}
+
+static Str
+alpn_digest(const struct challenge *c)
+{
+	return hex(sha256(key_authorization(c->token)));
 }
 
 /*
@@ -7842,7 +7878,8 @@ add_challenge(const struct authorization *a, const struct challenge *offer)
 	if (t->has_token && (!is_b64(c.token) || c.token.n > TOKEN))
 		broken(a, "has an invalid token: %", brief(c.token));
 	need_own(c.url);
-	t->make(a, &c);
+	c.name = t->name(&c);
+	c.content = t->content(&c);
 	put("challenge", challenge_text(&c), a->url);
 	order.challenge[order.nchallenge - 1].token = c.token;
 }
@@ -8694,16 +8731,16 @@ static const struct responder dns_responder =
     { NULL, dns_serve, dns_datagram };
 
 static const struct challenge_type challenge_types[] = {
-	{ "http-01", http_01, FILE_TOKEN, true, false,
-	    &http_responder },				/* RFC 8555 8.3 */
-	{ "dns-01", dns_01, TXT_RECORD, true, false,
-	    &dns_responder },				/* RFC 8555 8.4 */
-	{ "tls-alpn-01", tls_alpn_01, CERT_DIGEST, true, false,
-	    &tls_responder },				/* RFC 8737 3 */
-	{ "dns-account-01", dns_account_01, TXT_RECORD, true, false,
-	    &dns_responder },
-	{ "dns-persist-01", dns_persist_01, TXT_RECORD, false, true,
-	    &dns_responder },
+	{ "http-01", token_of, key_authorization_of, FILE_TOKEN,
+	    true, false, &http_responder },		/* RFC 8555 8.3 */
+	{ "dns-01", txt_name, txt_digest, TXT_RECORD,
+	    true, false, &dns_responder },		/* RFC 8555 8.4 */
+	{ "tls-alpn-01", sni_name, alpn_digest, CERT_DIGEST,
+	    true, false, &tls_responder },		/* RFC 8737 3 */
+	{ "dns-account-01", account_txt_name, txt_digest, TXT_RECORD,
+	    true, false, &dns_responder },
+	{ "dns-persist-01", persist_name, persist_value, TXT_RECORD,
+	    false, true, &dns_responder },
 };
 
 static const struct responder *responder;	/* the one of this step */
@@ -8719,7 +8756,7 @@ find_responder(Str type)
 	for (t = challenge_types; t < challenge_types +
 	    COUNT(challenge_types); t++)
 		if (t->responder)
-			list_add(&all, " ", str(t->name));
+			list_add(&all, " ", str(t->type));
 	usage("-l cannot answer % challenges, only: %", type,
 	    list_text(&all));
 	return NULL;
@@ -10679,9 +10716,9 @@ type_option(void)
 	struct list all = list_begin();
 
 	for (size_t i = 0; i < COUNT(challenge_types); i++) {
-		if (opt['t'] && strcmp(opt['t'], challenge_types[i].name) == 0)
+		if (opt['t'] && strcmp(opt['t'], challenge_types[i].type) == 0)
 			return opt['t'];
-		list_add(&all, " ", str(challenge_types[i].name));
+		list_add(&all, " ", str(challenge_types[i].type));
 	}
 	if (opt['t'])
 		usage("no such challenge type: %; there are %", str(opt['t']),

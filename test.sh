@@ -6333,6 +6333,27 @@ auth authz invalid "$(one http-01 ",\"status\":\"invalid\",
 denies 'but another challenge failed for a reason' 77 \
     'nobody there' 'step order -W <pending'
 
+# seeks TYPE TXT: it fails, and the message names the TXT record.
+seeks() {
+	auth authz invalid "$(one "$1" ",\"status\":\"invalid\",$error")"
+	denies "a failed $1 names its TXT record" 77 "nobody there (TXT record\
+ $2); acme-step challenges prints what to" 'step order -W <pending'
+}
+seeks dns-01 _acme-challenge.a.example
+seeks dns-account-01 '_[a-z2-7]\{16\}._acme-challenge.a.example'
+seeks dns-persist-01 _validation-persist.a.example
+auth authz invalid "$(one dns-01 ",\"status\":\"invalid\",$error")"
+denies 'or the one of the record, which an alias names' 77 \
+    'there (TXT record alias.example); ' '{ cat pending
+	echo "challenge dns-01 dns a.example $ca/c alias.example x"
+    } | step order -W'
+auth authz invalid "$(one dns-01 ',"status":"invalid",
+"error":{"type":"urn:ietf:params:acme:error:dns",
+"detail":"no TXT at _acme-challenge.a.example"}')"
+denies "or leaves it to the CA's words" 77 \
+    'no TXT at _acme-challenge.a.example; acme-step challenges' \
+    'step order -W <pending'
+
 for state in pending processing valid; do
 	fresh
 	auth authz pending "$(one http-01)"
