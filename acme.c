@@ -616,6 +616,18 @@ doing(int status, const char *what, const char *whom)
 	busy.whom = whom;
 }
 
+/* Has respond told the CA to look at what it publishes, and still waits? */
+static volatile sig_atomic_t promised;
+
+/* What it means for the order if the time limit ends that, or NONE. */
+static Str
+limit_hint(void)
+{
+	return promised ? S("; what was published is removed now, so the CA "
+	    "may fail to validate: if the order becomes invalid, place a new "
+	    "one and raise -T") : NONE;
+}
+
 /*
  * Signals end the step from wherever it is; SIGALRM is the step's time
  * limit, the one bound on all that can block.  Only functions that may be
@@ -632,8 +644,9 @@ on_signal(int sig)
 		leave(over.status);
 	foreword = NONE;	/* a failure that did not get so far */
 	if (sig == SIGALRM)
-		die(busy.status, "time limit of % s reached while %%",
-		    digits(busy.limit, b), str(busy.what), str(busy.whom));
+		die(busy.status, "time limit of % s reached while %%%",
+		    digits(busy.limit, b), str(busy.what), str(busy.whom),
+		    limit_hint());
 	die(SIGNAL + sig, "ended by signal %", digits((unsigned)sig, b));
 }
 
@@ -1775,20 +1788,31 @@ static bool boxed;
 static long long carrier_pause;
 
 /*
+ * How many ms of the step's time can be waited away.  A tenth of it, or a
+ * second, is kept for the end: what a caller then asks the CA, and says.
+ */
+static long long
+time_to_wait(void)
+{
+	long long reserve = busy.limit * 100LL;
+
+	return time_left() - (reserve < 1000 ? reserve : 1000);
+}
+
+/*
  * Wait.  Returns false at once where the step's time would end first:
- * the caller knows what to say then.  A little time is kept back for that.
+ * the caller knows what to say then.
  */
 static bool
 pause_for(const char *what, long long ms)
 {
-	long long reserve = busy.limit * 100LL;
 	struct timespec t = { (time_t)(ms / 1000),
 	    (long)(ms % 1000 * 1000000) };
 
 	carrier_pause = ms;
 	if (boxed)
 		return true;
-	if (ms >= time_left() - (reserve < 3000 ? reserve : 3000))
+	if (ms >= time_to_wait())
 		return false;
 	doing(LATER, what, "");
 	show_wait(what, time_left());
@@ -1871,6 +1895,23 @@ read_file(const char *name)
 	if (fd > 2)
 		close(fd);
 	return begins(s, BYTE_ORDER_MARK) ? from(s, 3) : s;
+}
+
+/* Is there no such file? */
+static bool
+is_missing(const char *name)
+{
+	struct stat st;
+
+	return !is_std(name) && stat(name, &st) != 0 && (errno == ENOENT ||
+	    errno == ENOTDIR);
+}
+
+/* A file's text; NONE where there is no such file. */
+static Str
+read_if_there(const char *name)
+{
+	return is_missing(name) ? NONE : read_file(name);
 }
 
 /*
@@ -6600,13 +6641,21 @@ struct post {
 };
 
 static const char *account_file;	/* the account's key, -k */
+static const char *account_record;	/* -a, or NULL */
 static bool have_account_key;
 
 static const struct key *
 signer(void)
 {
-	if (!have_account_key)
-		key_read(&account_key, account_file);
+	Str before = afterword;
+
+	if (have_account_key)
+		return &account_key;
+	if (is_missing(account_file))
+		afterword = text("; make one with acme-step key -o %, or name "
+		    "yours with -k", file_name(account_file));
+	key_read(&account_key, account_file);
+	afterword = before;
 	have_account_key = true;
 	return &account_key;
 }
@@ -6651,7 +6700,6 @@ must(const struct reply *r, Str o, const char *name, int kind)
 static const struct {
 	const char *type, *hint;
 } hints[] = {
-	{ "accountDoesNotExist", "; run new-account first" },
 	{ "externalAccountRequired", "; the CA requires external account "
 	    "binding; use new-account -e FILE" },
 	{ "badSignatureAlgorithm", "; try another key type (key -t)" },
@@ -6659,6 +6707,34 @@ static const struct {
 
 static Str directory_body;	/* JSON, once it has been fetched */
 static bool key_alone;		/* no account signs: revoke-cert -K */
+
+/*
+ * Does the CA not know the account, or is the signature not by its key?
+ * The signature of an external account binding is another matter.
+ */
+static bool
+is_about_key(Str type, Str detail)
+{
+	detail = lower(detail);
+	return is(type, ERROR "accountDoesNotExist") ||
+	    (contains(detail, S("jws verification error")) &&
+	    !contains(detail, S("external account")));
+}
+
+/* Key and account may not belong together, or there is no account yet. */
+static Str
+key_account_hint(Str type)
+{
+	const char *file = account_record;
+	bool lost = is(type, ERROR "accountDoesNotExist");
+
+	if (!order.account.n)
+		return lost ? S("; run new-account first") : NONE;
+	return text("; is % (-k) the key of %?%", file_name(account_file),
+	    file ? text("% (-a)", file_name(file)) : text("the account in "
+	    "the record, %", order.account),
+	    lost ? S(" If so, run new-account again") : NONE);
+}
 
 /*
  * What to do about a problem, or NONE.  Boulder says malformed of an
@@ -6675,6 +6751,8 @@ problem_hint(Str type, Str detail)
 	    contains(lower(detail), S("agree to terms"))))
 		return text("; agree to its terms of service with new-account "
 		    "-y%%", terms.n ? S(": ") : NONE, brief(terms));
+	if (!key_alone && is_about_key(type, detail))
+		return key_account_hint(type);
 	for (size_t i = 0; i < COUNT(hints) && !key_alone; i++)
 		if (same(type, text(ERROR "%", str(hints[i].type))))
 			return str(hints[i].hint);
@@ -7642,11 +7720,21 @@ types_needed(const struct authorization *a)
 }
 
 /*
- * End a step whose order is still pending: say which names lack what, and
- * after how many seconds the CA wants to be asked again, if it says so.
+ * End a step that waits (what) in vain (still) until its time limit.  The
+ * CA wants to be asked again after some seconds, if that is positive.
  */
 static void
-order_lacks(long after)
+limit_reached(const char *what, Str still, long after)
+{
+	afterword = text("%%", after > 0 ? text("; try again after % s",
+	    num((unsigned long)after)) : NONE, limit_hint());
+	die(LATER, "time limit of % s reached while %: %", num(busy.limit),
+	    str(what), still);
+}
+
+/* The same for an order that is still pending: say which names lack what. */
+static void
+order_lacks(const char *what, long after)
 {
 	struct list all;
 	const struct authorization *a;
@@ -7657,10 +7745,8 @@ order_lacks(long after)
 		if (is_pending(a))
 			list_add(&all, "; ", text("% still needs one of %",
 			    a->id.value, types_needed(a)));
-	if (after > 0)
-		afterword = text("; try again after % s",
-		    num((unsigned long)after));
-	die(LATER, "the order is still pending; %", list_text(&all));
+	limit_reached(what, text("the order is still pending; %",
+	    list_text(&all)), after);
 }
 
 /* A look at what the order itself may never say (see failures). */
@@ -7678,17 +7764,22 @@ look_for_failures(void)
 /*
  * Wait between two looks at an order or an authorization: for as long as
  * the CA asks (`after` seconds, if positive) or, if the step does not have
- * so long, for a pause of our own, in ms, which grows.  False if the step
- * has not even that.
+ * so long, for a pause of our own, in ms, which grows; the last one is cut
+ * to the time that there is.  False if there is none.
  */
 static bool
 pause_between(const char *what, long after, long long *pause)
 {
-	long long own = *pause;
+	enum { LOOK = 50 };	/* ms: less is not worth another look */
+	long long own = *pause, most;
 
 	*pause = own < 4000 ? own * 2 : 5000;
-	return (after > 0 && pause_for(what, after * 1000LL)) ||
-	    pause_for(what, own);
+	if (after > 0 && pause_for(what, after * 1000LL))
+		return true;
+	most = time_to_wait() - LOOK;
+	if (!boxed && own > most)
+		own = most;
+	return own > 0 && pause_for(what, own);
 }
 
 /*
@@ -7706,10 +7797,9 @@ order_await(unsigned set, const char *what, long after)
 
 		if (!pause_between(what, after, &pause)) {
 			if (order.status == PENDING)
-				order_lacks(after);
-			die(LATER, "the order is still %; try again after % s",
-			    status_text(&order.status), num(after > 0 ?
-			    (unsigned long)after : 5));
+				order_lacks(what, after);
+			limit_reached(what, text("the order is still %",
+			    status_text(&order.status)), after > 0 ? after : 5);
 		}
 		r = acme_post(need("order"), NONE);
 		after = r.retry_after;
@@ -7750,7 +7840,8 @@ authorizations_await(const char *what)
 			return;
 		used = mark;
 		if (!pause_between(what, after, &pause))
-			die(LATER, "an authorization is still pending");
+			limit_reached(what, S("an authorization is still "
+			    "pending"), after);
 	}
 }
 
@@ -10069,18 +10160,6 @@ due_answer(const char *file, bool due, Str reason)
 	leave(DONE);
 }
 
-/* A file's text; NONE where there is no such file. */
-static Str
-read_if_there(const char *file)
-{
-	struct stat st;
-
-	if (!is_std(file) && stat(file, &st) != 0 && (errno == ENOENT ||
-	    errno == ENOTDIR))
-		return NONE;
-	return read_file(file);
-}
-
 /* due [-K KEY] CERT [NAME...] */
 static void
 do_due(char **arg)
@@ -10474,6 +10553,33 @@ check_key_change(char **arg)
 }
 
 /*
+ * Some CAs take seconds to know an account's new key everywhere: wait for
+ * that, at most LAG seconds, so that the next step can use it.
+ */
+static void
+await_new_key(void)
+{
+	struct post p = { .url = order.account, .payload = NONE,
+	    .key = &certificate_key };
+	struct reply r;
+	Str o;
+
+	if (boxed)
+		return;
+	for (int i = 0; i < LAG; i++) {
+		acme_batch(&p, &r, 1);
+		if (r.status < 400 || !json_read(r.body, &o) ||
+		    !is_about_key(text_of(o, "type"), text_of(o, "detail")))
+			return;
+		if (!pause_for("waiting for the CA to accept the new key",
+		    1000))
+			break;
+	}
+	warn("the CA does not accept the new key yet; wait before the next "
+	    "step");
+}
+
+/*
  * key-change -K NEWKEY (RFC 8555 7.3.5).  Whatever happens, one of the two
  * files has the account's key, and the message says which.
  */
@@ -10502,6 +10608,8 @@ do_key_change(char **arg)
 		die(BROKEN, "the CA agreed to the key change, but does not "
 		    "accept the new key");
 	}
+	afterword = text("; the account's key is now %", str(opt['K']));
+	await_new_key();
 	afterword = NONE;
 	print_record();
 	warn("the account key is now %, no longer %", str(opt['K']),
@@ -10854,12 +10962,14 @@ do_respond(char **arg)
 	if (settle && !pause_for("waiting after publishing (-s)",
 	    (long long)settle * 1000))
 		die(LATER, "too little of -T is left for -s; raise -T");
+	promised = how != NULL;
 	tell_ca();
 	if (!opt['n'] && order.url.n)
 		order_await(PENDING, "waiting for the CA to validate", 0);
 	else if (!opt['n'])
 		authorizations_await("waiting for the CA to validate");
 	validated = order.status != INVALID;
+	promised = false;
 	undo(before);
 	if (!validated)
 		order_failed();
@@ -11501,7 +11611,8 @@ choose_directory(void)
 
 	if (url && order.directory.n && !same(order.directory, str(url)))
 		die(BAD, "the record is for the CA %, but -d or ACME_DIRECTORY "
-		    "names %", order.directory, str(url));
+		    "names %; at another CA start with new-account",
+		    order.directory, str(url));
 	if (!order.directory.n)
 		order.directory = url ? str(url) : S(LETS_ENCRYPT);
 }
@@ -11554,6 +11665,7 @@ check_options(void)
 	if (url && !is_url(str(url)))
 		usage("not an https URL: %", str(url));
 	account_file = option('k') ? option('k') : "account.pem";
+	account_record = option('a');
 	proxy_command = option('P');
 	if (!nresolved)
 		resolve_list(str(option('H')));
@@ -11598,10 +11710,16 @@ look_here(const struct command *c, int needs, char **arg)
 static void
 read_records(int needs)
 {
-	const char *file = option('a');
+	const char *file = account_record;
 	bool first = needs & RECORDED && file && !is_std(file);
-	Str account = first ? read_file(file) : NONE;
+	Str account = NONE;
 
+	if (needs & RECORDED && file && is_missing(file))
+		afterword = text("; make one with acme-step new-account -o %",
+		    file_name(file));
+	if (first)
+		account = read_file(file);
+	afterword = NONE;
 	alarm(0);
 	if (needs & RECORD && isatty(0))
 		warn("reading a record from the terminal");

@@ -6938,6 +6938,19 @@ dies 77 'accountDoesNotExist' '
     unset ACME_ACCOUNT; acme-step new-order -k unknown.key.pem no.test'
 dies 77 'agree' '
     unset ACME_ACCOUNT; acme-step new-account -k unknown.key.pem'
+dies 77 'JWS.*; is unknown.key.pem (-k) the key of .*/account (-a)?$' '
+    acme-step new-order -k unknown.key.pem no.test'
+dies 77 'JWS.*; is unknown.key.pem (-k) the key of the account in the rec' '
+    acme-step new-order rec.test >rec; unset ACME_ACCOUNT
+    acme-step order -k unknown.key.pem <rec'
+dies 77 'DoesNotExist.*; is unkn.* (-k) the key of .*(-a)? If so, run new-acc' '
+    acme-step account -k unknown.key.pem'
+dies 66 'nowhere.pem: No such file.*; make one with acme-step key -o nowhere' '
+    acme-step account -k nowhere.pem'
+dies 66 'nowhere: No such file.*; make one with acme-step new-account -o no' '
+    acme-step new-order -a nowhere no.test'
+dies 65 'is for the CA https.*but -d or ACME_DIRECTORY names .*new-account' '
+    acme-step new-order -d "$ACME_DIRECTORY/other" no.test'
 for type in '' ec384.account. rsa2048.account.; do
 	check "thumbprint of ${type:-ec256.}key" '
 	    key=${type:-account.}key.pem
@@ -8015,6 +8028,55 @@ dies 75 'try again after 86400 s' '
     acme-step new-order never.test | acme-step order -W -T 3'
 unset few
 
+# The time limit comes while the CA still validates.
+rules POST_chalZ 'reply "200 OK" "" \
+    "{\"type\":\"http-01\",\"status\":\"pending\",\"token\":\"x\"}"'
+acme-step new-order limit.test >limit.record
+later limit 'acme-step respond -w "$www" -T 12 <limit.record'
+later limit-short 'acme-step respond -w "$www" -T 2 <limit.record'
+later limit-order 'acme-step order -W -T 2 <limit.record'
+later limit-finalize 'acme-step finalize -K one.key.pem -T 2 <limit.record'
+settle
+within limit 10 12
+still='while waiting for the CA to validate: the order is still pending'
+dies 75 "of 12 s reached $still; .*limit.test still needs one of .*http-01.*; \
+what was published is removed now, .*place a new one and raise -T\$" \
+    'replay limit'
+dies 75 "of 2 s reached $still.*raise -T\$" 'replay limit-short'
+dies 75 'while waiting for the order: the order .*http-01[a-z0-9 -]*$' \
+    'replay limit-order'
+dies 75 'while waiting for the order to be ready: the order is .*pending' \
+    'replay limit-finalize'
+rules POST_chalZ 'reply "200 OK" "" \
+    "{\"type\":\"http-01\",\"status\":\"pending\",\"token\":\"x\"}"' \
+    POST_my-order 'sleep 8; exit'
+dies 69 'of 3 s reached while .*what was published is removed now.*raise -T$' '
+    acme-step new-order limit.test |
+    acme-step respond -w "$www" -T 3'
+check 'nothing is left in the web server' '[ -z "$(ls "$www")" ]'
+
+# Boulder knows an account'\''s new key everywhere only after some seconds.
+unknown='reply "400 Bad Request" "" \
+    "{\"type\":\"urn:ietf:params:acme:error:malformed\",
+    \"detail\":\"JWS verification error\"}"'
+rules
+rm -f cached.key.pem
+acme-step key -o cached.key.pem
+check 'a key change waits until the CA takes the new key' '
+    rules POST_my-account.1 "$unknown" POST_my-account.2 "$unknown"
+    acme-step key-change -K cached.key.pem 2>err >changed &&
+    cat err && grep "now cached.key.pem" err && is 1 "grep -c . err" &&
+    [ "$(relayed POST_my-account)" = 3 ] && mv cached.key.pem "$ACME_KEY"'
+acme-step key -o cached.key.pem
+rules POST_my-account "$unknown"
+later late-key 'acme-step key-change -K cached.key.pem 2>&1'
+settle
+check 'but not for ever' '
+    replay late-key && grep "not accept the new key yet; wait" late-key.out &&
+    grep "now cached.key.pem" late-key.out && mv cached.key.pem "$ACME_KEY"'
+within late-key 9 14
+rules
+
 group 'ways to the CA'
 pebble_stop
 pebble_start
@@ -8440,6 +8502,134 @@ check 'its pipeline, as it stands' '
     sh -e quick && cp ../root.pem . &&
     openssl verify -CAfile root.pem -untrusted fullchain.pem fullchain.pem &&
     issued example.pem fullchain.pem DNS:example.com DNS:www.example.com'
+
+# block TITLE START: the lines below that title from START to an empty one.
+block() {
+	awk -v title="  $1" -v start="$2" '$0 == title { inside = 1; next }
+	    /^  [^ ]/ || !NF { if (lines) exit }
+	    inside && index($0, "    " start) == 1 { lines = 1 }
+	    lines { sub(/^    /, ""); print }' "$src/README"
+}
+to_real='From the test directory to the real one'
+# The test directory is Pebble by its address, the real one by its name.
+check 'from the test directory to the real one' '
+    unset ACME_KEY ACME_ACCOUNT ACME_DIRECTORY
+    mkdir real && cd real && cp ../root.pem . &&
+    (cd .. && quick_start) >quick &&
+    block "$to_real" staging= >staging &&
+    block "$to_real" "rm " >remove && cat staging remove &&
+    grep -x "staging=https://[a-z0-9.-]*/directory" staging &&
+    sed -i "1s|=.*|=https://127.0.0.1:$pebble/dir|" staging &&
+    { sed -n 1,2p quick; cat staging; sed 1,3d quick; } >test &&
+    sh -e test && cp example.pem old.pem && cp fullchain.pem test.pem &&
+    [ "$(field directory account)" = "https://127.0.0.1:$pebble/dir" ] &&
+    acme-step due -K example.pem fullchain.pem example.com www.example.com
+    [ $? = 1 ] && sh -e remove &&
+    ACME_DIRECTORY=https://localhost:$pebble/dir && export ACME_DIRECTORY &&
+    sed 2d quick >again && sh -e again && cmp example.pem old.pem &&
+    [ "$(field directory account)" = "$ACME_DIRECTORY" ] &&
+    not cmp test.pem fullchain.pem &&
+    issued example.pem fullchain.pem DNS:example.com DNS:www.example.com'
+check 'the account key is lost' '
+    unset ACME_KEY ACME_ACCOUNT; cd real && cp account old.account &&
+    acme-step key -o other.pem && mv other.pem account.pem &&
+    not acme-step new-order -a account lost.test &&
+    block "Lost files" "rm " >lost && cat lost && sh -e lost &&
+    not cmp account old.account &&
+    acme-step new-order -a account lost.test | grep "^order https://"'
+check 'the account record is lost' '
+    unset ACME_KEY ACME_ACCOUNT; cd real && mv account old.account &&
+    acme-step new-account -y -o account &&
+    [ "$(field account account)" = "$(field account old.account)" ]'
+
+# example TITLE: the script below that title, with the paths of here.
+example() {
+	block "$1" '#!' |
+	sed -e "s|/data|$PWD|" -e "s|/var/www/acme|$www|" \
+	    -e "s|-l 80|-l 127.0.0.1:$web|" -e 's|sleep 20000|sleep 2|' \
+	    -e 's|respond -s 20|respond -s 2|'
+}
+# What is at port 80 is started by the container.
+pebble_stop
+web=$(free_port)
+pebble_start
+unset ACME_KEY ACME_ACCOUNT
+cat >webserver.sh <<END
+trap 'echo reloaded >>reloads' HUP
+trap 'kill \$!; exit' TERM
+echo started >>starts
+busybox httpd -f -p 127.0.0.1:$web -h "$tmp/www" &
+while kill -0 \$!; do
+	sleep 0.2
+done
+END
+mkdir container
+cd container || exit
+example 'A container: port 80 is free at start, then a server runs' >entry
+setsid sh entry sh ../webserver.sh >container.log 2>&1 &
+container=$!
+pids="$pids $container"
+check 'a container has a certificate before its server starts' '
+    await test -s starts; cat container.log; cp ../root.pem . &&
+    issued example.pem fullchain.pem DNS:example.com DNS:www.example.com &&
+    [ ! -e reloads ]'
+check 'and another when the CA suggests it, while its server runs' '
+    cp fullchain.pem first.pem && cp fullchain.pem ari.pem &&
+    window 2026-01-01T00:00:00Z 2026-01-02T00:00:00Z &&
+    await test -s reloads; cat container.log
+    issued example.pem fullchain.pem DNS:example.com DNS:www.example.com &&
+    kill -0 "$container" && not cmp first.pem fullchain.pem &&
+    is 1 "grep -c reloaded reloads"'
+kill -- "-$container"
+wait "$container"
+pids=${pids% *}
+# again: the container starts, and ends.
+again() { setsid -w sh entry sh -c 'kill -- -$$'; [ $? = 143 ]; }
+check 'it does not issue at the next start' '
+    cp fullchain.pem old.pem && again && cmp old.pem fullchain.pem'
+check 'if the account key is lost, key and account are made together' '
+    mv account.pem old.account.pem && cp account old.account && again &&
+    acme-step new-order -a account lost.test | grep "^order https://" &&
+    not cmp old.account account'
+check 'a CA that cannot be reached ends it with that status' '
+    rm account; ACME_DIRECTORY=https://localhost:1/
+    export ACME_DIRECTORY; sh entry true; [ $? = 69 ]'
+cd "$tmp" || exit
+
+mkdir zone
+cd zone || exit
+acme-step key -o account.pem
+acme-step key -o example.pem
+acme-step new-account -y -o account
+# nsupdate: what it is told goes to Pebble's DNS.
+cat >../bin/nsupdate <<END
+#!/bin/sh
+while read -r word what name ttl type value; do
+	[ "\$word" = update ] || continue
+	echo "\$what \$name" >>"$tmp/zone/updates"
+	case \$what in
+	add)	what=set json=",\"value\":\$value" ;;
+	delete)	what=clear json= ;;
+	esac
+	curl -sS -d "{\"host\":\"\$name\"\$json}" \
+	    "http://127.0.0.1:$dns_control/\$what-txt"
+done
+END
+chmod +x ../bin/nsupdate
+example 'A wildcard, with dns-01 and nsupdate' >script
+echo 'add _acme-challenge.example.org.
+add _acme-challenge.example.org.
+delete _acme-challenge.example.org.
+delete _acme-challenge.example.org.' >wanted
+check 'a wildcard by nsupdate' '
+    dash script && cp ../root.pem . && diff wanted updates &&
+    issued example.pem fullchain.pem "DNS:*.example.org" DNS:example.org'
+check 'SIGTERM removes the records, too' '
+    rm updates; dash script & script=$!
+    await test -s updates; sleep 0.5; kill "$script"; wait "$script"
+    [ $? = 1 ] && diff wanted updates'
+cd "$tmp" || exit
+rm bin/nsupdate
 pebble_stop
 
 group 'the tree agrees with itself'
