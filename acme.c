@@ -4033,6 +4033,327 @@ chain_fault(int err)
 	    "%)", num((unsigned)err));
 }
 
+/* ------------------------------------------------------------ 14b. TLS -- */
+
+/*
+ * The only section, with Keys and Validation, that knows BearSSL's engine.
+ * To a CA it has five calls: tls_open(), tls_write(), tls_read(), tls_end()
+ * and tls_close().  For a peer that validates tls-alpn-01 it has two:
+ * tls_accept() and tls_serve().
+ */
+static struct {
+	br_ssl_client_context client;
+	unsigned char buffer[BR_SSL_BUFSIZE_BIDI];
+	int fd;
+	int error;		/* BearSSL's, once it has ended */
+	size_t lent;		/* bytes that tls_read() returned last */
+} tls;
+
+/* TLS 1.2 with the suites of RFC 9325 4.2 and RFC 7905 2, and no others. */
+static void
+tls_engine(br_ssl_engine_context *e, void *buffer, size_t size, int duplex)
+{
+	static const uint16_t suites[] = {
+		BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+		BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+		BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+		BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+		BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+		BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+	};
+	unsigned char seed[32];
+
+	br_ssl_engine_set_versions(e, BR_TLS12, BR_TLS12);
+	br_ssl_engine_add_flags(e, BR_OPT_NO_RENEGOTIATION);
+	br_ssl_engine_set_suites(e, suites, COUNT(suites));
+	br_ssl_engine_set_hash(e, br_sha256_ID, &br_sha256_vtable);
+	br_ssl_engine_set_hash(e, br_sha384_ID, &br_sha384_vtable);
+	br_ssl_engine_set_hash(e, br_sha512_ID, &br_sha512_vtable);
+	br_ssl_engine_set_prf_sha256(e, &br_tls12_sha256_prf);
+	br_ssl_engine_set_prf_sha384(e, &br_tls12_sha384_prf);
+	br_ssl_engine_set_ec(e, curves);
+	br_ssl_engine_set_ecdsa(e, br_ecdsa_i31_vrfy_asn1);
+	br_ssl_engine_set_rsavrfy(e, br_rsa_i31_pkcs1_vrfy);
+	br_ssl_engine_set_gcm(e, &br_sslrec_in_gcm_vtable,
+	    &br_sslrec_out_gcm_vtable);
+	br_ssl_engine_set_aes_ctr(e, &br_aes_ct_ctr_vtable);
+	br_ssl_engine_set_ghash(e, br_ghash_ctmul);
+	br_ssl_engine_set_chapol(e, &br_sslrec_in_chapol_vtable,
+	    &br_sslrec_out_chapol_vtable);
+	br_ssl_engine_set_chacha20(e, br_chacha20_ct_run);
+	br_ssl_engine_set_poly1305(e, br_poly1305_ctmul_run);
+	br_ssl_engine_set_buffer(e, buffer, size, duplex);
+	random_bytes(seed, sizeof seed);
+	br_ssl_engine_inject_entropy(e, seed, sizeof seed);
+}
+
+/*
+ * Send and receive until the engine has reached one of the states.  False
+ * if it never will: tls.error says why, BR_ERR_OK if the peer has closed
+ * TLS, BR_ERR_IO if the connection ended without that.
+ */
+static bool
+tls_run(unsigned states)
+{
+	br_ssl_engine_context *e = &tls.client.eng;
+	unsigned char *p;
+	ssize_t n = 1;
+	size_t room;
+
+	while (n > 0 || (n < 0 && errno == EINTR)) {
+		unsigned now = br_ssl_engine_current_state(e);
+
+		tls.error = br_ssl_engine_last_error(e);
+		if (now & (states | BR_SSL_CLOSED))
+			return !(now & BR_SSL_CLOSED);
+		if (now & BR_SSL_SENDREC) {
+			p = br_ssl_engine_sendrec_buf(e, &room);
+			if ((n = write(tls.fd, p, room)) > 0)
+				br_ssl_engine_sendrec_ack(e, (size_t)n);
+		} else {
+			p = br_ssl_engine_recvrec_buf(e, &room);
+			if ((n = read(tls.fd, p, room)) > 0)
+				br_ssl_engine_recvrec_ack(e, (size_t)n);
+		}
+	}
+	tls.error = BR_ERR_IO;
+	return false;
+}
+
+/*
+ * Negotiate TLS over a connection with a host, a name or an address, and
+ * validate its certificate.  False: see tls_end().
+ */
+static bool
+tls_open(int fd, const char *host)
+{
+	tls.fd = fd;
+	tls.lent = 0;
+	chain.ip = ip_bytes(str(host));
+	chain.vtable = &chain_vtable;
+	br_ssl_client_zero(&tls.client);
+	tls_engine(&tls.client.eng, tls.buffer, sizeof tls.buffer, 1);
+	br_ssl_engine_set_x509(&tls.client.eng, &chain.vtable);
+	br_ssl_client_reset(&tls.client, chain.ip.n ? NULL : host, 0);
+	return tls_run(BR_SSL_SENDAPP);
+}
+
+/* Send all of it; false if the connection ends before. */
+static bool
+tls_write(Str s)
+{
+	br_ssl_engine_context *e = &tls.client.eng;
+	unsigned char *p;
+	size_t n;
+
+	while (s.n > 0) {
+		if (!tls_run(BR_SSL_SENDAPP))
+			return false;
+		p = br_ssl_engine_sendapp_buf(e, &n);
+		n = n < s.n ? n : s.n;
+		memcpy(p, s.p, n);
+		br_ssl_engine_sendapp_ack(e, n);
+		s = from(s, n);
+	}
+	br_ssl_engine_flush(e, 0);
+	return tls_run(BR_SSL_SENDAPP);
+}
+
+/* What comes next, to be used before the next call; NONE at the end. */
+static Str
+tls_read(void)
+{
+	br_ssl_engine_context *e = &tls.client.eng;
+	Str s = NONE;
+
+	if (tls.lent)
+		br_ssl_engine_recvapp_ack(e, tls.lent);
+	if (tls_run(BR_SSL_RECVAPP))
+		s.p = br_ssl_engine_recvapp_buf(e, &s.n);
+	tls.lent = s.n;
+	return s;
+}
+
+enum tls_end {
+	CLOSED,			/* by the peer, as TLS has it */
+	CUT_OFF,		/* by the end of the connection */
+	UNTRUSTED,		/* by us: its certificate is refused */
+	FAILED			/* by an error of TLS on one of the sides */
+};
+
+/* How TLS ended; the words for it are for the last two alone. */
+static enum tls_end
+tls_end(Str *words)
+{
+	*words = NONE;
+	if (is_chain_error(tls.error)) {
+		*words = chain_fault(tls.error);
+		return UNTRUSTED;
+	}
+	switch (tls.error) {
+	case BR_ERR_OK:
+		return CLOSED;
+	case BR_ERR_IO:
+		return CUT_OFF;
+	case BR_ERR_BAD_VERSION:
+	case BR_ERR_UNKNOWN_TYPE:
+		*words = S("it does not speak TLS");
+		break;
+	case BR_ERR_UNSUPPORTED_VERSION:
+	case BR_ERR_RECV_FATAL_ALERT + 70:	/* protocol_version */
+		*words = S("it does not speak TLS 1.2");
+		break;
+	case BR_ERR_RECV_FATAL_ALERT + 40:	/* handshake_failure */
+		*words = S("it shares no TLS 1.2 cipher suite with us");
+		break;
+	case BR_ERR_RECV_FATAL_ALERT + 112:	/* unrecognized_name */
+		*words = S("it does not know that name");
+		break;
+	default:
+		*words = text("TLS failed (BearSSL error %)",
+		    num((unsigned)tls.error));
+	}
+	return FAILED;
+}
+
+/* Tell the peer that no more comes.  The connection stays open. */
+static void
+tls_close(void)
+{
+	br_ssl_engine_context *e = &tls.client.eng;
+	unsigned char *p;
+	size_t n;
+
+	br_ssl_engine_close(e);
+	while ((p = br_ssl_engine_sendrec_buf(e, &n)) &&
+	    write_all(tls.fd, (Str){ p, n }))
+		br_ssl_engine_sendrec_ack(e, n);
+}
+
+/* A peer that validates tls-alpn-01. */
+struct tls_server {
+	const br_ssl_server_policy_class *policy;	/* first, for BearSSL */
+	const struct key *key;
+	Str (*find)(Str sni);	/* the certificate for a name, or NONE */
+	br_x509_certificate certificate;
+	bool done;		/* the handshake is over, and TLS closed */
+	br_ssl_server_context context;
+};
+
+/*
+ * The first suite that both sides have for our kind of key, once the name
+ * and the protocol are what they must be.
+ */
+static int
+alpn_choose(const br_ssl_server_policy_class **policy,
+    const br_ssl_server_context *context, br_ssl_server_choices *choices)
+{
+	struct tls_server *s = (struct tls_server *)policy;
+	const char *sni = br_ssl_engine_get_server_name(&context->eng);
+	Str certificate = s->find(str(sni));
+	const br_suite_translated *suite;
+	size_t n;
+
+	suite = br_ssl_server_get_client_suites(context, &n);
+	while (n > 0 && (*suite)[1] >> 12 != BR_SSLKEYX_ECDHE_ECDSA) {
+		suite++;
+		n--;
+	}
+	if (!certificate.n || n == 0 || !br_ssl_engine_get_selected_protocol(
+	    (br_ssl_engine_context *)&context->eng))
+		return 0;
+	s->certificate.data = (unsigned char *)certificate.p;
+	s->certificate.data_len = certificate.n;
+	choices->cipher_suite = (*suite)[0];
+	choices->algo_id = 0xff00 + br_sha256_ID;	/* as BearSSL has it */
+	choices->chain = &s->certificate;
+	choices->chain_len = 1;
+	return 1;
+}
+
+/* No suite of ours has a static key for this. */
+static uint32_t
+alpn_keyx(const br_ssl_server_policy_class **policy, unsigned char *p,
+    size_t *n)
+{
+	(void)policy;
+	(void)p;
+	(void)n;
+	return 0;
+}
+
+/* Sign the hash at p in its place. */
+static size_t
+alpn_sign(const br_ssl_server_policy_class **policy, unsigned id,
+    unsigned char *p, size_t n, size_t room)
+{
+	const struct tls_server *s = (const struct tls_server *)policy;
+	unsigned char h[br_sha256_SIZE];
+
+	if (id != 0xff00 + br_sha256_ID || n != sizeof h || room < 72)
+		return 0;
+	memcpy(h, p, n);
+	return br_ecdsa_i31_sign_asn1(curves, &br_sha256_vtable, h,
+	    &s->key->ec, p);
+}
+
+static const br_ssl_server_policy_class alpn_policy = {
+	sizeof(br_ssl_server_policy_class *), alpn_choose, alpn_keyx,
+	alpn_sign
+};
+
+/*
+ * Be ready for the handshake of a peer (RFC 8737 3).  `key`, on P-256, is
+ * that of all certificates that find() returns.
+ */
+static void
+tls_accept(struct tls_server *s, void *buffer, size_t size,
+    const struct key *key, Str (*find)(Str sni))
+{
+	static const char *protocol[] = { "acme-tls/1" };
+	br_ssl_engine_context *e = &s->context.eng;
+
+	s->policy = &alpn_policy;
+	s->key = key;
+	s->find = find;
+	s->done = false;
+	br_ssl_server_zero(&s->context);
+	tls_engine(e, buffer, size, 0);
+	br_ssl_engine_add_flags(e, BR_OPT_FAIL_ON_ALPN_MISMATCH);
+	br_ssl_engine_set_protocol_names(e, protocol, 1);
+	br_ssl_server_set_policy(&s->context, &s->policy);
+	br_ssl_server_reset(&s->context);
+}
+
+/* A handshake, and no more (RFC 8737 3); false at the peer's end. */
+static bool
+tls_serve(struct tls_server *s, int fd)
+{
+	br_ssl_engine_context *e = &s->context.eng;
+	unsigned char *p;
+	ssize_t done = 1;
+	size_t n;
+
+	while (done > 0) {
+		unsigned state = br_ssl_engine_current_state(e);
+
+		if (state & BR_SSL_SENDREC) {
+			p = br_ssl_engine_sendrec_buf(e, &n);
+			if ((done = write(fd, p, n)) > 0)
+				br_ssl_engine_sendrec_ack(e, (size_t)done);
+		} else if (state & BR_SSL_SENDAPP && !s->done) {
+			br_ssl_engine_close(e);
+			s->done = true;
+		} else if (state & BR_SSL_RECVREC) {
+			p = br_ssl_engine_recvrec_buf(e, &n);
+			if ((done = read(fd, p, n)) > 0)
+				br_ssl_engine_recvrec_ack(e, (size_t)done);
+		} else
+			done = 0;
+	}
+	return done < 0 && (errno == EAGAIN || errno == EINTR);
+}
+
 /* ---------------------------------------------------- 15. Connections -- */
 
 /* A URL taken apart (RFC 3986 3); only https, as RFC 8555 6.1 wants. */
@@ -4140,13 +4461,10 @@ is_url(Str s)
 static struct {
 	int fd;
 	char host[HOSTNAME + 1], port[PORT + 1];
-	int error;			/* of TLS, once it has ended */
 	pid_t command;			/* the process behind it, or 0 */
 	const unsigned char *from;	/* what has been received: */
 	size_t at, have;
 	bool whole;			/* and no more will be */
-	unsigned char tls_buffer[BR_SSL_BUFSIZE_BIDI];
-	br_ssl_client_context tls;
 } conn;
 
 static int family = AF_UNSPEC;		/* -4, -6 */
@@ -5171,98 +5489,6 @@ dial(const char *host, const char *port)
 	return proxy.n ? dial_proxy(proxy, host, port) : dial_tcp(host, port);
 }
 
-/*
- * Let the TLS engine send and receive until it is in one of the states.
- * False where it will not be: then conn.error is BearSSL's word for why,
- * BR_ERR_OK where the server ended the connection as TLS wants it.
- */
-static bool
-tls_run(unsigned states)
-{
-	br_ssl_engine_context *e = &conn.tls.eng;
-	unsigned char *p;
-	ssize_t n = 1;
-	size_t room;
-
-	while (n > 0 || (n < 0 && errno == EINTR)) {
-		unsigned now = br_ssl_engine_current_state(e);
-
-		conn.error = br_ssl_engine_last_error(e);
-		if (now & (states | BR_SSL_CLOSED))
-			return !(now & BR_SSL_CLOSED);
-		if (now & BR_SSL_SENDREC) {
-			p = br_ssl_engine_sendrec_buf(e, &room);
-			if ((n = write(conn.fd, p, room)) > 0)
-				br_ssl_engine_sendrec_ack(e, (size_t)n);
-		} else {
-			p = br_ssl_engine_recvrec_buf(e, &room);
-			if ((n = read(conn.fd, p, room)) > 0)
-				br_ssl_engine_recvrec_ack(e, (size_t)n);
-		}
-	}
-	conn.error = BR_ERR_IO;
-	return false;
-}
-
-/* Send all of it; false where the connection ends before. */
-static bool
-conn_write(Str s)
-{
-	br_ssl_engine_context *e = &conn.tls.eng;
-	unsigned char *p;
-	size_t n;
-
-	while (s.n > 0) {
-		if (!tls_run(BR_SSL_SENDAPP))
-			return false;
-		p = br_ssl_engine_sendapp_buf(e, &n);
-		n = n < s.n ? n : s.n;
-		memcpy(p, s.p, n);
-		br_ssl_engine_sendapp_ack(e, n);
-		s = from(s, n);
-	}
-	br_ssl_engine_flush(e, 0);
-	return tls_run(BR_SSL_SENDAPP);
-}
-
-/* TLS 1.2 with the suites of RFC 9325 4.2 and RFC 7905 2, and no others. */
-static void
-tls_engine(br_ssl_engine_context *e, void *buffer, size_t size, int duplex)
-{
-	static const uint16_t suites[] = {
-		BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-		BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-		BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
-		BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
-		BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
-		BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-	};
-	unsigned char seed[32];
-
-	br_ssl_engine_set_versions(e, BR_TLS12, BR_TLS12);
-	br_ssl_engine_add_flags(e, BR_OPT_NO_RENEGOTIATION);
-	br_ssl_engine_set_suites(e, suites, COUNT(suites));
-	br_ssl_engine_set_hash(e, br_sha256_ID, &br_sha256_vtable);
-	br_ssl_engine_set_hash(e, br_sha384_ID, &br_sha384_vtable);
-	br_ssl_engine_set_hash(e, br_sha512_ID, &br_sha512_vtable);
-	br_ssl_engine_set_prf_sha256(e, &br_tls12_sha256_prf);
-	br_ssl_engine_set_prf_sha384(e, &br_tls12_sha384_prf);
-	br_ssl_engine_set_ec(e, curves);
-	br_ssl_engine_set_ecdsa(e, br_ecdsa_i31_vrfy_asn1);
-	br_ssl_engine_set_rsavrfy(e, br_rsa_i31_pkcs1_vrfy);
-	br_ssl_engine_set_gcm(e, &br_sslrec_in_gcm_vtable,
-	    &br_sslrec_out_gcm_vtable);
-	br_ssl_engine_set_aes_ctr(e, &br_aes_ct_ctr_vtable);
-	br_ssl_engine_set_ghash(e, br_ghash_ctmul);
-	br_ssl_engine_set_chapol(e, &br_sslrec_in_chapol_vtable,
-	    &br_sslrec_out_chapol_vtable);
-	br_ssl_engine_set_chacha20(e, br_chacha20_ct_run);
-	br_ssl_engine_set_poly1305(e, br_poly1305_ctmul_run);
-	br_ssl_engine_set_buffer(e, buffer, size, duplex);
-	random_bytes(seed, sizeof seed);
-	br_ssl_engine_inject_entropy(e, seed, sizeof seed);
-}
-
 /* How a process ended, if it was not well. */
 static Str
 ending(int status)
@@ -5287,53 +5513,39 @@ command_fault(void)
 	return text("the command % %", command_name(), ending(status));
 }
 
-/* Why there is no TLS with the server. */
-static Str
-tls_fault(int err)
-{
-	if (is_chain_error(err))
-		return chain_fault(err);
-	switch (err) {
-	case BR_ERR_IO:
-		return conn.command ? command_fault() :
-		    S("the connection ended during the TLS handshake");
-	case BR_ERR_BAD_VERSION:
-	case BR_ERR_UNKNOWN_TYPE:
-		return S("it does not speak TLS");
-	case BR_ERR_UNSUPPORTED_VERSION:
-	case BR_ERR_RECV_FATAL_ALERT + 70:	/* protocol_version */
-		return S("it does not speak TLS 1.2");
-	case BR_ERR_RECV_FATAL_ALERT + 40:	/* handshake_failure */
-		return S("no TLS 1.2 cipher suite in common");
-	case BR_ERR_RECV_FATAL_ALERT + 112:	/* unrecognized_name */
-		return S("it does not serve that name");
-	}
-	return text("BearSSL error %", num((unsigned)err));
-}
-
 /*
- * A certificate that is not trusted stays so until somebody corrects the
- * anchors, the name, the clock or the server; all else may pass.
+ * End the step: there is no TLS with the server.  A certificate that is not
+ * trusted stays so until somebody corrects the anchors, the name, the clock
+ * or the server; all else may pass.
  */
 static void
-tls_failed(void)
+conn_failed(void)
 {
-	die(is_chain_error(conn.error) ? CONFIG : CA_DOWN,
-	    "TLS with % failed: %", str(conn.host), tls_fault(conn.error));
+	Str words;
+	enum tls_end end = tls_end(&words);
+
+	if (!words.n)
+		words = conn.command ? command_fault() :
+		    S("the connection ended during the TLS handshake");
+	die(end == UNTRUSTED ? CONFIG : CA_DOWN, "TLS with % failed: %",
+	    str(conn.host), words);
+}
+
+/* Did the connection end without a word from the peer's TLS? */
+static bool
+is_cut_off(void)
+{
+	Str words;
+
+	return !conn.whole && tls_end(&words) != CLOSED;
 }
 
 static void
 conn_close(void)
 {
-	unsigned char *p;
-	size_t n;
-
 	if (conn.fd < 0)
 		return;
-	br_ssl_engine_close(&conn.tls.eng);
-	while ((p = br_ssl_engine_sendrec_buf(&conn.tls.eng, &n)) &&
-	    write_all(conn.fd, (Str){ p, n }))
-		br_ssl_engine_sendrec_ack(&conn.tls.eng, n);
+	tls_close();
 	close(conn.fd);
 	conn.fd = -1;
 	if (conn.command)
@@ -5347,7 +5559,6 @@ static void
 conn_open(const struct url *u)
 {
 	Str host = lower(u->host);
-	const char *name;
 
 	if (conn.fd >= 0 && same(host, str(conn.host)) &&
 	    same(u->port, str(conn.port)))
@@ -5356,37 +5567,27 @@ conn_open(const struct url *u)
 	memcpy(conn.host, c_str(host), host.n + 1);
 	memcpy(conn.port, c_str(u->port), u->port.n + 1);
 	conn.at = conn.have = 0;
-	chain.ip = ip_bytes(host);
-	name = chain.ip.n ? NULL : conn.host;
 	conn.fd = dial(conn.host, conn.port);
 	doing(CA_DOWN, "negotiating TLS with ", conn.host);
-	br_ssl_client_zero(&conn.tls);
-	tls_engine(&conn.tls.eng, conn.tls_buffer, sizeof conn.tls_buffer, 1);
-	chain.vtable = &chain_vtable;
-	br_ssl_engine_set_x509(&conn.tls.eng, &chain.vtable);
-	br_ssl_client_reset(&conn.tls, name, 0);
-	if (!tls_run(BR_SSL_SENDAPP))
-		tls_failed();
+	if (!tls_open(conn.fd, conn.host))
+		conn_failed();
 }
 
 /* Receive more; false at the end of the connection. */
 static bool
 conn_fill(void)
 {
-	br_ssl_engine_context *e = &conn.tls.eng;
+	Str s = NONE, words;
 
 	if (conn.whole)
 		return false;
-	if (conn.have)
-		br_ssl_engine_recvapp_ack(e, conn.have);
-	conn.at = conn.have = 0;
-	if (tls_run(BR_SSL_RECVAPP)) {
-		conn.from = br_ssl_engine_recvapp_buf(e, &conn.have);
-		return true;
-	}
-	if (conn.error != BR_ERR_OK && conn.error != BR_ERR_IO)
-		tls_failed();
-	return false;
+	s = tls_read();
+	conn.from = s.p;
+	conn.at = 0;
+	conn.have = s.n;
+	if (s.n == 0 && tls_end(&words) >= UNTRUSTED)
+		conn_failed();
+	return s.n > 0;
 }
 
 /* The next byte, or -1 at the end of the connection. */
@@ -5674,7 +5875,7 @@ http_receive(const struct message *q, struct reply *r)
 			conn.at--;
 			http_bytes(r, 1);
 		}
-		if (conn.error != BR_ERR_OK)
+		if (is_cut_off())
 			cut_off(r);
 	}
 	if (verbose)
@@ -5737,7 +5938,7 @@ pipeline(const struct message *q, struct reply *r, size_t n)
 		    url_target(&v))));
 	} while (++m < n);
 	doing(CA_DOWN, "sending to ", conn.host);
-	if (!conn_write(all))
+	if (!tls_write(all))
 		m = 0;
 	used = mark;
 	while (got < m && http_receive(&q[got], &r[got]) &&
@@ -5900,7 +6101,6 @@ box_exchange(const struct message *q, struct reply *r)
 	conn.at = 0;
 	conn.have = s.n;
 	conn.whole = true;
-	conn.error = BR_ERR_OK;
 	if (!http_receive(q, r) || conn.at != conn.have)
 		box_refuse("is incomplete");
 	return true;
@@ -8341,7 +8541,7 @@ static struct client {
 	bool answered;		/* what it says now is thrown away */
 	size_t n;		/* bytes in b */
 	unsigned char b[REQUEST + 325];	/* BR_SSL_BUFSIZE_MONO has it so */
-	br_ssl_server_context tls;
+	struct tls_server tls;
 } clients[CLIENTS];
 
 static struct pollfd listeners[LISTENERS];
@@ -8428,7 +8628,7 @@ http_serve(struct client *c)
 }
 
 /* tls-alpn-01: a certificate for each challenge, in order, of one key. */
-static br_x509_certificate validation[NAMES];
+static Str validation[NAMES];
 
 /* RFC 8737 3, RFC 8738 4: the name and the digest, critical. */
 static Str
@@ -8456,132 +8656,40 @@ validation_certificate(const struct challenge *c)
 static void
 make_validations(void)
 {
-	br_x509_certificate *v = validation;
+	Str *v = validation;
 	const struct challenge *c;
 
 	key_make(&certificate_key, &key_types[0]);
 	for each(c, challenge) {
 		size_t mark = used;
-		Str s = keep(mark, validation_certificate(c));
 
-		v->data = (unsigned char *)s.p;
-		v++->data_len = s.n;
+		*v++ = keep(mark, validation_certificate(c));
 	}
 }
 
-/* The certificate for the name in a handshake; NULL for any other. */
-static const br_x509_certificate *
+/* The certificate for the name in a handshake; NONE for any other. */
+static Str
 find_validation(Str sni)
 {
 	const struct challenge *c;
 
 	for each(c, challenge)
 		if (same_word(c->name, sni))
-			return &validation[c - order.challenge];
-	return NULL;
+			return validation[c - order.challenge];
+	return NONE;
 }
-
-/*
- * The first suite that both sides have for our kind of key, once the name
- * and the protocol are what they must be.
- */
-static int
-alpn_choose(const br_ssl_server_policy_class **policy,
-    const br_ssl_server_context *tls, br_ssl_server_choices *choices)
-{
-	const char *sni = br_ssl_engine_get_server_name(&tls->eng);
-	const br_x509_certificate *v = find_validation(str(sni));
-	const br_suite_translated *suite;
-	size_t n;
-
-	(void)policy;
-	suite = br_ssl_server_get_client_suites(tls, &n);
-	while (n > 0 && (*suite)[1] >> 12 != BR_SSLKEYX_ECDHE_ECDSA) {
-		suite++;
-		n--;
-	}
-	if (!v || n == 0 || !br_ssl_engine_get_selected_protocol(
-	    (br_ssl_engine_context *)&tls->eng))
-		return 0;
-	choices->cipher_suite = (*suite)[0];
-	choices->algo_id = 0xff00 + br_sha256_ID;	/* as BearSSL has it */
-	choices->chain = v;
-	choices->chain_len = 1;
-	return 1;
-}
-
-/* No suite of ours has a static key for this. */
-static uint32_t
-alpn_keyx(const br_ssl_server_policy_class **policy, unsigned char *p,
-    size_t *n)
-{
-	(void)policy;
-	(void)p;
-	(void)n;
-	return 0;
-}
-
-/* Sign the hash at p in its place. */
-static size_t
-alpn_sign(const br_ssl_server_policy_class **policy, unsigned id,
-    unsigned char *p, size_t n, size_t room)
-{
-	unsigned char h[br_sha256_SIZE];
-
-	(void)policy;
-	if (id != 0xff00 + br_sha256_ID || n != sizeof h || room < 72)
-		return 0;
-	memcpy(h, p, n);
-	return br_ecdsa_i31_sign_asn1(curves, &br_sha256_vtable, h,
-	    &certificate_key.ec, p);
-}
-
-static const br_ssl_server_policy_class alpn_policy = {
-	sizeof(br_ssl_server_policy_class *), alpn_choose, alpn_keyx,
-	alpn_sign
-};
 
 static void
-tls_begin(struct client *c)
+alpn_begin(struct client *c)
 {
-	static const br_ssl_server_policy_class *policy = &alpn_policy;
-	static const char *protocol[] = { "acme-tls/1" };
-
-	br_ssl_server_zero(&c->tls);
-	tls_engine(&c->tls.eng, c->b, sizeof c->b, 0);
-	br_ssl_engine_add_flags(&c->tls.eng, BR_OPT_FAIL_ON_ALPN_MISMATCH);
-	br_ssl_engine_set_protocol_names(&c->tls.eng, protocol, 1);
-	br_ssl_server_set_policy(&c->tls, &policy);
-	br_ssl_server_reset(&c->tls);
+	tls_accept(&c->tls, c->b, sizeof c->b, &certificate_key,
+	    find_validation);
 }
 
-/* A handshake, and no more (RFC 8737 3). */
 static void
-tls_serve(struct client *c)
+alpn_serve(struct client *c)
 {
-	br_ssl_engine_context *e = &c->tls.eng;
-	unsigned char *p;
-	ssize_t done = 1;
-	size_t n;
-
-	while (done > 0) {
-		unsigned state = br_ssl_engine_current_state(e);
-
-		if (state & BR_SSL_SENDREC) {
-			p = br_ssl_engine_sendrec_buf(e, &n);
-			if ((done = write(c->fd, p, n)) > 0)
-				br_ssl_engine_sendrec_ack(e, (size_t)done);
-		} else if (state & BR_SSL_SENDAPP && !c->answered) {
-			br_ssl_engine_close(e);
-			c->answered = true;
-		} else if (state & BR_SSL_RECVREC) {
-			p = br_ssl_engine_recvrec_buf(e, &n);
-			if ((done = read(c->fd, p, n)) > 0)
-				br_ssl_engine_recvrec_ack(e, (size_t)done);
-		} else
-			done = 0;
-	}
-	if (done == 0 || (errno != EAGAIN && errno != EINTR))
+	if (!tls_serve(&c->tls, c->fd))
 		client_close(c);
 }
 
@@ -8817,7 +8925,8 @@ struct responder {
 };
 
 static const struct responder http_responder = { NULL, http_serve, NULL };
-static const struct responder tls_responder = { tls_begin, tls_serve, NULL };
+static const struct responder alpn_responder =
+    { alpn_begin, alpn_serve, NULL };
 static const struct responder dns_responder =
     { NULL, dns_serve, dns_datagram };
 
@@ -8827,7 +8936,7 @@ static const struct challenge_type challenge_types[] = {
 	{ "dns-01", txt_name, txt_digest, TXT_RECORD,
 	    true, false, &dns_responder },		/* RFC 8555 8.4 */
 	{ "tls-alpn-01", sni_name, alpn_digest, CERT_DIGEST,
-	    true, false, &tls_responder },		/* RFC 8737 3 */
+	    true, false, &alpn_responder },		/* RFC 8737 3 */
 	{ "dns-account-01", account_txt_name, txt_digest, TXT_RECORD,
 	    true, false, &dns_responder },
 	{ "dns-persist-01", persist_name, persist_value, TXT_RECORD,
@@ -11807,6 +11916,7 @@ main(int argc, char **argv)
 	hide(&certificate_key, sizeof certificate_key);
 	hide(&reader, sizeof reader);
 	hide(&conn, sizeof conn);
+	hide(&tls, sizeof tls);
 	catch_signals();
 	tells = true;
 	run(argc, argv);
