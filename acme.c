@@ -13,25 +13,35 @@
  * second enum).  Nothing is remembered but what the caller keeps.
  *
  * Contents:
- *	 1. Failure	10. Keys		19. Orders
- *	 2. Memory	11. Certificates	20. Challenges
- *	 3. Strings	12. Requests		21. Responders
- *	 4. Encodings	13. Trust anchors	22. Hooks
- *	 5. JSON	14. Validation		23. Finalization
- *	 6. DER		15. Connections		24. Commands
- *	 7. Time	16. HTTP		25. Table
- *	 8. Files	17. Record		26. Main
- *	 9. PEM		18. ACME
+ *   1. Text                 20. Validation           39. Publishing files
+ *   2. Messages             21. TLS                  40. HTTP responder
+ *   3. Clean-up             22. Processes            41. TLS-ALPN responder
+ *   4. Signals              23. Name look-up         42. DNS responder
+ *   5. Memory               24. Dialing              43. Peers
+ *   6. Strings              25. Proxies              44. Responder process
+ *   7. Encodings            26. Connection           45. Listening
+ *   8. JSON                 27. HTTP                 46. Hook styles
+ *   9. DER                  28. Box                  47. Hooks
+ *  10. Time                 29. Identifiers          48. Publishing
+ *  11. Reading files        30. Order                49. Finalization
+ *  12. Writing files        31. Record               50. Key commands
+ *  13. PEM                  32. Problems             51. Account commands
+ *  14. Keys                 33. Directory            52. Order commands
+ *  15. Addresses and URLs   34. Nonces and JWS       53. Certificate commands
+ *  16. Certificates         35. Accounts             54. Raw requests
+ *  17. Certificate requests 36. Authorizations       55. Table
+ *  18. Trust anchors        37. Waiting              56. Main
+ *  19. Name constraints     38. Challenges
  *
- * All data is a Str: bytes with a length, that never change.  Sections 3
- * to 6 make new ones from old ones: cat() joins, text() fills a template,
+ * All data is a Str: bytes with a length, that never change.  Sections 6
+ * to 9 make new ones from old ones: cat() joins, text() fills a template,
  * b64() and quote() encode, der() nests.  Memory is taken from one static
  * heap and never given back.  What fails, ends the step by die(), from
  * wherever it is; leave() then undoes what must not stay.  Each section
  * needs only those above it.
  *
- * To understand the rest, read the table in section 25, one command that
- * you know, do_new_order() say, and acme_batch() in section 18, through
+ * To understand the rest, read the table in section 55, one command that
+ * you know, do_new_order() say, and acme_batch() in section 34, through
  * which all of them speak to the CA.
  */
 #define _POSIX_C_SOURCE 200809L
@@ -134,7 +144,7 @@ enum {			/* exit statuses; most are those of sysexits.h */
 	SIGNAL   = 128	/* and the signal's number */
 };
 
-/* --------------------------------------------------------- 1. Failure -- */
+/* ------------------------------------------------------------ 1. Text -- */
 
 /* Bytes with a length: the one type of all data. They never change. */
 typedef struct {
@@ -153,35 +163,6 @@ typedef struct {
  * compiler see that they are strings; test.sh counts them.
  */
 #define ALL_STR(template, ...)  ((void)sizeof((Str[]){ __VA_ARGS__ }))
-
-static Str step;		/* the command, for messages */
-static Str foreword, afterword;	/* of the message of a failure */
-static bool tells;		/* a pipe on our output learns of failure */
-
-/*
- * What must not outlive the step, last first: unfinished or published
- * files, what a hook has published, other processes.  The first place is
- * for the process behind the connection, which comes and goes.
- */
-static struct doomed {
-	void (*end)(const struct doomed *);
-	int n;			/* a directory or a process */
-	const void *p;		/* a file's name or a hook */
-} doomed[NAMES + 8];
-static volatile size_t ndoomed = 1;
-
-static unsigned char heap[HEAP];	/* see 2; a secret can be anywhere */
-static size_t used, peak;		/* bytes of it; the most there were */
-
-/* Other memory that must not outlive the process readable. */
-static struct {
-	void *p;
-	size_t n;
-} secret[8];
-static size_t nsecret;
-static unsigned char *stack_end;	/* in main's frame: others are below */
-
-static struct rlimit core_limit;	/* as the step was started with */
 
 static Str
 str(const char *s)
@@ -247,6 +228,12 @@ harmless(Str s)
 		return 0;
 	return n;
 }
+
+/* -------------------------------------------------------- 2. Messages -- */
+
+static Str step;		/* the command, for messages */
+static Str foreword, afterword;	/* of the message of a failure */
+static bool tells;		/* a pipe on our output learns of failure */
 
 /* A line of text on its way out, in a buffer that needs no heap. */
 static struct {
@@ -385,6 +372,31 @@ tell_begin(int status, Str name)
 	line_add(S(" "));
 	return true;
 }
+
+/* -------------------------------------------------------- 3. Clean-up -- */
+
+/*
+ * What must not outlive the step, last first: unfinished or published
+ * files, what a hook has published, other processes.  The first place is
+ * for the process behind the connection, which comes and goes.
+ */
+static struct doomed {
+	void (*end)(const struct doomed *);
+	int n;			/* a directory or a process */
+	const void *p;		/* a file's name or a hook */
+} doomed[NAMES + 8];
+static volatile size_t ndoomed = 1;
+
+static unsigned char heap[HEAP];	/* see Memory; secrets can be anywhere */
+static size_t used, peak;		/* bytes of it; the most there were */
+
+/* Other memory that must not outlive the process readable. */
+static struct {
+	void *p;
+	size_t n;
+} secret[8];
+static size_t nsecret;
+static unsigned char *stack_end;	/* in main's frame: others are below */
 
 static void
 hold_signals(sigset_t *old)
@@ -599,6 +611,10 @@ fail(int status, const char *template, ...)
 	leave(status);
 }
 
+/* --------------------------------------------------------- 4. Signals -- */
+
+static struct rlimit core_limit;	/* as the step was started with */
+
 /* What the step is at, and its status if time runs out there. */
 static struct {
 	const char *volatile what;
@@ -673,7 +689,7 @@ catch_signals(void)
 	sigaction(SIGCHLD, &act, NULL);
 }
 
-/* ---------------------------------------------------------- 2. Memory -- */
+/* ---------------------------------------------------------- 5. Memory -- */
 
 /* Take n bytes.  A step lives for a second: they are never given back. */
 static unsigned char *
@@ -705,7 +721,7 @@ hide(void *p, size_t n)
 	secret[nsecret++].n = n;
 }
 
-/* --------------------------------------------------------- 3. Strings -- */
+/* --------------------------------------------------------- 6. Strings -- */
 
 /* Join any number of strings. */
 #define cat(...)  join(STRS(__VA_ARGS__))
@@ -1010,7 +1026,7 @@ c_str(Str s)
 	return (const char *)cat(NONE, s, S("\0")).p;
 }
 
-/* ------------------------------------------------------- 4. Encodings -- */
+/* ------------------------------------------------------- 7. Encodings -- */
 
 static const char BASE64URL[] =
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
@@ -1109,7 +1125,7 @@ base32(Str s)
 	return digits_of(s, "abcdefghijklmnopqrstuvwxyz234567", 5);
 }
 
-/* ------------------------------------------------------------ 5. JSON -- */
+/* ------------------------------------------------------------ 8. JSON -- */
 
 /* Any string as a JSON string (RFC 8259 7). */
 static Str
@@ -1439,7 +1455,7 @@ list_of(Str o, const char *name)
 	return json_kind(v) == '[' ? v : NONE;
 }
 
-/* ------------------------------------------------------------- 6. DER -- */
+/* ------------------------------------------------------------- 9. DER -- */
 
 enum {			/* identifier octets (X.690 8.1.2) */
 	BOOLEAN   = 0x01,
@@ -1574,7 +1590,7 @@ der_next(Str *in, int tag, Str *body)
 	return true;
 }
 
-/* ------------------------------------------------------------ 7. Time -- */
+/* ----------------------------------------------------------- 10. Time -- */
 
 /* Seconds since 1970 of a date in the Gregorian calendar, UTC. */
 static long long
@@ -1822,7 +1838,7 @@ pause_for(const char *what, long long ms)
 	return true;
 }
 
-/* ----------------------------------------------------------- 8. Files -- */
+/* -------------------------------------------------- 11. Reading files -- */
 
 static bool
 is_std(const char *name)
@@ -1913,6 +1929,8 @@ read_if_there(const char *name)
 {
 	return is_missing(name) ? NONE : read_file(name);
 }
+
+/* -------------------------------------------------- 12. Writing files -- */
 
 /*
  * Where the result goes.  It is complete or absent: a file is written
@@ -2324,7 +2342,7 @@ print(Str s)
 		    str(out.file), why());
 }
 
-/* ------------------------------------------------------------- 9. PEM -- */
+/* ------------------------------------------------------------ 13. PEM -- */
 
 enum { PEM_LINE = 256 };	/* bytes of a BEGIN or END line, RFC 7468 2 */
 
@@ -2508,7 +2526,7 @@ pem(Str block, const char *label)
 	return (Str){ p, n };
 }
 
-/* ----------------------------------------------------------- 10. Keys -- */
+/* ----------------------------------------------------------- 14. Keys -- */
 
 /* What there is to know of a kind of key. */
 static const struct key_type {
@@ -2916,18 +2934,7 @@ sign(const struct key *k, Str s, bool asn1)
 	return (Str){ o, n };
 }
 
-/* --------------------------------------------------- 11. Certificates -- */
-
-/* What we read of a certificate (RFC 5280 4.1); all point into der. */
-struct cert {
-	Str der, serial, issuer, subject, public_key;
-	Str extensions;			/* Extension, one after another */
-	Str alt_names;			/* GeneralNames, or NONE */
-	Str key_id;			/* authority key identifier, or NONE */
-	bool v3;			/* its version is 3 */
-	bool issues;			/* others: cA of basicConstraints */
-	long long not_before, not_after;
-};
+/* --------------------------------------------- 15. Addresses and URLs -- */
 
 /*
  * An identifier (RFC 8555 9.7.7, RFC 8738 3).  Its value is canonical: a name
@@ -3002,6 +3009,120 @@ ip_text(Str b)
 			    NONE, hex_number(part[i]));
 	return s;
 }
+
+/* A URL taken apart (RFC 3986 3); only https, as RFC 8555 6.1 wants. */
+struct url {
+	Str host, port, path;		/* the path with its query */
+	Str origin;			/* https://host:port as written */
+};
+
+/*
+ * Take a host off the front of s, with the colon that follows it; an IPv6
+ * address is in brackets (RFC 3986 3.2.2).  NONE where it is malformed.
+ */
+static Str
+take_host(Str *s)
+{
+	Str host;
+
+	if (!begins(*s, "["))
+		return cut(s, ':');
+	*s = from(*s, 1);
+	host = cut(s, ']');
+	if (ip_bytes(host).n != 16 || (s->n && s->p[0] != ':'))
+		return NONE;
+	*s = from(*s, 1);
+	return host;
+}
+
+/*
+ * HOST[:PORT], all of s; without a port *port stays as it is.  Behind -P a
+ * dash at the front would make an option of the host.
+ */
+static bool
+host_port(Str s, Str *host, Str *port)
+{
+	unsigned long n;
+
+	*host = take_host(&s);
+	if (s.n)
+		*port = s;
+	return host->n <= HOSTNAME && !begins(*host, "-") &&
+	    (made_of(*host, ALPHA DIGIT "-._") || ip_bytes(*host).n) &&
+	    port->n <= PORT && number(*port, 65535, &n) && n > 0;
+}
+
+static bool
+url_read(Str s, struct url *u)
+{
+	Str rest, authority;
+	size_t n = 0;
+
+	for (size_t i = 0; i < s.n; i++)
+		if (s.p[i] <= ' ' || s.p[i] >= 0x7f || strchr("#\"<>\\^`{|}",
+		    s.p[i]))
+			return false;
+	if (s.n > WORD || s.n < 8 || !same_word((Str){ s.p, 8 },
+	    S("https://")))
+		return false;
+	rest = from(s, 8);
+	while (n < rest.n && rest.p[n] != '/' && rest.p[n] != '?')
+		n++;
+	authority = (Str){ rest.p, n };
+	u->path = from(rest, n);
+	u->origin = (Str){ s.p, 8 + n };
+	u->port = S("443");
+	return host_port(authority, &u->host, &u->port);
+}
+
+/* Have two URLs the same origin (RFC 6454 4)?  The scheme is https. */
+static bool
+same_origin(Str a, Str b)
+{
+	struct url u, v;
+	unsigned long m, n;
+	Str ip;
+
+	if (!url_read(a, &u) || !url_read(b, &v))
+		return false;
+	ip = ip_bytes(u.host);
+	return (same_word(u.host, v.host) ||
+	    (ip.n && same(ip, ip_bytes(v.host)))) &&
+	    number(u.port, 65535, &m) && number(v.port, 65535, &n) && m == n;
+}
+
+/* The origin of a URL, as it is written there; for messages. */
+static Str
+origin(Str url)
+{
+	struct url u;
+
+	return url_read(url, &u) ? u.origin : url;
+}
+
+static bool
+is_url(Str s)
+{
+	struct url u;
+	size_t mark = used;
+	bool ok = url_read(s, &u);
+
+	used = mark;
+	return ok;
+}
+
+/* --------------------------------------------------- 16. Certificates -- */
+
+/* What we read of a certificate (RFC 5280 4.1); all point into der. */
+struct cert {
+	Str der, serial, issuer, subject, public_key;
+	Str extensions;			/* Extension, one after another */
+	Str alt_names;			/* GeneralNames, or NONE */
+	Str key_id;			/* authority key identifier, or NONE */
+	bool v3;			/* its version is 3 */
+	bool issues;			/* others: cA of basicConstraints */
+	long long not_before, not_after;
+};
 
 /* Times, notBefore and notAfter. */
 static bool
@@ -3196,7 +3317,7 @@ common_name(Str dn)
 	return cn;
 }
 
-/* ------------------------------------------------------- 12. Requests -- */
+/* ------------------------------------------- 17. Certificate requests -- */
 
 /* One subject alternative name (RFC 5280 4.2.1.6). */
 static Str
@@ -3253,7 +3374,7 @@ request_key(Str der, Str *key)
 	    der_next(&outer, BITS, &skip) && outer.n == 0;
 }
 
-/* -------------------------------------------------- 13. Trust anchors -- */
+/* -------------------------------------------------- 18. Trust anchors -- */
 
 /* The file of trust anchors; NULL: the two that are built in. */
 static const char *anchor_file;
@@ -3503,87 +3624,7 @@ find_anchors(const char *option)
 		die(BAD, "no certificate in %", str(anchor_file));
 }
 
-/* ----------------------------------------------------- 14. Validation -- */
-
-/*
- * BearSSL's X.509 engine wants its anchors before it sees the chain, and
- * checks less of it than it should.  So this one, around it, first
- * collects the server's chain, then finds the anchors for it, lets BearSSL
- * validate, and applies rules of its own to the path that BearSSL found.
- */
-static struct {
-	const br_x509_class *vtable;
-	br_x509_minimal_context inner;
-	const char *name;		/* of the server, for BearSSL to find */
-	Str ip;				/* or its address's bytes, for us */
-	Str der[CERTS];
-	struct cert cert[CERTS];
-	size_t n, lost;			/* lost: certificates too many or big */
-	Str fault;			/* against our own rules, or NONE */
-} chain;
-
-static void
-chain_start(const br_x509_class **self, const char *name)
-{
-	(void)self;
-	chain.name = chain.ip.n ? NULL : name;
-	chain.n = chain.lost = 0;
-	chain.fault = NONE;
-}
-
-static void
-chain_start_cert(const br_x509_class **self, uint32_t length)
-{
-	(void)self;
-	if (chain.n == CERTS || length > CERT)
-		chain.lost++;
-	else
-		chain.der[chain.n] = NONE;
-}
-
-static void
-chain_append(const br_x509_class **self, const unsigned char *p, size_t n)
-{
-	(void)self;
-	if (!chain.lost)
-		chain.der[chain.n] = cat(chain.der[chain.n], (Str){ p, n });
-}
-
-static void
-chain_end_cert(const br_x509_class **self)
-{
-	(void)self;
-	if (!chain.lost)
-		chain.n++;
-}
-
-/*
- * Validate the chain by some of the anchors: 0, or BearSSL's error.  *n is
- * the number of certificates on the path, which ends where an anchor has
- * issued the last of them, or is the first; the others do not matter.
- */
-static unsigned
-chain_validate(br_x509_minimal_context *x, const br_x509_trust_anchor *a,
-    size_t na, size_t *n)
-{
-	const br_x509_class **v = &x->vtable;
-
-	br_x509_minimal_init(x, &br_sha256_vtable, a, na);
-	br_x509_minimal_set_rsa(x, br_rsa_i31_pkcs1_vrfy);
-	br_x509_minimal_set_ecdsa(x, curves, br_ecdsa_i31_vrfy_asn1);
-	br_x509_minimal_set_hash(x, br_sha256_ID, &br_sha256_vtable);
-	br_x509_minimal_set_hash(x, br_sha384_ID, &br_sha384_vtable);
-	br_x509_minimal_set_hash(x, br_sha512_ID, &br_sha512_vtable);
-	br_x509_minimal_set_minrsa(x, 2048 / 8);
-	(*v)->start_chain(v, chain.name);
-	/* There is a key once the path has reached an anchor. */
-	for (*n = 0; *n < chain.n && !(*v)->get_pkey(v, NULL); ++*n) {
-		(*v)->start_cert(v, (uint32_t)chain.der[*n].n);
-		(*v)->append(v, chain.der[*n].p, chain.der[*n].n);
-		(*v)->end_cert(v);
-	}
-	return (*v)->end_chain(v);
-}
+/* ----------------------------------------------- 19. Name constraints -- */
 
 /* Labels with single dots between them: no other DNS name ever matches. */
 static bool
@@ -3612,40 +3653,6 @@ names_host(Str name, Str host)
 	if (is_wildcard(name) && cut(&host, '.').n)
 		name = from(name, 2);
 	return same_word(name, host);
-}
-
-/* Does the server's certificate have the URL's host name or address? */
-static bool
-has_host(const struct cert *c)
-{
-	Str list = c->alt_names, body, whole;
-	int tag;
-
-	while (der_any(&list, &tag, &body, &whole))
-		if (chain.ip.n ? tag == IP_NAME && same(body, chain.ip) :
-		    tag == DNS_NAME && is_dns_name(body) &&
-		    names_host(body, str(chain.name)))
-			return true;
-	return false;
-}
-
-/*
- * May a certificate be a TLS server's (RFC 5280 4.2.1.12)?  What a CA's
- * certificate says so binds those that it issues, as in other TLS clients.
- */
-static bool
-is_for_servers(const struct cert *c)
-{
-	struct extension e;
-	Str list, id;
-
-	if (!find_extension(c, EXTENDED_USAGE, &e))
-		return true;
-	if (der_next(&e.value, SEQUENCE, &list))
-		while (der_next(&list, OID, &id))
-			if (is(id, "\x2b\x06\x01\x05\x05\x07\x03\x01"))
-				return true;
-	return false;
 }
 
 /*
@@ -3797,6 +3804,122 @@ forbidden_name(const struct constraints *k, const struct cert *c)
 		    !allows(k, tag, body) && cert_name(&list, &name))
 			return text("% %", name.type, name.value);
 	return NONE;
+}
+
+/* ----------------------------------------------------- 20. Validation -- */
+
+/*
+ * BearSSL's X.509 engine wants its anchors before it sees the chain, and
+ * checks less of it than it should.  So this one, around it, first
+ * collects the server's chain, then finds the anchors for it, lets BearSSL
+ * validate, and applies rules of its own to the path that BearSSL found.
+ */
+static struct {
+	const br_x509_class *vtable;
+	br_x509_minimal_context inner;
+	const char *name;		/* of the server, for BearSSL to find */
+	Str ip;				/* or its address's bytes, for us */
+	Str der[CERTS];
+	struct cert cert[CERTS];
+	size_t n, lost;			/* lost: certificates too many or big */
+	Str fault;			/* against our own rules, or NONE */
+} chain;
+
+static void
+chain_start(const br_x509_class **self, const char *name)
+{
+	(void)self;
+	chain.name = chain.ip.n ? NULL : name;
+	chain.n = chain.lost = 0;
+	chain.fault = NONE;
+}
+
+static void
+chain_start_cert(const br_x509_class **self, uint32_t length)
+{
+	(void)self;
+	if (chain.n == CERTS || length > CERT)
+		chain.lost++;
+	else
+		chain.der[chain.n] = NONE;
+}
+
+static void
+chain_append(const br_x509_class **self, const unsigned char *p, size_t n)
+{
+	(void)self;
+	if (!chain.lost)
+		chain.der[chain.n] = cat(chain.der[chain.n], (Str){ p, n });
+}
+
+static void
+chain_end_cert(const br_x509_class **self)
+{
+	(void)self;
+	if (!chain.lost)
+		chain.n++;
+}
+
+/*
+ * Validate the chain by some of the anchors: 0, or BearSSL's error.  *n is
+ * the number of certificates on the path, which ends where an anchor has
+ * issued the last of them, or is the first; the others do not matter.
+ */
+static unsigned
+chain_validate(br_x509_minimal_context *x, const br_x509_trust_anchor *a,
+    size_t na, size_t *n)
+{
+	const br_x509_class **v = &x->vtable;
+
+	br_x509_minimal_init(x, &br_sha256_vtable, a, na);
+	br_x509_minimal_set_rsa(x, br_rsa_i31_pkcs1_vrfy);
+	br_x509_minimal_set_ecdsa(x, curves, br_ecdsa_i31_vrfy_asn1);
+	br_x509_minimal_set_hash(x, br_sha256_ID, &br_sha256_vtable);
+	br_x509_minimal_set_hash(x, br_sha384_ID, &br_sha384_vtable);
+	br_x509_minimal_set_hash(x, br_sha512_ID, &br_sha512_vtable);
+	br_x509_minimal_set_minrsa(x, 2048 / 8);
+	(*v)->start_chain(v, chain.name);
+	/* There is a key once the path has reached an anchor. */
+	for (*n = 0; *n < chain.n && !(*v)->get_pkey(v, NULL); ++*n) {
+		(*v)->start_cert(v, (uint32_t)chain.der[*n].n);
+		(*v)->append(v, chain.der[*n].p, chain.der[*n].n);
+		(*v)->end_cert(v);
+	}
+	return (*v)->end_chain(v);
+}
+
+/* Does the server's certificate have the URL's host name or address? */
+static bool
+has_host(const struct cert *c)
+{
+	Str list = c->alt_names, body, whole;
+	int tag;
+
+	while (der_any(&list, &tag, &body, &whole))
+		if (chain.ip.n ? tag == IP_NAME && same(body, chain.ip) :
+		    tag == DNS_NAME && is_dns_name(body) &&
+		    names_host(body, str(chain.name)))
+			return true;
+	return false;
+}
+
+/*
+ * May a certificate be a TLS server's (RFC 5280 4.2.1.12)?  What a CA's
+ * certificate says so binds those that it issues, as in other TLS clients.
+ */
+static bool
+is_for_servers(const struct cert *c)
+{
+	struct extension e;
+	Str list, id;
+
+	if (!find_extension(c, EXTENDED_USAGE, &e))
+		return true;
+	if (der_next(&e.value, SEQUENCE, &list))
+		while (der_next(&list, OID, &id))
+			if (is(id, "\x2b\x06\x01\x05\x05\x07\x03\x01"))
+				return true;
+	return false;
 }
 
 /*
@@ -4033,7 +4156,7 @@ chain_fault(int err)
 	    "%)", num((unsigned)err));
 }
 
-/* ------------------------------------------------------------ 14b. TLS -- */
+/* ------------------------------------------------------------ 21. TLS -- */
 
 /*
  * The only section, with Keys and Validation, that knows BearSSL's engine.
@@ -4354,130 +4477,7 @@ tls_serve(struct tls_server *s, int fd)
 	return done < 0 && (errno == EAGAIN || errno == EINTR);
 }
 
-/* ---------------------------------------------------- 15. Connections -- */
-
-/* A URL taken apart (RFC 3986 3); only https, as RFC 8555 6.1 wants. */
-struct url {
-	Str host, port, path;		/* the path with its query */
-	Str origin;			/* https://host:port as written */
-};
-
-/*
- * Take a host off the front of s, with the colon that follows it; an IPv6
- * address is in brackets (RFC 3986 3.2.2).  NONE where it is malformed.
- */
-static Str
-take_host(Str *s)
-{
-	Str host;
-
-	if (!begins(*s, "["))
-		return cut(s, ':');
-	*s = from(*s, 1);
-	host = cut(s, ']');
-	if (ip_bytes(host).n != 16 || (s->n && s->p[0] != ':'))
-		return NONE;
-	*s = from(*s, 1);
-	return host;
-}
-
-/*
- * HOST[:PORT], all of s; without a port *port stays as it is.  Behind -P a
- * dash at the front would make an option of the host.
- */
-static bool
-host_port(Str s, Str *host, Str *port)
-{
-	unsigned long n;
-
-	*host = take_host(&s);
-	if (s.n)
-		*port = s;
-	return host->n <= HOSTNAME && !begins(*host, "-") &&
-	    (made_of(*host, ALPHA DIGIT "-._") || ip_bytes(*host).n) &&
-	    port->n <= PORT && number(*port, 65535, &n) && n > 0;
-}
-
-static bool
-url_read(Str s, struct url *u)
-{
-	Str rest, authority;
-	size_t n = 0;
-
-	for (size_t i = 0; i < s.n; i++)
-		if (s.p[i] <= ' ' || s.p[i] >= 0x7f || strchr("#\"<>\\^`{|}",
-		    s.p[i]))
-			return false;
-	if (s.n > WORD || s.n < 8 || !same_word((Str){ s.p, 8 },
-	    S("https://")))
-		return false;
-	rest = from(s, 8);
-	while (n < rest.n && rest.p[n] != '/' && rest.p[n] != '?')
-		n++;
-	authority = (Str){ rest.p, n };
-	u->path = from(rest, n);
-	u->origin = (Str){ s.p, 8 + n };
-	u->port = S("443");
-	return host_port(authority, &u->host, &u->port);
-}
-
-/* Have two URLs the same origin (RFC 6454 4)?  The scheme is https. */
-static bool
-same_origin(Str a, Str b)
-{
-	struct url u, v;
-	unsigned long m, n;
-	Str ip;
-
-	if (!url_read(a, &u) || !url_read(b, &v))
-		return false;
-	ip = ip_bytes(u.host);
-	return (same_word(u.host, v.host) ||
-	    (ip.n && same(ip, ip_bytes(v.host)))) &&
-	    number(u.port, 65535, &m) && number(v.port, 65535, &n) && m == n;
-}
-
-/* The origin of a URL, as it is written there; for messages. */
-static Str
-origin(Str url)
-{
-	struct url u;
-
-	return url_read(url, &u) ? u.origin : url;
-}
-
-static bool
-is_url(Str s)
-{
-	struct url u;
-	size_t mark = used;
-	bool ok = url_read(s, &u);
-
-	used = mark;
-	return ok;
-}
-
-/* The connection; at most one is open. */
-static struct {
-	int fd;
-	char host[HOSTNAME + 1], port[PORT + 1];
-	pid_t command;			/* the process behind it, or 0 */
-	const unsigned char *from;	/* what has been received: */
-	size_t at, have;
-	bool whole;			/* and no more will be */
-} conn;
-
-static int family = AF_UNSPEC;		/* -4, -6 */
-extern char **environ;
-
-/* A variable under the first of two names that is set and not empty. */
-static Str
-either(const char *a, const char *b)
-{
-	Str s = variable(a);
-
-	return s.n ? s : variable(b);
-}
+/* ------------------------------------------------------ 22. Processes -- */
 
 /* Secrets that only a step has a use for; its children do not get them. */
 static void
@@ -4525,6 +4525,48 @@ wait_for(struct pollfd *p, int ms)
 		n = poll(p, 1, ms);
 	while (n < 0 && errno == EINTR);
 	return n;
+}
+
+/* End a process and all that it has started. */
+static void
+stop_group(const struct doomed *d)
+{
+	kill(-d->n, SIGKILL);
+	waitpid(d->n, NULL, 0);
+}
+
+/* Is the process, a child, still running? */
+static bool
+is_running(pid_t pid)
+{
+	siginfo_t ended = { .si_pid = 0 };
+
+	return waitid(P_PID, (id_t)pid, &ended, WEXITED | WNOHANG | WNOWAIT)
+	    == 0 && !ended.si_pid;
+}
+
+/* How a process ended, if it was not well. */
+static Str
+ending(int status)
+{
+	return WIFSIGNALED(status) ?
+	    text("was ended by signal %", num((unsigned)WTERMSIG(status))) :
+	    text("failed with status %%", num((unsigned)WEXITSTATUS(status)),
+	        WEXITSTATUS(status) == 127 ? S(" (not found?)") : NONE);
+}
+
+/* --------------------------------------------------- 23. Name look-up -- */
+
+static int family = AF_UNSPEC;		/* -4, -6 */
+extern char **environ;
+
+/* A variable under the first of two names that is set and not empty. */
+static Str
+either(const char *a, const char *b)
+{
+	Str s = variable(a);
+
+	return s.n ? s : variable(b);
 }
 
 /* -H HOST:PORT:ADDR, as it came; the next one for a host and port. */
@@ -4887,6 +4929,18 @@ find_addresses(const char *name)
 	way.unknown = error;
 }
 
+/* -------------------------------------------------------- 24. Dialing -- */
+
+/* The connection; at most one is open. */
+static struct {
+	int fd;
+	char host[HOSTNAME + 1], port[PORT + 1];
+	pid_t command;			/* the process behind it, or 0 */
+	const unsigned char *from;	/* what has been received: */
+	size_t at, have;
+	bool whole;			/* and no more will be */
+} conn;
+
 /* The next address, of IPv6 and IPv4 in turn (RFC 8305 4), or NULL. */
 static struct address *
 next_address(void)
@@ -5086,14 +5140,6 @@ dial_tcp(const char *name, const char *port)
 	return fd;
 }
 
-/* End a process and all that it has started. */
-static void
-stop_group(const struct doomed *d)
-{
-	kill(-d->n, SIGKILL);
-	waitpid(d->n, NULL, 0);
-}
-
 static const char *proxy_command;	/* -P */
 
 /* Its first word: the others can hold a password. */
@@ -5103,16 +5149,6 @@ command_name(void)
 	const char *s = proxy_command + strspn(proxy_command, " \t\n");
 
 	return (Str){ (const unsigned char *)s, strcspn(s, " \t\n") };
-}
-
-/* Is the process, a child, still running? */
-static bool
-is_running(pid_t pid)
-{
-	siginfo_t ended = { .si_pid = 0 };
-
-	return waitid(P_PID, (id_t)pid, &ended, WEXITED | WNOHANG | WNOWAIT)
-	    == 0 && !ended.si_pid;
 }
 
 enum { ENDING = 1000 };	/* ms to end at the end of input, and at SIGTERM */
@@ -5212,6 +5248,8 @@ dial_command(const char *host, const char *port)
 	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
 	return fds[0];
 }
+
+/* -------------------------------------------------------- 25. Proxies -- */
 
 /* Is an address in the network ADDRESS/BITS (RFC 4632 3.1)? */
 static bool
@@ -5489,15 +5527,7 @@ dial(const char *host, const char *port)
 	return proxy.n ? dial_proxy(proxy, host, port) : dial_tcp(host, port);
 }
 
-/* How a process ended, if it was not well. */
-static Str
-ending(int status)
-{
-	return WIFSIGNALED(status) ?
-	    text("was ended by signal %", num((unsigned)WTERMSIG(status))) :
-	    text("failed with status %%", num((unsigned)WEXITSTATUS(status)),
-	        WEXITSTATUS(status) == 127 ? S(" (not found?)") : NONE);
-}
+/* ----------------------------------------------------- 26. Connection -- */
 
 /* How the command behind the connection ended, where it has. */
 static Str
@@ -5599,7 +5629,7 @@ conn_byte(void)
 	return conn.from[conn.at++];
 }
 
-/* ----------------------------------------------------------- 16. HTTP -- */
+/* ----------------------------------------------------------- 27. HTTP -- */
 
 struct message {
 	const char *method;
@@ -5950,6 +5980,8 @@ pipeline(const struct message *q, struct reply *r, size_t n)
 	return got;
 }
 
+/* ------------------------------------------------------------ 28. Box -- */
+
 /*
  * The box (-B): messages are files in it, N.request and N.response, in the
  * order in which the step sends them.  Whoever has a network carries them;
@@ -6201,7 +6233,7 @@ exchange(struct message *q, struct reply *r, size_t n)
 	}
 }
 
-/* ---------------------------------------------------------- 17. Order -- */
+/* ---------------------------------------------------- 29. Identifiers -- */
 
 /* Printable ASCII without spaces: what can be a field of a line. */
 static bool
@@ -6226,44 +6258,6 @@ static bool
 is_nonce(Str s)
 {
 	return is_b64(s) && s.n <= NONCE;
-}
-
-/* The states of an order (RFC 8555 7.1.6), each a bit of a set. */
-enum { PENDING = 1, READY = 2, PROCESSING = 4, VALID = 8, INVALID = 16 };
-
-static const char *const statuses[] = {		/* in the same order */
-	"pending", "ready", "processing", "valid", "invalid"
-};
-
-/* A status as a bit; 0 if it is not an order's. */
-static unsigned
-status_bit(Str s)
-{
-	for (unsigned i = 0; i < COUNT(statuses); i++)
-		if (is(s, statuses[i]))
-			return 1U << i;
-	return 0;
-}
-
-static bool
-is_status(Str s)
-{
-	return status_bit(s) != 0;
-}
-
-static void
-read_status(Str s, void *to)
-{
-	*(unsigned *)to = status_bit(s);
-}
-
-static Str
-status_text(const void *from)
-{
-	for (unsigned i = 0; i < COUNT(statuses); i++)
-		if (*(const unsigned *)from == 1U << i)
-			return str(statuses[i]);
-	return NONE;
 }
 
 /*
@@ -6370,6 +6364,46 @@ add_identifier(struct identifiers *all, const struct identifier *id)
 		*slot = (unsigned short)all->n;
 	}
 	return *slot - 1U;
+}
+
+/* ---------------------------------------------------------- 30. Order -- */
+
+/* The states of an order (RFC 8555 7.1.6), each a bit of a set. */
+enum { PENDING = 1, READY = 2, PROCESSING = 4, VALID = 8, INVALID = 16 };
+
+static const char *const statuses[] = {		/* in the same order */
+	"pending", "ready", "processing", "valid", "invalid"
+};
+
+/* A status as a bit; 0 if it is not an order's. */
+static unsigned
+status_bit(Str s)
+{
+	for (unsigned i = 0; i < COUNT(statuses); i++)
+		if (is(s, statuses[i]))
+			return 1U << i;
+	return 0;
+}
+
+static bool
+is_status(Str s)
+{
+	return status_bit(s) != 0;
+}
+
+static void
+read_status(Str s, void *to)
+{
+	*(unsigned *)to = status_bit(s);
+}
+
+static Str
+status_text(const void *from)
+{
+	for (unsigned i = 0; i < COUNT(statuses); i++)
+		if (*(const unsigned *)from == 1U << i)
+			return str(statuses[i]);
+	return NONE;
 }
 
 /* What a challenge publishes. */
@@ -6670,6 +6704,8 @@ put(const char *word, Str value, Str url)
 	set_value(k, value);
 }
 
+/* --------------------------------------------------------- 31. Record -- */
+
 /* A step that failed before this one: its status is ours, its words too. */
 static void
 pass_failure(Str value)
@@ -6828,37 +6864,11 @@ need(const char *word)
 	return s;
 }
 
-/* ----------------------------------------------------------- 18. ACME -- */
-
-/* A request to the CA, to be signed; the record has the account by then. */
-struct post {
-	Str url;
-	Str payload;		/* NONE: POST-as-GET (RFC 8555 6.3) */
-	const struct key *key;	/* NULL: the account's */
-	bool jwk;		/* it is not the account that signs: 6.2 */
-	bool once;		/* sent once, whatever happens */
-	bool made;		/* of a thing that was just made: see LAG */
-};
+/* ------------------------------------------------------- 32. Problems -- */
 
 static const char *account_file;	/* the account's key, -k */
 static const char *account_record;	/* -a, or NULL */
 static bool have_account_key;
-
-static const struct key *
-signer(void)
-{
-	Str before = afterword;
-
-	if (have_account_key)
-		return &account_key;
-	if (is_missing(account_file))
-		afterword = text("; make one with acme-step key -o %, or name "
-		    "yours with -k", file_name(account_file));
-	key_read(&account_key, account_file);
-	afterword = before;
-	have_account_key = true;
-	return &account_key;
-}
 
 /* What must be an object, or the reply breaks ACME. */
 static Str
@@ -7046,6 +7056,8 @@ accept_reply(const struct reply *r)
 	die(r->status < 500 || r->status == 501 ? REFUSED : CA_DOWN, "%: %",
 	    brief(r->url), problem(r));
 }
+
+/* ------------------------------------------------------ 33. Directory -- */
 
 /* What a request has been through so far. */
 struct attempt {
@@ -7293,6 +7305,34 @@ refuse_redirected(void)
 		    origin(ca_url()));
 }
 
+/* ------------------------------------------------- 34. Nonces and JWS -- */
+
+/* A request to the CA, to be signed; the record has the account by then. */
+struct post {
+	Str url;
+	Str payload;		/* NONE: POST-as-GET (RFC 8555 6.3) */
+	const struct key *key;	/* NULL: the account's */
+	bool jwk;		/* it is not the account that signs: 6.2 */
+	bool once;		/* sent once, whatever happens */
+	bool made;		/* of a thing that was just made: see LAG */
+};
+
+static const struct key *
+signer(void)
+{
+	Str before = afterword;
+
+	if (have_account_key)
+		return &account_key;
+	if (is_missing(account_file))
+		afterword = text("; make one with acme-step key -o %, or name "
+		    "yours with -k", file_name(account_file));
+	key_read(&account_key, account_file);
+	afterword = before;
+	have_account_key = true;
+	return &account_key;
+}
+
 /* Nonces that no request has spent (RFC 8555 6.5). */
 static struct {
 	unsigned char b[NONCE];
@@ -7491,6 +7531,8 @@ acme_post(Str url, Str payload)
 	return r;
 }
 
+/* ------------------------------------------------------- 35. Accounts -- */
+
 /* newAccount, by the key itself (RFC 8555 7.3), whatever the answer. */
 static struct reply
 ask_account(const struct key *k, Str payload)
@@ -7566,7 +7608,7 @@ answer_no(void)
 	leave(NO);
 }
 
-/* --------------------------------------------------------- 19. Orders -- */
+/* ------------------------------------------------- 36. Authorizations -- */
 
 /* The identifier in a response (RFC 8555 9.7.7). */
 static struct identifier
@@ -7841,6 +7883,8 @@ count_errors(size_t *all, size_t *internal, size_t *dns)
 	}
 }
 
+/* -------------------------------------------------------- 37. Waiting -- */
+
 static const char *published_in;	/* DIR of -w, while files are there */
 
 /* If the CA found no file or another content: where the files were. */
@@ -8045,7 +8089,7 @@ authorizations_await(const char *what)
 	}
 }
 
-/* ----------------------------------------------------- 20. Challenges -- */
+/* ----------------------------------------------------- 38. Challenges -- */
 
 /* RFC 8555 8.1. */
 static Str
@@ -8306,6 +8350,43 @@ add_validated(const char *type)
 		}
 }
 
+/*
+ * Tell the CA that all is published (RFC 8555 7.5.1).  One that has been
+ * told before may refuse to hear it again: then the challenge's state
+ * decides.
+ */
+static void
+tell_ca(void)
+{
+	static struct post p[NAMES];
+	static struct reply r[NAMES];
+	const struct challenge *c;
+	struct post look;
+	struct reply now;
+	size_t n = 0;
+
+	for each(c, challenge)
+		p[n++] = (struct post){ .url = c->url, .payload = S("{}"),
+		    .made = true };
+	acme_batch(p, r, n);
+	for (size_t i = 0; i < n; i++) {
+		if (has_type(&r[i], "conflict"))
+			continue;	/* it is being validated already */
+		if (r[i].status < 400 || r[i].status >= 500 ||
+		    r[i].status == 429) {
+			accept_reply(&r[i]);
+			continue;
+		}
+		look = (struct post){ .url = p[i].url };
+		acme_batch(&look, &now, 1);
+		if (now.status != 200 ||
+		    is(text_of(json_body(&now), "status"), "pending"))
+			accept_reply(&r[i]);
+	}
+}
+
+/* ----------------------------------------------- 39. Publishing files -- */
+
 enum { ENTROPY = 22 };	/* characters of a token of 128 bits, RFC 8555 8 */
 
 /*
@@ -8480,42 +8561,7 @@ clean_up_files(const char *dir_name)
 	remove_leftovers(dir_name);
 }
 
-/*
- * Tell the CA that all is published (RFC 8555 7.5.1).  One that has been
- * told before may refuse to hear it again: then the challenge's state
- * decides.
- */
-static void
-tell_ca(void)
-{
-	static struct post p[NAMES];
-	static struct reply r[NAMES];
-	const struct challenge *c;
-	struct post look;
-	struct reply now;
-	size_t n = 0;
-
-	for each(c, challenge)
-		p[n++] = (struct post){ .url = c->url, .payload = S("{}"),
-		    .made = true };
-	acme_batch(p, r, n);
-	for (size_t i = 0; i < n; i++) {
-		if (has_type(&r[i], "conflict"))
-			continue;	/* it is being validated already */
-		if (r[i].status < 400 || r[i].status >= 500 ||
-		    r[i].status == 429) {
-			accept_reply(&r[i]);
-			continue;
-		}
-		look = (struct post){ .url = p[i].url };
-		acme_batch(&look, &now, 1);
-		if (now.status != 200 ||
-		    is(text_of(json_body(&now), "status"), "pending"))
-			accept_reply(&r[i]);
-	}
-}
-
-/* ----------------------------------------------------- 21. Responders -- */
+/* ------------------------------------------------- 40. HTTP responder -- */
 
 /*
  * With -l the challenges are answered by a process of our own, which has
@@ -8627,6 +8673,8 @@ http_serve(struct client *c)
 		client_answered(c);
 }
 
+/* --------------------------------------------- 41. TLS-ALPN responder -- */
+
 /* tls-alpn-01: a certificate for each challenge, in order, of one key. */
 static Str validation[NAMES];
 
@@ -8692,6 +8740,8 @@ alpn_serve(struct client *c)
 	if (!tls_serve(&c->tls, c->fd))
 		client_close(c);
 }
+
+/* -------------------------------------------------- 42. DNS responder -- */
 
 /* Numbers of DNS (RFC 1035 3.2.2, 4.1.1; RFC 6891 6.1). */
 enum {
@@ -8917,6 +8967,8 @@ dns_serve(struct client *c)
 		client_close(c);
 }
 
+/* ---------------------------------------------------------- 43. Peers -- */
+
 /* Who answers challenges of a type. */
 struct responder {
 	void (*begin)(struct client *);		/* NULL: nothing to do */
@@ -9065,6 +9117,8 @@ answer_peers(const struct responder *how)
 		}
 	}
 }
+
+/* ---------------------------------------------- 44. Responder process -- */
 
 /* The process that answers, as the step sees it. */
 static struct {
@@ -9238,6 +9292,8 @@ start_responder(const char *where)
 			close(listeners[i].fd);
 }
 
+/* ------------------------------------------------------ 45. Listening -- */
+
 /* A socket that is bound; -1 and errno. */
 static int
 bind_to(const struct address *a, int type)
@@ -9355,7 +9411,7 @@ prepare_responder(const char *where, const char *type)
 	listen_at(responder, where);
 }
 
-/* ---------------------------------------------------------- 22. Hooks -- */
+/* ---------------------------------------------------- 46. Hook styles -- */
 
 /*
  * With -x programs publish the challenges and take them down again, called
@@ -9543,6 +9599,8 @@ choose_hook(const char *option)
 	hook_program = c_str(name);
 	hook_cleanup = (const char *)s.p;
 }
+
+/* ---------------------------------------------------------- 47. Hooks -- */
 
 /* A file that this user may run; if not, errno says why. */
 static bool
@@ -9847,7 +9905,7 @@ clean_up_by_hooks(const char *type)
 	order.nchallenge = 0;
 }
 
-/* ----------------------------------------------------- 23. Publishing -- */
+/* ----------------------------------------------------- 48. Publishing -- */
 
 /* The one type of the record's challenges; NULL if there is no one type. */
 static const char *
@@ -9926,7 +9984,7 @@ static const struct publisher {
 	    NULL, clean_up_by_hooks, NULL },
 };
 
-/* --------------------------------------------------- 24. Finalization -- */
+/* --------------------------------------------------- 49. Finalization -- */
 
 /* RFC 8555 11.1. */
 static void
@@ -10138,7 +10196,7 @@ send_request(Str csr)
 	return false;
 }
 
-/* ------------------------------------------------------- 25. Commands -- */
+/* --------------------------------------------------- 50. Key commands -- */
 
 static const char *opt[128];	/* by letter; "" where it has no value */
 static const char *contact[CONTACTS];	/* -m */
@@ -10359,6 +10417,8 @@ do_json(char **arg)
 		print(s);
 	}
 }
+
+/* ----------------------------------------------- 51. Account commands -- */
 
 /* directory (RFC 8555 7.1.1) */
 static void
@@ -10725,6 +10785,8 @@ do_key_change(char **arg)
 	    str(account_file));
 }
 
+/* ------------------------------------------------- 52. Order commands -- */
+
 /* RFC 8555 9.7.7. */
 static Str
 identifier_json(const struct identifier *id)
@@ -10960,7 +11022,6 @@ do_challenges(char **arg)
 	print_record();
 }
 
-
 /* The way to publish that an option names; NULL if the user publishes. */
 static const struct publisher *
 chosen_publisher(void)
@@ -11085,6 +11146,8 @@ do_respond(char **arg)
 	order.nchallenge = 0;
 	print_record();
 }
+
+/* ------------------------------------------- 53. Certificate commands -- */
 
 static struct {
 	Str csr;			/* in DER; NONE: it is made with -K */
@@ -11279,6 +11342,8 @@ do_renewal_info(char **arg)
 		answer_no();
 }
 
+/* --------------------------------------------------- 54. Raw requests -- */
+
 static void
 check_url(char **arg)
 {
@@ -11390,7 +11455,7 @@ do_version(char **arg)
 	print(S("acme-step " VERSION "\n"));
 }
 
-/* ---------------------------------------------------------- 26. Table -- */
+/* ---------------------------------------------------------- 55. Table -- */
 
 enum {			/* what a command needs before it is called */
 	RECORD = 1,	/* a record on standard input */
@@ -11564,7 +11629,7 @@ do_help(char **arg)
 	print(s);
 }
 
-/* ----------------------------------------------------------- 27. Main -- */
+/* ----------------------------------------------------------- 56. Main -- */
 
 /* Descriptors 0 to 2 are ours alone, even where we were started without. */
 static void
