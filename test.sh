@@ -4627,7 +4627,7 @@ check 'it asks for nothing where there is nothing' '
     diff record - && [ ! -e www/requests ] && [ -e w/x ] && [ -e w/y ]'
 check 'it leaves what is of another order, or says something else' '
     rm -rf w; mkdir w
-    printf %s "other.$print" >w/other; printf %s "$token.x" >"w/$token"
+    printf %s "other.$print" >w/other; printf %s "$token.+" >"w/$token"
     step respond -w w <record >out && cat out && ls w &&
     [ -e w/other ] && [ -e "w/$token" ]'
 check 'one name is valid, the other pending' '
