@@ -1803,16 +1803,19 @@ show_wait(const char *what, long long ms)
 static bool boxed;
 static long long carrier_pause;
 
+static size_t last_requests;	/* that a wait in vain ends with */
+
 /*
- * How many ms of the step's time can be waited away.  A tenth of it, or a
- * second, is kept for the end: what a caller then asks the CA, and says.
+ * How many ms of the step's time can be waited away.  At most a tenth of it
+ * is kept for the end: a second, and 20 ms for each of the last requests.
  */
 static long long
 time_to_wait(void)
 {
-	long long reserve = busy.limit * 100LL;
+	long long tenth = busy.limit * 100LL;
+	long long reserve = 1000 + (long long)last_requests * 20;
 
-	return time_left() - (reserve < 1000 ? reserve : 1000);
+	return time_left() - (reserve < tenth ? reserve : tenth);
 }
 
 /*
@@ -7682,6 +7685,7 @@ order_store(const struct reply *r)
 			    num(NAMES));
 		store_url(r, "authorization", json_text(v));
 	}
+	last_requests = order.nauthorization;
 }
 
 static void

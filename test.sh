@@ -5697,7 +5697,7 @@ FAIL='exit 1'
 dies 77 'the hook ./hook declined every challenge for a.example' \
     'hooked uacme:./hook http.rec 2>all; got=$?; tail -n 1 all >&2; exit $got'
 FAIL='head -c 9000 /dev/zero | tr "\0" x; echo'
-dies 70 'prints more than 4096 bytes' \
+dies 70 'printed more than 4096 bytes' \
     'hooked certbot:./hook,./undo http.rec 2>all; got=$?
     grep respond all >&2; exit $got'
 check 'and is taken down' 'printf "%s\n" hook undo | diff - calls'
@@ -7257,12 +7257,12 @@ check '-o /dev/stdout is standard output, not the file behind it' '
     grep -x "status valid" std'
 dies 73 'link does not lead to a file' 'ln -s nowhere dangling
     acme-step order -o dangling <s1'
-dies 73 'a reader of fifo' 'mkfifo fifo; acme-step order -T 2 -o fifo <s1'
+dies 73 'a reader to open fifo' 'mkfifo fifo; acme-step order -T 2 -o fifo <s1'
 check 'a write that fails tells the pipe' '
     acme-step order -o /dev/full <s1 2>err | cat >piped; cat piped
     grep "^failed 74 order " piped'
 for step in challenges 'respond -t http-01' deactivate-authz; do
-	dies 65 'no order line' "acme-step $step <account"
+	dies 65 "no 'order' line" "acme-step $step <account"
 done
 mkdir empty
 dies 66 'empty is not a box' 'acme-step send empty'
@@ -7554,7 +7554,7 @@ for option in -b -u; do
 	for value in x 2026-11-24 2026-11-24T12:00:00 2026-13-24T12:00:00Z \
 	    2026-11-24T12:00Z 2026-11-24T12:00:00.Z 2026-11-24T12:00:00+1:00
 	do
-		dies 64 "wanted by $option" \
+		dies 64 "$option needs a time" \
 		    "acme-step new-order $option '$value' times.test"
 	done
 done
@@ -7914,12 +7914,12 @@ busy='reply "503 Busy" "" ""'
 
 # What makes something is sent three times at most.
 rules POST_order-plz "$lose"
-dies 69 'ended before a reply' 'acme-step new-order lost.test'
+dies 69 'ended before a response' 'acme-step new-order lost.test'
 rules POST_order-plz 'forward >relayed/reply
     ! grep -q "^HTTP.* 201" relayed/reply ||
 	{ echo made >>relayed/requests; exit; }
     cat relayed/reply'
-dies 69 'ended before a reply' 'acme-step new-order -T 20 lost.test'
+dies 69 'ended before a response' 'acme-step new-order -T 20 lost.test'
 check 'an order whose reply is always lost is placed three times at most' '
     cat relayed/requests; n=$(relayed made)
     [ "$n" -ge 2 ] && [ "$n" -le 3 ]'
@@ -7938,7 +7938,7 @@ check 'the first reply to a key change is lost' '
     acme-step key-change -K other.key.pem >changed &&
     mv other.key.pem "$ACME_KEY"'
 rules POST_sign-me-up "$lose"
-dies 69 'ended before a reply' '
+dies 69 'ended before a response' '
     unset ACME_ACCOUNT; acme-step account'
 
 # Server errors are counted for each request by itself.
