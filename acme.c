@@ -3342,7 +3342,7 @@ general_name(const struct identifier *id)
  * GeneralNames.
  */
 static Str
-request(const struct key *k, Str names, Str common_name)
+csr_der(const struct key *k, Str names, Str common_name)
 {
 	Str subject = common_name.n ? seq(der(SET, seq(COMMON_NAME,
 	    der(UTF8, common_name)))) : seq(NONE);
@@ -3363,7 +3363,7 @@ request(const struct key *k, Str names, Str common_name)
 
 /* The public key in somebody's request; false if the DER is no request. */
 static bool
-request_key(Str der, Str *key)
+csr_key(Str der, Str *key)
 {
 	Str outer, info, skip, rest = der;
 	int tag;
@@ -10013,7 +10013,7 @@ record_names(void)
 
 /* The key for our own request; its public half. */
 static Str
-read_request_key(const char *file)
+read_csr_key(const char *file)
 {
 	Str key;
 
@@ -10025,7 +10025,7 @@ read_request_key(const char *file)
 
 /* Somebody's request, PEM or DER. */
 static Str
-read_request(const char *file, Str *key)
+read_csr(const char *file, Str *key)
 {
 	Str s = read_file(file), text = s, label, block = s;
 	bool bad;
@@ -10036,7 +10036,7 @@ read_request(const char *file, Str *key)
 			break;
 		else
 			block = s;
-	if (!request_key(block, key))
+	if (!csr_key(block, key))
 		die(BAD, "% is not a certificate request (PEM or DER)",
 		    file_name(file));
 	not_of_account(file, *key);
@@ -10282,7 +10282,7 @@ do_csr(char **arg)
 		usage("-N accepts at most % characters", num(COMMON));
 	take_names(arg);
 	key_read(&certificate_key, opt['K']);
-	print(pem(request(&certificate_key, record_names(), str(opt['N'])),
+	print(pem(csr_der(&certificate_key, record_names(), str(opt['N'])),
 	    "CERTIFICATE REQUEST"));
 }
 
@@ -11165,9 +11165,9 @@ check_finalize(char **arg)
 	if (!opt['K'] == !opt['r'])
 		usage("exactly one of -K KEY and -r CSR is required");
 	if (opt['K'])
-		wanted.key = read_request_key(opt['K']);
+		wanted.key = read_csr_key(opt['K']);
 	else
-		wanted.csr = read_request(opt['r'], &wanted.key);
+		wanted.csr = read_csr(opt['r'], &wanted.key);
 }
 
 /* finalize (-K KEY | -r CSR) (RFC 8555 7.4) */
@@ -11180,7 +11180,7 @@ do_finalize(char **arg)
 	(void)arg;
 	need("order");
 	if (opt['K'])
-		csr = request(&certificate_key, record_names(), NONE);
+		csr = csr_der(&certificate_key, record_names(), NONE);
 	if (!order.status)
 		order_refresh();
 	for (;;)
