@@ -5634,14 +5634,14 @@ conn_byte(void)
 
 /* ----------------------------------------------------------- 27. HTTP -- */
 
-struct message {
+struct request {
 	const char *method;
 	Str url, body;
 	bool once;		/* not sent again if its reply is lost */
 	int lost;		/* replies to it that were lost */
 };
 
-struct reply {
+struct response {
 	int status;
 	Str url, location, nonce;
 	Str head, body;		/* one after the other, on the heap */
@@ -5665,7 +5665,7 @@ static bool verbose;		/* -v */
  * `room` bytes.  False where the connection ends before the line does.
  */
 static bool
-http_line(struct reply *r, size_t *room, Str *s)
+http_line(struct response *r, size_t *room, Str *s)
 {
 	int c;
 
@@ -5689,7 +5689,7 @@ http_line(struct reply *r, size_t *room, Str *s)
 }
 
 static void
-cut_off(const struct reply *r)
+cut_off(const struct response *r)
 {
 	die(CA_DOWN, "the connection ended in the middle of the response "
 		    "from %",
@@ -5698,7 +5698,7 @@ cut_off(const struct reply *r)
 
 /* HTTP/1.x NNN (RFC 9112 4). */
 static int
-http_status(struct reply *r, Str s)
+http_status(struct response *r, Str s)
 {
 	unsigned long n;
 	Str version = cut(&s, ' '), code = cut(&s, ' ');
@@ -5738,7 +5738,7 @@ struct framing {
 
 /* One header field that we use (RFC 9112 5). */
 static void
-http_field(struct reply *r, struct framing *f, Str name, Str value)
+http_field(struct response *r, struct framing *f, Str name, Str value)
 {
 	unsigned long n;
 
@@ -5770,7 +5770,7 @@ http_field(struct reply *r, struct framing *f, Str name, Str value)
 
 /* The header; false where nothing came at all. */
 static bool
-http_head(struct reply *r, struct framing *f)
+http_head(struct response *r, struct framing *f)
 {
 	size_t room = HEAD;
 	Str s, name;
@@ -5818,7 +5818,7 @@ next_field(Str *head, Str name, Str *value)
 
 /* Read n bytes more of the body, on top of the heap. */
 static void
-http_bytes(struct reply *r, unsigned long n)
+http_bytes(struct response *r, unsigned long n)
 {
 	if (n > BODY || r->body.n + n > BODY)
 		die(FAULT, "the response from % is larger than % KiB", r->url,
@@ -5835,7 +5835,7 @@ http_bytes(struct reply *r, unsigned long n)
 
 /* A chunk's size in hexadecimal, before its extensions (RFC 9112 7.1). */
 static unsigned long
-chunk_size(struct reply *r, Str s)
+chunk_size(struct response *r, Str s)
 {
 	Str size = cut(&s, ';');
 	unsigned long n = 0;
@@ -5855,7 +5855,7 @@ chunk_size(struct reply *r, Str s)
 }
 
 static void
-http_chunks(struct reply *r)
+http_chunks(struct response *r)
 {
 	size_t room = HEAD, mark;
 	unsigned long n;
@@ -5883,12 +5883,12 @@ http_chunks(struct reply *r)
 
 /* Receive the reply to a message; false where the connection is gone. */
 static bool
-http_receive(const struct message *q, struct reply *r)
+http_receive(const struct request *q, struct response *r)
 {
 	struct framing f = { false, false, 0 };
 	int c;
 
-	*r = (struct reply){ .url = q->url, .retry_after = -1 };
+	*r = (struct response){ .url = q->url, .retry_after = -1 };
 	doing(CA_DOWN, "waiting for a response from ", conn.host);
 	if (!http_head(r, &f))
 		return false;
@@ -5922,7 +5922,7 @@ http_receive(const struct message *q, struct reply *r)
  * target in its first line.
  */
 static Str
-http_text(const struct message *q, const struct url *u, Str target)
+http_text(const struct request *q, const struct url *u, Str target)
 {
 	return text("% % HTTP/1.1\r\nHost: %\r\n"
 	    "User-Agent: acme-step/" VERSION "\r\n%\r\n%",
@@ -5933,7 +5933,7 @@ http_text(const struct message *q, const struct url *u, Str target)
 
 /* A message's URL taken apart; whoever made it has read it before. */
 static void
-message_url(const struct message *q, struct url *u)
+request_url(const struct request *q, struct url *u)
 {
 	if (!url_read(q->url, u))
 		die(FAULT, "cannot request %: it is not an https URL",
@@ -5956,17 +5956,17 @@ enum { TIMED_OUT = 408 };
  * returns how many came.  Only messages to one origin go together.
  */
 static size_t
-pipeline(const struct message *q, struct reply *r, size_t n)
+pipeline(const struct request *q, struct response *r, size_t n)
 {
 	struct url u, v;
 	size_t mark = used, m = 0, got = 0;
 	Str all = NONE;
 
-	message_url(&q[0], &u);
+	request_url(&q[0], &u);
 	conn_open(&u);
 	mark = used;
 	do {
-		message_url(&q[m], &v);
+		request_url(&q[m], &v);
 		all = keep(mark, cat(NONE, all, http_text(&q[m], &v,
 		    url_target(&v))));
 	} while (++m < n);
@@ -6055,14 +6055,14 @@ jws_part(Str body, const char *name)
  * message itself, its URL in absolute form (RFC 9112 3.2.2).
  */
 static Str
-box_request(const struct message *q)
+box_request(const struct request *q)
 {
 	Str comments = q->body.n ? text("# protected: %\n# payload: %\n",
 	    jws_part(q->body, "protected"), jws_part(q->body, "payload")) :
 	    NONE;
 	struct url u;
 
-	message_url(q, &u);
+	request_url(q, &u);
 	return cat(NONE, comments, http_text(q, &u, q->url));
 }
 
@@ -6075,7 +6075,7 @@ box_check(Str request, Str response)
 
 /* A reply as it is kept: the header fields that a step uses, the body. */
 static Str
-box_response(const struct reply *r)
+box_response(const struct response *r)
 {
 	Str head = r->head, links = NONE, value;
 
@@ -6116,7 +6116,7 @@ box_refuse(const char *what)
 
 /* The reply to the next message from the box; false if it is not there. */
 static bool
-box_exchange(const struct message *q, struct reply *r)
+box_exchange(const struct request *q, struct response *r)
 {
 	const char *name = box_file(++box.n, "request");
 	size_t mark = used;
@@ -6146,7 +6146,7 @@ box_exchange(const struct message *q, struct reply *r)
  * together.  What has been published stays so: the step will come back.
  */
 static void
-box_batch(const struct message *q, struct reply *r, size_t n)
+box_batch(const struct request *q, struct response *r, size_t n)
 {
 	size_t lack = 0;
 
@@ -6182,7 +6182,7 @@ open_box(const char *name, bool make)
 
 /* How many of n messages, from the first, go to its origin. */
 static size_t
-count_together(const struct message *q, size_t n)
+count_together(const struct request *q, size_t n)
 {
 	size_t mark = used, m = 1;
 
@@ -6198,7 +6198,7 @@ count_together(const struct message *q, size_t n)
  * a pause.
  */
 static void
-reply_lost(struct message *q, bool new_connection)
+response_lost(struct request *q, bool new_connection)
 {
 	if (q->once || ++q->lost > RESENDS || (new_connection &&
 	    !pause_for("waiting to connect again", 1000 << (q->lost - 1))))
@@ -6212,7 +6212,7 @@ reply_lost(struct message *q, bool new_connection)
  * then on; one that had been idle says nothing about that.
  */
 static void
-exchange(struct message *q, struct reply *r, size_t n)
+exchange(struct request *q, struct response *r, size_t n)
 {
 	static size_t window = WINDOW;
 	size_t done = 0;
@@ -6230,7 +6230,7 @@ exchange(struct message *q, struct reply *r, size_t n)
 		done += got;
 		if (got == want)
 			continue;
-		reply_lost(&q[done], !idle && want == 1);
+		response_lost(&q[done], !idle && want == 1);
 		if (got > 0 || !idle)
 			window = 1;
 	}
@@ -6875,7 +6875,7 @@ static bool have_account_key;
 
 /* What must be an object, or the reply breaks ACME. */
 static Str
-json_body(const struct reply *r)
+json_body(const struct response *r)
 {
 	Str v;
 
@@ -6888,7 +6888,7 @@ json_body(const struct reply *r)
 
 /* A member of the kind; NONE where it is absent. */
 static Str
-want(const struct reply *r, Str o, const char *name, int kind)
+want(const struct response *r, Str o, const char *name, int kind)
 {
 	Str v = json_member(o, name);
 
@@ -6898,7 +6898,7 @@ want(const struct reply *r, Str o, const char *name, int kind)
 }
 
 static Str
-must(const struct reply *r, Str o, const char *name, int kind)
+must(const struct response *r, Str o, const char *name, int kind)
 {
 	Str v = want(r, o, name, kind);
 
@@ -7019,7 +7019,7 @@ problem_text(Str o)
 
 /* The problem in a reply, or the HTTP status where it holds none. */
 static Str
-problem(const struct reply *r)
+problem(const struct response *r)
 {
 	Str v;
 
@@ -7030,7 +7030,7 @@ problem(const struct reply *r)
 }
 
 static bool
-has_type(const struct reply *r, const char *type)
+has_type(const struct response *r, const char *type)
 {
 	Str v;
 
@@ -7039,7 +7039,7 @@ has_type(const struct reply *r, const char *type)
 }
 
 static void
-come_back(const struct reply *r, long seconds)
+come_back(const struct response *r, long seconds)
 {
 	die(LATER, "%: %%", brief(r->url), problem(r), seconds < 0 ? NONE :
 	    text("; try again after % s", num((unsigned long)seconds)));
@@ -7047,7 +7047,7 @@ come_back(const struct reply *r, long seconds)
 
 /* A reply that is not a success ends the step. */
 static void
-accept_reply(const struct reply *r)
+accept_response(const struct response *r)
 {
 	if (r->status >= 200 && r->status < 300)
 		return;
@@ -7077,7 +7077,7 @@ struct attempt {
  * may have made, which not every replica of the CA's knows at once.
  */
 static long long
-retry_pause(const struct reply *r, struct attempt *a, bool made)
+retry_pause(const struct response *r, struct attempt *a, bool made)
 {
 	long wait = r->retry_after;
 
@@ -7094,14 +7094,14 @@ retry_pause(const struct reply *r, struct attempt *a, bool made)
 
 /* Pause before a request is sent again; ends the step if time is short. */
 static void
-pause_after(const struct reply *r, long long ms)
+pause_after(const struct response *r, long long ms)
 {
 	if (pause_for(r->retry_after < 0 ? "waiting for the CA to recover" :
 	    "pausing at the CA's request", ms))
 		return;
 	if (r->retry_after >= 0)
 		come_back(r, r->retry_after);
-	accept_reply(r);
+	accept_response(r);
 }
 
 /* A reference in a reply, made absolute (RFC 3986 5.2, what ACME needs). */
@@ -7118,12 +7118,12 @@ absolute(Str base, Str ref)
 
 /* A walk through the Link headers of a reply, to be begun with begin_links. */
 struct links {
-	const struct reply *reply;
+	const struct response *reply;
 	Str head, value;	/* what is still to be read */
 };
 
 static struct links
-begin_links(const struct reply *r)
+begin_links(const struct response *r)
 {
 	return (struct links){ r, r->head, NONE };
 }
@@ -7173,7 +7173,7 @@ next_link(struct links *l, Str relation)
 
 /* The Location of a reply that must have one. */
 static Str
-location(const struct reply *r)
+location(const struct response *r)
 {
 	Str url = absolute(r->url, r->location);
 
@@ -7183,12 +7183,12 @@ location(const struct reply *r)
 }
 
 /* An unsigned request that a server may be asked twice. */
-static struct reply
+static struct response
 fetch(const char *method, Str url)
 {
-	struct message q = { .method = method, .url = url };
+	struct request q = { .method = method, .url = url };
 	struct attempt a = { .post = 0 };
-	struct reply r;
+	struct response r;
 	long long pause;
 
 	for (size_t mark = used; ; used = mark) {
@@ -7199,7 +7199,7 @@ fetch(const char *method, Str url)
 	}
 }
 
-static struct reply directory_reply;
+static struct response directory_response;
 
 /* End the step of a directory's URL that leads to something else. */
 static void
@@ -7214,7 +7214,7 @@ no_directory(Str why)
  * clients, says that the URL is wrong.
  */
 static bool
-is_wrong_url(const struct reply *r)
+is_wrong_url(const struct response *r)
 {
 	return r->status >= 300 && r->status < 500 && r->status != 401 &&
 	    r->status != 403 && r->status != 429 && !has_type(r, "rateLimited");
@@ -7222,13 +7222,13 @@ is_wrong_url(const struct reply *r)
 
 /* The object in a reply that must be a directory. */
 static Str
-directory_object(const struct reply *r)
+directory_object(const struct response *r)
 {
 	Str o;
 
 	if (is_wrong_url(r))
 		no_directory(text("HTTP status %", num((unsigned)r->status)));
-	accept_reply(r);
+	accept_response(r);
 	if (!json_read(r->body, &o) || json_kind(o) != '{')
 		no_directory(S("its content is not a JSON object"));
 	if (!text_of(o, "newNonce").n)
@@ -7243,7 +7243,7 @@ directory_object(const struct reply *r)
 static Str
 directory(void)
 {
-	struct reply *r = &directory_reply;
+	struct response *r = &directory_response;
 	Str url = need("directory");
 
 	if (directory_body.n)
@@ -7268,11 +7268,11 @@ directory(void)
 static Str
 endpoint(const char *name)
 {
-	Str o = directory(), url = want(&directory_reply, o, name, '"');
+	Str o = directory(), url = want(&directory_response, o, name, '"');
 
-	url = absolute(directory_reply.url, url);
+	url = absolute(directory_response.url, url);
 	if (url.n && !is_url(url))
-		broken(&directory_reply, "has no https URL for %: %",
+		broken(&directory_response, "has no https URL for %: %",
 		    str(name), brief(url));
 	if (url.n && strcmp(name, "renewalInfo") != 0)
 		need_own(url);
@@ -7286,7 +7286,7 @@ need_endpoint(const char *name)
 
 	if (!url.n && begins(str(name), "new") &&
 	    strcmp(name, "newAuthz") != 0)
-		broken(&directory_reply, "lacks %", str(name));
+		broken(&directory_response, "lacks %", str(name));
 	if (!url.n)
 		die(REFUSED, "the CA does not offer %", str(name));
 	return url;
@@ -7367,20 +7367,20 @@ nonce_take(void)
 static size_t
 nonce_fetch(size_t n)
 {
-	struct message q[NONCES] = { { .method = NULL } };
-	struct reply r[NONCES], one;
+	struct request q[NONCES] = { { .method = NULL } };
+	struct response r[NONCES], one;
 	size_t want = n < NONCES ? n : NONCES;
 	size_t lack = want > nnonce ? want - nnonce : 0;
 
 	for (size_t i = 0; i < lack; i++)
-		q[i] = (struct message){ .method = "HEAD",
+		q[i] = (struct request){ .method = "HEAD",
 		    .url = order.new_nonce };
 	exchange(q, r, lack);
 	for (size_t i = 0; i < lack; i++)
 		nonce_put(r[i].nonce);
 	while (nnonce == 0) {
 		one = fetch("GET", order.new_nonce);
-		accept_reply(&one);
+		accept_response(&one);
 		if (!one.nonce.n)
 			broken(&one, "has no nonce");
 		nonce_put(one.nonce);
@@ -7422,7 +7422,7 @@ signed_text(const struct post *p)
 
 /* The same for a signed request; badNonce wants no pause. */
 static long long
-post_pause(const struct post *p, const struct reply *r, struct attempt *a)
+post_pause(const struct post *p, const struct response *r, struct attempt *a)
 {
 	if (has_type(r, "badNonce"))
 		return 0;
@@ -7431,7 +7431,7 @@ post_pause(const struct post *p, const struct reply *r, struct attempt *a)
 
 /* Move what a reply holds down to the top of the heap, and keep it there. */
 static void
-keep_reply(struct reply *r)
+keep_response(struct response *r)
 {
 	Str *part[] = { &r->location, &r->nonce, &r->head, &r->body };
 	size_t n = (size_t)(r->body.p + r->body.n - r->head.p);
@@ -7454,11 +7454,11 @@ keep_reply(struct reply *r)
  * all nonces were refused.
  */
 static size_t
-acme_round(const struct post *p, struct reply *r, struct attempt *todo,
+acme_round(const struct post *p, struct response *r, struct attempt *todo,
     size_t n, int *stuck)
 {
-	struct message q[WINDOW] = { { .method = NULL } };
-	struct reply got[WINDOW], *slow = NULL;
+	struct request q[WINDOW] = { { .method = NULL } };
+	struct response got[WINDOW], *slow = NULL;
 	size_t mark = used, m = nonce_fetch(n < WINDOW ? n : WINDOW);
 	size_t left = 0;
 	long long pause, most = 0;
@@ -7466,7 +7466,7 @@ acme_round(const struct post *p, struct reply *r, struct attempt *todo,
 	for (size_t i = 0; i < m; i++) {
 		const struct post *post = &p[todo[i].post];
 
-		q[i] = (struct message){ "POST", post->url,
+		q[i] = (struct request){ "POST", post->url,
 		    signed_text(post), post->once, todo[i].lost };
 	}
 	exchange(q, got, m);
@@ -7489,12 +7489,12 @@ acme_round(const struct post *p, struct reply *r, struct attempt *todo,
 		pause_after(slow, most);
 	else if (*stuck > REFUSALS &&
 	    !pause_for("waiting for a nonce that the CA accepts", 250))
-		accept_reply(&got[0]);
+		accept_response(&got[0]);
 	used = mark;
 	for (size_t i = 0; i < n; i++)
 		if (i < m && todo[i].done) {
 			r[todo[i].post] = got[i];
-			keep_reply(&r[todo[i].post]);
+			keep_response(&r[todo[i].post]);
 		} else
 			todo[left++] = todo[i];
 	return left;
@@ -7508,7 +7508,7 @@ acme_round(const struct post *p, struct reply *r, struct attempt *todo,
  * is up (RFC 8555 6.5).
  */
 static void
-acme_batch(const struct post *p, struct reply *r, size_t n)
+acme_batch(const struct post *p, struct response *r, size_t n)
 {
 	struct attempt todo[NAMES];
 	int stuck = 0;
@@ -7522,34 +7522,34 @@ acme_batch(const struct post *p, struct reply *r, size_t n)
 }
 
 /* A single request, whose success is all that the caller can use. */
-static struct reply
+static struct response
 acme_post(Str url, Str payload)
 {
 	struct post p = { .url = url, .payload = payload,
 	    .made = !payload.n };
-	struct reply r;
+	struct response r;
 
 	acme_batch(&p, &r, 1);
-	accept_reply(&r);
+	accept_response(&r);
 	return r;
 }
 
 /* ------------------------------------------------------- 35. Accounts -- */
 
 /* newAccount, by the key itself (RFC 8555 7.3), whatever the answer. */
-static struct reply
+static struct response
 ask_account(const struct key *k, Str payload)
 {
 	struct post p = { .url = need_endpoint("newAccount"),
 	    .payload = payload, .key = k, .jwk = true };
-	struct reply r;
+	struct response r;
 
 	acme_batch(&p, &r, 1);
 	return r;
 }
 
 /* Find the account of a key, if it has one (RFC 8555 7.3.1). */
-static struct reply
+static struct response
 find_account(const struct key *k)
 {
 	return ask_account(k, S("{\"onlyReturnExisting\":true}"));
@@ -7557,9 +7557,9 @@ find_account(const struct key *k)
 
 /* The account that a reply is about becomes the record's. */
 static void
-take_account(const struct reply *r)
+take_account(const struct response *r)
 {
-	accept_reply(r);
+	accept_response(r);
 	put("account", location(r), r->url);
 }
 
@@ -7567,7 +7567,7 @@ take_account(const struct reply *r)
 static void
 need_account(void)
 {
-	struct reply r;
+	struct response r;
 
 	if (order.account.n)
 		return;
@@ -7615,7 +7615,7 @@ answer_no(void)
 
 /* The identifier in a response (RFC 8555 9.7.7). */
 static struct identifier
-identifier_in(const struct reply *r, Str o)
+identifier_in(const struct response *r, Str o)
 {
 	Str type = must(r, o, "type", '"');
 
@@ -7627,7 +7627,7 @@ identifier_in(const struct reply *r, Str o)
  * and number; a record without them takes them over.
  */
 static void
-store_identifiers(const struct reply *r, Str list)
+store_identifiers(const struct response *r, Str list)
 {
 	bool fill = order.nidentifier == 0, seen[NAMES] = { false };
 	size_t n = 0, at;
@@ -7650,14 +7650,14 @@ store_identifiers(const struct reply *r, Str list)
 }
 
 static void
-store_url(const struct reply *r, const char *word, Str value)
+store_url(const struct response *r, const char *word, Str value)
 {
 	put(word, absolute(r->url, value), r->url);
 }
 
 /* Take an order object into the record (RFC 8555 7.1.3). */
 static void
-order_store(const struct reply *r)
+order_store(const struct response *r)
 {
 	static const char *const words[] = { "expires", "profile",
 	    "replaces" }, *const urls[] = { "finalize", "certificate" };
@@ -7691,7 +7691,7 @@ order_store(const struct reply *r)
 static void
 order_refresh(void)
 {
-	struct reply r = acme_post(need("order"), NONE);
+	struct response r = acme_post(need("order"), NONE);
 
 	order_store(&r);
 }
@@ -7702,7 +7702,7 @@ order_refresh(void)
  * wants for another name gives a right to that name away.
  */
 static struct identifier
-authorized(const struct reply *r, Str o)
+authorized(const struct response *r, Str o)
 {
 	struct identifier id = identifier_in(r, must(r, o, "identifier", '{'));
 	struct identifier wild = id;
@@ -7726,7 +7726,7 @@ static struct challenge offered[CHALLENGES];
 static size_t noffered;
 
 static void
-challenge_store(const struct reply *r, Str o, struct authorization *a)
+challenge_store(const struct response *r, Str o, struct authorization *a)
 {
 	Str error = json_member(o, "error");
 
@@ -7747,7 +7747,7 @@ challenge_store(const struct reply *r, Str o, struct authorization *a)
 
 /* One without a status is pending, to be of any use. */
 static void
-authorization_store(const struct reply *r, struct authorization *a)
+authorization_store(const struct response *r, struct authorization *a)
 {
 	Str o = json_body(r), list = want(r, o, "challenges", '['), none, c;
 
@@ -7770,7 +7770,7 @@ static void
 fetch_authorizations(bool some)
 {
 	static struct post p[NAMES];
-	static struct reply r[NAMES];
+	static struct response r[NAMES];
 
 	need(order.nauthorization ? "identifier" : "order");
 	for (size_t i = 0; i < order.nauthorization; i++)
@@ -7784,7 +7784,7 @@ fetch_authorizations(bool some)
 		*a = (struct authorization){ .url = a->url };
 		if (some && r[i].status != 200)
 			continue;
-		accept_reply(&r[i]);
+		accept_response(&r[i]);
 		authorization_store(&r[i], a);
 	}
 }
@@ -7945,7 +7945,7 @@ validation_failed(const char *what, Str error)
 static void
 order_failed(void)
 {
-	struct reply r = acme_post(need("order"), NONE);
+	struct response r = acme_post(need("order"), NONE);
 	Str error = want(&r, json_body(&r), "error", '{');
 
 	fetch_authorizations(false);
@@ -8038,7 +8038,7 @@ static void
 order_await(unsigned set, const char *what, long after)
 {
 	long long pause = 250;
-	struct reply r;
+	struct response r;
 
 	for (int polls = 1; order.status & set; polls++) {
 		size_t mark = used;
@@ -8363,10 +8363,10 @@ static void
 tell_ca(void)
 {
 	static struct post p[NAMES];
-	static struct reply r[NAMES];
+	static struct response r[NAMES];
 	const struct challenge *c;
 	struct post look;
-	struct reply now;
+	struct response now;
 	size_t n = 0;
 
 	for each(c, challenge)
@@ -8378,14 +8378,14 @@ tell_ca(void)
 			continue;	/* it is being validated already */
 		if (r[i].status < 400 || r[i].status >= 500 ||
 		    r[i].status == 429) {
-			accept_reply(&r[i]);
+			accept_response(&r[i]);
 			continue;
 		}
 		look = (struct post){ .url = p[i].url };
 		acme_batch(&look, &now, 1);
 		if (now.status != 200 ||
 		    is(text_of(json_body(&now), "status"), "pending"))
-			accept_reply(&r[i]);
+			accept_response(&r[i]);
 	}
 }
 
@@ -9841,7 +9841,7 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 static Str
 fetch_token(const struct challenge *c)
 {
-	struct reply r;
+	struct response r;
 	Str token;
 
 	if (publishes(c, FILE_TOKEN) || !hook_style->token)
@@ -10060,7 +10060,7 @@ has_certificate(size_t n, Str der)
  * each once, though some CAs repeat one.
  */
 static size_t
-read_chain(const struct reply *r)
+read_chain(const struct response *r)
 {
 	Str text = r->body, label, block;
 	size_t n = 0;
@@ -10124,9 +10124,9 @@ top_issuer(size_t n)
  * Without one the step ends, but the order stays as it is.
  */
 static size_t
-choose_chain(struct reply *r, const char *issuer)
+choose_chain(struct response *r, const char *issuer)
 {
-	struct reply first = *r;
+	struct response first = *r;
 	struct links links = begin_links(&first);
 	struct list all = list_begin();
 	size_t n = read_chain(r);
@@ -10150,7 +10150,7 @@ choose_chain(struct reply *r, const char *issuer)
 static void
 print_certificate(const char *issuer, Str key, int status)
 {
-	struct reply r;
+	struct response r;
 	Str text = NONE, fault;
 	size_t n;
 
@@ -10182,11 +10182,11 @@ send_request(Str csr)
 {
 	struct post p = { .url = need("finalize"),
 	    .payload = text("{\"csr\":\"%\"}", b64(csr)), .made = true };
-	struct reply r;
+	struct response r;
 
 	acme_batch(&p, &r, 1);
 	if (!has_type(&r, "orderNotReady")) {
-		accept_reply(&r);
+		accept_response(&r);
 		order_store(&r);
 		if (order.status == PROCESSING)
 			order_await(PROCESSING, "waiting for the certificate",
@@ -10196,7 +10196,7 @@ send_request(Str csr)
 	order_refresh();
 	if (order.status == READY &&
 	    !pause_for("waiting for the order to settle", 1000))
-		accept_reply(&r);
+		accept_response(&r);
 	return false;
 }
 
@@ -10561,7 +10561,7 @@ say_dropped(Str list)
  * be a line, such as an old account's "mailto: x@y", is left out.
  */
 static void
-account_store(const struct reply *r)
+account_store(const struct response *r)
 {
 	Str o = json_body(r), list, none, v;
 
@@ -10583,7 +10583,7 @@ do_new_account(char **arg)
 {
 	Str o = with(NONE, "termsOfServiceAgreed", opt['y'] ? S("true") :
 	    NONE);
-	struct reply r;
+	struct response r;
 
 	(void)arg;
 	o = with(o, "contact", contacts());
@@ -10600,7 +10600,7 @@ do_new_account(char **arg)
 
 /* Add a page of an account's orders to `all`, on top of the heap. */
 static Str
-add_orders(Str all, const struct reply *r)
+add_orders(Str all, const struct response *r)
 {
 	Str v, list, none, lines;
 
@@ -10622,14 +10622,14 @@ add_orders(Str all, const struct reply *r)
  * 7.1.2.1), page by page.
  */
 static Str
-list_orders(const struct reply *account)
+list_orders(const struct response *account)
 {
 	Str all = NONE, next = want(account, json_body(account), "orders",
 	    '"');
 	size_t mark = used;
 	struct post p = { .payload = NONE };
 	struct links links;
-	struct reply r;
+	struct response r;
 
 	next = absolute(account->url, next);
 	if (next.n && !is_url(next))
@@ -10662,7 +10662,7 @@ list_orders(const struct reply *account)
 static void
 do_account(char **arg)
 {
-	struct reply r = find_account(signer());
+	struct response r = find_account(signer());
 	Str change = with(NONE, "contact", contacts()), orders = NONE;
 
 	(void)arg;
@@ -10687,10 +10687,10 @@ do_account(char **arg)
 static bool
 key_changed(void)
 {
-	struct reply r = find_account(&certificate_key);
+	struct response r = find_account(&certificate_key);
 
 	if (r.status == 429 || r.status >= 500)
-		accept_reply(&r);
+		accept_response(&r);
 	if (r.status >= 300 || (order.account.n &&
 	    !same(location(&r), order.account)))
 		return false;
@@ -10734,7 +10734,7 @@ await_new_key(void)
 {
 	struct post p = { .url = order.account, .payload = NONE,
 	    .key = &certificate_key };
-	struct reply r;
+	struct response r;
 	Str o;
 
 	if (boxed)
@@ -10760,7 +10760,7 @@ static void
 do_key_change(char **arg)
 {
 	struct post p = { .url = need_endpoint("keyChange") };
-	struct reply r;
+	struct response r;
 
 	(void)arg;
 	refuse_redirected();
@@ -10777,7 +10777,7 @@ do_key_change(char **arg)
 	if (!key_changed()) {
 		afterword = text("; the account key is still %",
 		    str(account_file));
-		accept_reply(&r);
+		accept_response(&r);
 		die(BROKEN, "the CA agreed to the key change, but does not "
 		    "accept the new key");
 	}
@@ -10815,7 +10815,7 @@ identifiers_json(void)
 static void
 do_new_authz(char **arg)
 {
-	struct reply r;
+	struct response r;
 
 	(void)arg;
 	r = acme_post(need_endpoint("newAuthz"), text("{\"identifier\":%}",
@@ -10833,7 +10833,7 @@ static void
 do_deactivate_authz(char **arg)
 {
 	static struct post p[NAMES];
-	static struct reply r[NAMES];
+	static struct response r[NAMES];
 	const struct authorization *a;
 	size_t n = 0;
 
@@ -10855,7 +10855,7 @@ do_deactivate_authz(char **arg)
 	}
 	acme_batch(p, r, n);
 	for (size_t i = 0; i < n; i++)
-		accept_reply(&r[i]);
+		accept_response(&r[i]);
 	order.nauthorization = 0;
 	print_record();
 }
@@ -10927,7 +10927,7 @@ replaces_option(void)
  * unauthorized where the certificate was another account's.
  */
 static bool
-replaced_before(const struct reply *r)
+replaced_before(const struct response *r)
 {
 	return r->status == 409 || has_type(r, "alreadyReplaced") ||
 	    has_type(r, "conflict") || has_type(r, "malformed") ||
@@ -10953,7 +10953,7 @@ do_new_order(char **arg)
 {
 	Str o, replaces = replaces_option();
 	struct post p = { .url = need_endpoint("newOrder") };
-	struct reply r;
+	struct response r;
 
 	(void)arg;
 	o = with(NONE, "identifiers", identifiers_json());
@@ -10970,7 +10970,7 @@ do_new_order(char **arg)
 		p.payload = braces(o);
 		acme_batch(&p, &r, 1);
 	}
-	accept_reply(&r);
+	accept_response(&r);
 	put("order", location(&r), r.url);
 	order_store(&r);
 	if (order.status == INVALID)
@@ -11275,7 +11275,7 @@ do_revoke_cert(char **arg)
 	Str reason = opt['c'] ? reason_code(opt['c']) : NONE;
 	struct post p = { .url = need_endpoint("revokeCert"),
 	    .jwk = opt['K'] != NULL };
-	struct reply r;
+	struct response r;
 
 	(void)arg;
 	if (opt['K'])
@@ -11287,7 +11287,7 @@ do_revoke_cert(char **arg)
 	if (has_type(&r, "alreadyRevoked"))
 		warn("% is already revoked", file_name(arg[0]));
 	else
-		accept_reply(&r);
+		accept_response(&r);
 }
 
 /* A window's moment, the same one for the same certificate (RFC 9773 4.2). */
@@ -11317,13 +11317,13 @@ do_renewal_info(char **arg)
 {
 	long long start, end, when;
 	Str base = need_endpoint("renewalInfo"), o, window, text;
-	struct reply r;
+	struct response r;
 
 	(void)arg;
 	text = certificate_id(&subject);
 	r = fetch("GET", cat(NONE, base, base.p[base.n - 1] == '/' ? NONE :
 	    S("/"), text));
-	accept_reply(&r);
+	accept_response(&r);
 	o = json_body(&r);
 	window = must(&r, o, "suggestedWindow", '{');
 	if (!rfc3339(must(&r, window, "start", '"'), &start) ||
@@ -11360,13 +11360,13 @@ static void
 post_and_print(const char *url, Str payload, bool once)
 {
 	struct post p = { .url = str(url), .payload = payload, .once = once };
-	struct reply r;
+	struct response r;
 
 	if (!is_own(p.url))
 		usage("% is not a URL of the CA at %", p.url,
 		    origin(ca_url()));
 	acme_batch(&p, &r, 1);
-	accept_reply(&r);
+	accept_response(&r);
 	print(r.body);
 }
 
@@ -11390,7 +11390,7 @@ do_post(char **arg)
 
 /* A request's file, as box_request() made it; false if it is another. */
 static bool
-read_request_file(Str s, struct message *q)
+read_request_file(Str s, struct request *q)
 {
 	Str method, value, line_text;
 	unsigned long length = 0;
@@ -11419,8 +11419,8 @@ read_request_file(Str s, struct message *q)
 static void
 do_send(char **arg)
 {
-	static struct message q[WINDOW];
-	static struct reply r[WINDOW];
+	static struct request q[WINDOW];
+	static struct response r[WINDOW];
 	unsigned long next = 1, at[WINDOW];
 	Str request[WINDOW], s;
 	size_t n, mark = used;
