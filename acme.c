@@ -380,12 +380,12 @@ tell_begin(int status, Str name)
  * files, what a hook has published, other processes.  The first place is
  * for the process behind the connection, which comes and goes.
  */
-static struct doomed {
-	void (*end)(const struct doomed *);
+static struct cleanup {
+	void (*end)(const struct cleanup *);
 	int n;			/* a directory or a process */
 	const void *p;		/* a file's name or a hook */
-} doomed[NAMES + 8];
-static volatile size_t ndoomed = 1;
+} cleanup[NAMES + 8];
+static volatile size_t ncleanup = 1;
 
 static unsigned char heap[HEAP];	/* see Memory; secrets can be anywhere */
 static size_t used, peak;		/* bytes of it; the most there were */
@@ -409,15 +409,15 @@ hold_signals(sigset_t *old)
 
 /* A signal sees all of it, or nothing. */
 static void
-doom(void (*end)(const struct doomed *), int n, const void *p)
+add_cleanup(void (*end)(const struct cleanup *), int n, const void *p)
 {
 	sigset_t old;
 
 	hold_signals(&old);
-	doomed[ndoomed].end = end;
-	doomed[ndoomed].n = n;
-	doomed[ndoomed].p = p;
-	ndoomed++;
+	cleanup[ncleanup].end = end;
+	cleanup[ncleanup].n = n;
+	cleanup[ncleanup].p = p;
+	ncleanup++;
 	sigprocmask(SIG_SETMASK, &old, NULL);
 }
 
@@ -428,33 +428,33 @@ doom(void (*end)(const struct doomed *), int n, const void *p)
 static struct {
 	const char *template;		/* with two gaps */
 	Str a, b;
-} not_undone[COUNT(doomed)];
-static size_t nnot_undone;
+} late_warning[COUNT(cleanup)];
+static size_t nlate_warning;
 
 static void
 warn_later(const char *template, Str a, Str b)
 {
-	not_undone[nnot_undone].template = template;
-	not_undone[nnot_undone].a = a;
-	not_undone[nnot_undone++].b = b;
+	late_warning[nlate_warning].template = template;
+	late_warning[nlate_warning].a = a;
+	late_warning[nlate_warning++].b = b;
 }
 
 static void
 warn_now(void)
 {
-	for (size_t i = 0; i < nnot_undone; i++)
-		say(not_undone[i].template, not_undone[i].a, not_undone[i].b);
-	nnot_undone = 0;
+	for (size_t i = 0; i < nlate_warning; i++)
+		say(late_warning[i].template, late_warning[i].a, late_warning[i].b);
+	nlate_warning = 0;
 }
 
-/* End what was doomed since there were n of it; signals are held. */
+/* End what was cleanup since there were n of it; signals are held. */
 static void
-end_doomed(size_t n)
+run_cleanup(size_t n)
 {
-	while (ndoomed > n) {
-		struct doomed d = doomed[ndoomed - 1];
+	while (ncleanup > n) {
+		struct cleanup d = cleanup[ncleanup - 1];
 
-		ndoomed--;
+		ncleanup--;
 		if (d.end)
 			d.end(&d);
 	}
@@ -462,25 +462,25 @@ end_doomed(size_t n)
 
 /* The same; no signal comes between. */
 static void
-undo(size_t n)
+clean_up_to(size_t n)
 {
 	sigset_t old;
 
 	hold_signals(&old);
-	end_doomed(n);
+	run_cleanup(n);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	warn_now();
 }
 
-/* What was doomed last is as it should be. */
+/* What was cleanup last is as it should be. */
 static void
-spare(void)
+forget_cleanup(void)
 {
-	ndoomed--;
+	ncleanup--;
 }
 
 static void
-remove_file(const struct doomed *d)
+remove_file(const struct cleanup *d)
 {
 	if (unlinkat(d->n, d->p, 0) != 0 && errno != ENOENT)
 		warn_later("cannot remove %: %", str(d->p), why());
@@ -554,7 +554,7 @@ finish(int status)
 
 	hold_signals(NULL);
 	over.part = UNDOING;
-	end_doomed(0);
+	run_cleanup(0);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	over.status = status;
@@ -715,7 +715,7 @@ keep(size_t mark, Str s)
 
 /* Let the exit wipe what a pointer shows. */
 static void
-hide(void *p, size_t n)
+wipe_at_end(void *p, size_t n)
 {
 	secret[nsecret].p = p;
 	secret[nsecret++].n = n;
@@ -2045,7 +2045,7 @@ create(int dir, const char *name, mode_t mode)
 	fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW |
 	    O_CLOEXEC, mode);
 	if (fd >= 0)
-		doom(remove_file, dir, name);
+		add_cleanup(remove_file, dir, name);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	return fd;
 }
@@ -2167,7 +2167,7 @@ is_output(const struct stat *st)
 
 /* Remove a key that did not get its name, once it is overwritten. */
 static void
-remove_key(const struct doomed *d)
+remove_key(const struct cleanup *d)
 {
 	static const unsigned char zeros[512];
 	struct stat st;
@@ -2192,18 +2192,18 @@ static bool
 is_mount(void)
 {
 	const char *name = temporary_name();
-	size_t n = ndoomed;
+	size_t n = ncleanup;
 	sigset_t old;
 	bool linked;
 
 	hold_signals(&old);
 	linked = linkat(out.dir, out.base, out.dir, name, 0) == 0;
 	if (linked)
-		doom(remove_file, out.dir, name);
+		add_cleanup(remove_file, out.dir, name);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	if (!linked)
 		return errno == EXDEV || errno == EROFS;
-	undo(n);
+	clean_up_to(n);
 	return false;
 }
 
@@ -2228,7 +2228,7 @@ open_temporary(void)
 	if (out.key && !set_mode(out.fd, 0600, 0, 077))
 		no_place(S("its file system would let others read the key"));
 	if (out.key)
-		doomed[ndoomed - 1].end = remove_key;
+		cleanup[ncleanup - 1].end = remove_key;
 }
 
 /* Make ready, before the first request, to write the result to a file. */
@@ -2299,7 +2299,7 @@ name_key(void)
 	hold_signals(&old);
 	named = name_file(out.dir, out.temporary, out.base);
 	if (named)
-		spare();
+		forget_cleanup();
 	alone = named && drop_name(out.dir, out.temporary);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	if (!named && errno == EEXIST)
@@ -2317,7 +2317,7 @@ out_rename(void)
 {
 	if (renameat(out.dir, out.temporary, out.dir, out.base) != 0)
 		not_written("rename");
-	spare();
+	forget_cleanup();
 }
 
 /* Write the result, all at once; nothing else ever writes it. */
@@ -4509,7 +4509,7 @@ become_child(void)
 {
 	sigset_t none;
 
-	ndoomed = 0;
+	ncleanup = 0;
 	tells = false;
 	drop_secret_variables();
 	setrlimit(RLIMIT_CORE, &core_limit);
@@ -4532,7 +4532,7 @@ wait_for(struct pollfd *p, int ms)
 
 /* End a process and all that it has started. */
 static void
-stop_group(const struct doomed *d)
+stop_group(const struct cleanup *d)
 {
 	kill(-d->n, SIGKILL);
 	waitpid(d->n, NULL, 0);
@@ -4751,7 +4751,7 @@ become_lookup(void)
 	long long left = time_left();
 	sigset_t end;
 
-	ndoomed = 0;
+	ncleanup = 0;
 	tells = false;
 	wipe(heap, peak);
 	wipe_environment();
@@ -4795,7 +4795,7 @@ run_lookup(const char *name, int af, int fd)
 
 /* End a lookup, but not before it has overwritten the keys. */
 static void
-stop_lookup(const struct doomed *d)
+stop_lookup(const struct cleanup *d)
 {
 	kill(d->n, SIGTERM);
 	kill(d->n, SIGCONT);
@@ -4814,7 +4814,7 @@ start_lookup(struct pollfd *p, const char *name, int af)
 		die(FAULT, "cannot start a process: %", why());
 	if (pid == 0)
 		run_lookup(name, af, fds[1]);
-	doom(stop_lookup, pid, NULL);
+	add_cleanup(stop_lookup, pid, NULL);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[1]);
 	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
@@ -5117,7 +5117,7 @@ no_address(void)
 static int
 dial_tcp(const char *name, const char *port)
 {
-	size_t mark = ndoomed, winner;
+	size_t mark = ncleanup, winner;
 	unsigned long n = 0;
 	int fd, on = 1;
 
@@ -5137,7 +5137,7 @@ dial_tcp(const char *name, const char *port)
 	for (size_t i = 0; i < COUNT(way.fd); i++)
 		if (i != winner && way.fd[i].fd >= 0)
 			close(way.fd[i].fd);
-	undo(mark);
+	clean_up_to(mark);
 	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
 	return fd;
@@ -5163,7 +5163,7 @@ enum { ENDING = 1000 };	/* ms to end at the end of input, and at SIGTERM */
  * password turn the terminal's echo on again.
  */
 static void
-stop_command(const struct doomed *d)
+stop_command(const struct cleanup *d)
 {
 	const int tick = 10;
 
@@ -5244,7 +5244,7 @@ dial_command(const char *host, const char *port)
 	}
 	if (!shares)
 		setpgid(conn.command, conn.command);
-	doomed[0] = (struct doomed){ shares ? stop_command : stop_group,
+	cleanup[0] = (struct cleanup){ shares ? stop_command : stop_group,
 	    conn.command, NULL };
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[1]);
@@ -5582,8 +5582,8 @@ conn_close(void)
 	close(conn.fd);
 	conn.fd = -1;
 	if (conn.command)
-		doomed[0].end(&doomed[0]);
-	doomed[0].end = NULL;
+		cleanup[0].end(&cleanup[0]);
+	cleanup[0].end = NULL;
 	conn.command = 0;
 }
 
@@ -5995,7 +5995,7 @@ static struct {
 	const char *name;		/* NULL: there is none */
 	int dir;
 	unsigned long n;		/* messages so far */
-	size_t published;		/* ndoomed, before what must stay */
+	size_t published;		/* ncleanup, before what must stay */
 } box;
 
 static const char *
@@ -6035,7 +6035,7 @@ box_write(const char *name, Str s)
 	    renameat(box.dir, temporary, box.dir, name) != 0)
 		die(IO, "cannot write % in %: %", str(name), str(box.name),
 		    why());
-	spare();
+	forget_cleanup();
 }
 
 /* What a part of a JWS says, for people, on one line. */
@@ -6155,7 +6155,7 @@ box_batch(const struct request *q, struct response *r, size_t n)
 	if (lack == 0)
 		return;
 	if (box.published)
-		ndoomed = box.published;
+		ncleanup = box.published;
 	die(LATER, "% has % request% without a response; run acme-step send "
 	    "%, then this step again%", str(box.name), num(lack),
 	    lack == 1 ? NONE : S("s"), str(box.name),
@@ -8455,7 +8455,7 @@ publish_file(int dir, const char *dir_name, const struct challenge *c)
 	hold_signals(&old);
 	named = name_published(dir, temporary, name, c->content);
 	if (named)
-		doomed[ndoomed - 1].p = name;
+		cleanup[ncleanup - 1].p = name;
 	alone = named && drop_name(dir, temporary);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	if (!named)
@@ -9135,7 +9135,7 @@ static struct {
  * end of the pipe does that.
  */
 static void
-stop_responder(const struct doomed *d)
+stop_responder(const struct cleanup *d)
 {
 	(void)d;
 	close(answering.pipe);
@@ -9253,7 +9253,7 @@ confine(int step_fd)
 static void
 run_responder(const struct responder *how, int step_fd)
 {
-	ndoomed = 0;
+	ncleanup = 0;
 	tells = false;
 	forget_step();
 	confine(step_fd);
@@ -9286,7 +9286,7 @@ start_responder(const char *where)
 	}
 	answering.pid = pid;
 	answering.pipe = fds[1];
-	doom(stop_responder, 0, NULL);
+	add_cleanup(stop_responder, 0, NULL);
 	sigdelset(&old, SIGCHLD);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[0]);
@@ -9332,7 +9332,7 @@ static void
 find_own_addresses(Str host)
 {
 	static const unsigned char any[16];
-	size_t mark = ndoomed;
+	size_t mark = ncleanup;
 	int connecting = family;
 
 	family = AF_UNSPEC;
@@ -9346,7 +9346,7 @@ find_own_addresses(Str host)
 	}
 	while (is_looking_up())
 		poll_way(NEVER);
-	undo(mark);
+	clean_up_to(mark);
 	family = connecting;
 }
 
@@ -9714,7 +9714,7 @@ take_down_until(void)
 
 /* Take one down.  No signal ends this, so that it must end by itself. */
 static void
-hook_take_down(const struct doomed *d)
+hook_take_down(const struct cleanup *d)
 {
 	const struct hook *h = d->p;
 	long long until = take_down_until();
@@ -9791,7 +9791,7 @@ hook_make(struct hook *h, const struct challenge *c, Str token)
 
 /*
  * Publish one challenge.  False where the hook declines it, as only some
- * conventions allow.  What it publishes is taken down by leave() or undo().
+ * conventions allow.  What it publishes is taken down by leave() or clean_up_to().
  */
 static bool
 hook_publish(struct hook *h, const struct challenge *c, Str token)
@@ -9811,8 +9811,8 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 	hold_signals(&old);
 	if ((pid = hook_start(h, h->call[0], fds[1])) < 0)
 		die(FAULT, "cannot start a process: %", why());
-	doom(hook_take_down, 0, h);
-	doom(stop_group, pid, NULL);
+	add_cleanup(hook_take_down, 0, h);
+	add_cleanup(stop_group, pid, NULL);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	if (fds[0] >= 0) {
 		close(fds[1]);
@@ -9821,11 +9821,11 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 	}
 	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
 		continue;
-	spare();
+	forget_cleanup();
 	if (status == 0)
 		return true;
 	if (WIFEXITED(status))
-		spare();
+		forget_cleanup();
 	if (hook_style->declines && WIFEXITED(status) &&
 	    WEXITSTATUS(status) < 126)
 		return false;
@@ -9891,7 +9891,7 @@ publish_by_hooks(const char *hook)
 static void
 clean_up_by_hooks(const char *type)
 {
-	size_t before = ndoomed;
+	size_t before = ncleanup;
 	const struct challenge *c;
 	struct hook *h = hooks;
 
@@ -9902,10 +9902,10 @@ clean_up_by_hooks(const char *type)
 		hook_make(h, c, fetch_token(c));
 		if (hook_style->speaks)
 			hook_var(h, "CERTBOT_AUTH_OUTPUT", NONE);
-		doom(hook_take_down, 0, h++);
+		add_cleanup(hook_take_down, 0, h++);
 	}
 	validated = true;
-	undo(before);
+	clean_up_to(before);
 	order.nchallenge = 0;
 }
 
@@ -11115,7 +11115,7 @@ static void
 do_respond(char **arg)
 {
 	unsigned long settle = settling_time();
-	size_t before = ndoomed;
+	size_t before = ncleanup;
 	const struct publisher *how = chosen_publisher();
 	const char *type = respond_type(how), *value = how ?
 	    opt[how->letter] : NULL;
@@ -11144,7 +11144,7 @@ do_respond(char **arg)
 		authorizations_await("waiting for the CA to validate");
 	validated = order.status != INVALID;
 	promised = false;
-	undo(before);
+	clean_up_to(before);
 	if (!validated)
 		order_failed();
 	order.nchallenge = 0;
@@ -11981,11 +11981,11 @@ main(int argc, char **argv)
 	hold_descriptors();
 	limit_core();
 	conn.fd = -1;
-	hide(&account_key, sizeof account_key);
-	hide(&certificate_key, sizeof certificate_key);
-	hide(&reader, sizeof reader);
-	hide(&conn, sizeof conn);
-	hide(&tls, sizeof tls);
+	wipe_at_end(&account_key, sizeof account_key);
+	wipe_at_end(&certificate_key, sizeof certificate_key);
+	wipe_at_end(&reader, sizeof reader);
+	wipe_at_end(&conn, sizeof conn);
+	wipe_at_end(&tls, sizeof tls);
 	catch_signals();
 	tells = true;
 	run(argc, argv);
