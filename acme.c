@@ -232,7 +232,7 @@ harmless(Str s)
 /* -------------------------------------------------------- 2. Messages -- */
 
 static Str step;		/* the command, for messages */
-static Str foreword, afterword;	/* of the message of a failure */
+static Str preamble, remedy;	/* of the message of a failure */
 static bool tells;		/* a pipe on our output learns of failure */
 
 /* A line of text on its way out, in a buffer that needs no heap. */
@@ -578,13 +578,13 @@ leave(int status)
 static void
 line_message(const char *template, va_list *ap)
 {
-	size_t remedy = 1 + (afterword.n < REMEDY ? afterword.n : REMEDY);
+	size_t kept = 1 + (remedy.n < REMEDY ? remedy.n : REMEDY);
 
-	line.room -= remedy;
-	line_add(foreword);
+	line.room -= kept;
+	line_add(preamble);
 	line_fill(template, ap);
-	line.room += remedy;
-	line_add(afterword);
+	line.room += kept;
+	line_add(remedy);
 	line_end();
 }
 
@@ -658,7 +658,7 @@ on_signal(int sig)
 		return;
 	if (over.part == UNDONE)
 		leave(over.status);
-	foreword = NONE;	/* a failure that did not get so far */
+	preamble = NONE;	/* a failure that did not get so far */
 	if (sig == SIGALRM)
 		die(busy.status, "time limit of % s reached while %%%",
 		    digits(busy.limit, b), str(busy.what), str(busy.whom),
@@ -765,7 +765,7 @@ make_text(const char *template, ...)
 static void
 see_help(void)
 {
-	afterword = text(" (see acme-step help%%)", step.n ? S(" ") : NONE,
+	remedy = text(" (see acme-step help%%)", step.n ? S(" ") : NONE,
 	    step);
 }
 
@@ -5650,12 +5650,12 @@ struct response {
 };
 
 /* End the step for a response, r, that breaks HTTP, JSON or ACME. */
-#define broken(r, ...)  (blame((r)->url), die(BROKEN, __VA_ARGS__))
+#define broken(r, ...)  (name_response((r)->url), die(BROKEN, __VA_ARGS__))
 
 static void
-blame(Str url)
+name_response(Str url)
 {
-	foreword = text("the response from % ", brief(url));
+	preamble = text("the response from % ", brief(url));
 }
 
 static bool verbose;		/* -v */
@@ -7323,15 +7323,15 @@ struct post {
 static const struct key *
 signer(void)
 {
-	Str before = afterword;
+	Str before = remedy;
 
 	if (have_account_key)
 		return &account_key;
 	if (is_missing(account_file))
-		afterword = text("; make one with acme-step key -o %, or name "
+		remedy = text("; make one with acme-step key -o %, or name "
 		    "yours with -k", file_name(account_file));
 	key_read(&account_key, account_file);
-	afterword = before;
+	remedy = before;
 	have_account_key = true;
 	return &account_key;
 }
@@ -7929,11 +7929,11 @@ validation_failed(const char *what, Str error)
 		seen = error.n ? problem_text(error) :
 		    S("the CA gave no reason");
 	if (all && all == internal)
-		afterword = S("; the CA itself failed: place a new order");
+		remedy = S("; the CA itself failed: place a new order");
 	else if (published_in)
-		afterword = files_hint(seen);
+		remedy = files_hint(seen);
 	else if (dns)
-		afterword = S("; acme-step challenges prints what to publish "
+		remedy = S("; acme-step challenges prints what to publish "
 		    "for a new order");
 	die(all && all == internal ? CA_DOWN : REFUSED, "% %", str(what),
 	    seen);
@@ -7974,7 +7974,7 @@ types_needed(const struct authorization *a)
 static void
 limit_reached(const char *what, Str still, long after)
 {
-	afterword = text("%%", after > 0 ? text("; try again after % s",
+	remedy = text("%%", after > 0 ? text("; try again after % s",
 	    num((unsigned long)after)) : NONE, limit_hint());
 	die(LATER, "time limit of % s reached while %: %", num(busy.limit),
 	    str(what), still);
@@ -9161,7 +9161,7 @@ on_child(int sig)
 	if (answering.pid &&
 	    waitpid(answering.pid, &status, WNOHANG) == answering.pid) {
 		answering.pid = 0;
-		foreword = NONE;
+		preamble = NONE;
 		die(FAULT, "the responder %%",
 		    WIFSIGNALED(status) ? S("was ended by signal ") :
 		    S("failed with status "), digits(WIFSIGNALED(status) ?
@@ -9646,21 +9646,21 @@ static void
 check_program(const char *name)
 {
 	Str cause;
-	const char *remedy = "";
+	const char *hint = "";
 
 	if (is_program(name))
 		return;
 	cause = why();
 	if (errno == EACCES)
-		remedy = "; is it executable (chmod +x)?";
+		hint = "; is it executable (chmod +x)?";
 	else if (strchr(name, ' '))
-		remedy = "; -x needs a program without arguments";
+		hint = "; -x needs a program without arguments";
 	else if (!strchr(name, '/')) {
 		cause = S("not found in PATH");
-		remedy = "; a file in this directory is named with ./";
+		hint = "; a file in this directory is named with ./";
 	}
 	die(NO_PLACE, "cannot run the hook %: %%", str(name), cause,
-	    str(remedy));
+	    str(hint));
 }
 
 static void
@@ -10591,7 +10591,7 @@ do_new_account(char **arg)
 	r = ask_account(signer(), braces(o));
 	/* No HMAC key is text by chance; some tools encode it twice. */
 	if (r.status >= 400 && unb64_any(binding.mac_key).n)
-		afterword = S("; the HMAC key was base64 of text that is "
+		remedy = S("; the HMAC key was base64 of text that is "
 		    "base64, too: try that text");
 	take_account(&r);
 	account_store(&r);
@@ -10764,7 +10764,7 @@ do_key_change(char **arg)
 
 	(void)arg;
 	refuse_redirected();
-	afterword = S("; run it again to learn which is the account key");
+	remedy = S("; run it again to learn which is the account key");
 	if (!order.account.n) {
 		r = find_account(signer());
 		if (r.status < 300)
@@ -10775,15 +10775,15 @@ do_key_change(char **arg)
 		acme_batch(&p, &r, 1);
 	}
 	if (!key_changed()) {
-		afterword = text("; the account key is still %",
+		remedy = text("; the account key is still %",
 		    str(account_file));
 		accept_response(&r);
 		die(BROKEN, "the CA agreed to the key change, but does not "
 		    "accept the new key");
 	}
-	afterword = text("; the account's key is now %", str(opt['K']));
+	remedy = text("; the account's key is now %", str(opt['K']));
 	await_new_key();
-	afterword = NONE;
+	remedy = NONE;
 	print_record();
 	warn("the account key is now %, no longer %", str(opt['K']),
 	    str(account_file));
@@ -11893,11 +11893,11 @@ read_records(int needs)
 	Str account = NONE;
 
 	if (needs & RECORDED && file && is_missing(file))
-		afterword = text("; make one with acme-step new-account -o %",
+		remedy = text("; make one with acme-step new-account -o %",
 		    file_name(file));
 	if (first)
 		account = read_file(file);
-	afterword = NONE;
+	remedy = NONE;
 	alarm(0);
 	if (needs & RECORD && isatty(0))
 		warn("reading a record from the terminal");
