@@ -233,7 +233,7 @@ harmless(Str s)
 
 static Str step;		/* the command, for messages */
 static Str preamble, remedy;	/* of the message of a failure */
-static bool tells;		/* a pipe on our output learns of failure */
+static bool on_record_pipe;		/* a pipe on our output learns of failure */
 
 /* A line of text on its way out, in a buffer that needs no heap. */
 static struct {
@@ -356,12 +356,12 @@ digits(unsigned long long n, unsigned char b[20])
  * where there is no next one.
  */
 static bool
-tell_begin(int status, Str name)
+begin_failed_line(int status, Str name)
 {
 	unsigned char b[20];
 	struct stat st;
 
-	if (!tells || fstat(1, &st) != 0 ||
+	if (!on_record_pipe || fstat(1, &st) != 0 ||
 	    (!S_ISFIFO(st.st_mode) && !S_ISSOCK(st.st_mode)))
 		return false;
 	line_begin(1);
@@ -599,7 +599,7 @@ fail(int status, const char *template, ...)
 	va_list ap;
 
 	finish(status);
-	if (tell_begin(status, step)) {
+	if (begin_failed_line(status, step)) {
 		va_start(ap, template);
 		line_message(template, &ap);
 		va_end(ap);
@@ -619,17 +619,17 @@ static struct rlimit core_limit;	/* as the step was started with */
 static struct {
 	const char *volatile what;
 	volatile int status;
-	const char *volatile whom;
+	const char *volatile object;
 	unsigned limit;			/* -T */
-} busy = { "working", LATER, "", 300 };
+} activity = { "working", LATER, "", 300 };
 
 static void
-doing(int status, const char *what, const char *whom)
+doing(int status, const char *what, const char *object)
 {
-	busy.status = status;
-	busy.whom = "";
-	busy.what = what;
-	busy.whom = whom;
+	activity.status = status;
+	activity.object = "";
+	activity.what = what;
+	activity.object = object;
 }
 
 /* Has respond told the CA to look at what it publishes, and still waits? */
@@ -660,8 +660,8 @@ on_signal(int sig)
 		leave(over.status);
 	preamble = NONE;	/* a failure that did not get so far */
 	if (sig == SIGALRM)
-		die(busy.status, "time limit of % s reached while %%%",
-		    digits(busy.limit, b), str(busy.what), str(busy.whom),
+		die(activity.status, "time limit of % s reached while %%%",
+		    digits(activity.limit, b), str(activity.what), str(activity.object),
 		    limit_hint());
 	die(SIGNAL + sig, "ended by signal %", digits((unsigned)sig, b));
 }
@@ -1771,8 +1771,8 @@ static long long deadline;	/* of the step, by now_ms() */
 static void
 start_clock(void)
 {
-	deadline = now_ms() + 1000LL * busy.limit;
-	alarm(busy.limit);
+	deadline = now_ms() + 1000LL * activity.limit;
+	alarm(activity.limit);
 }
 
 static long long
@@ -1812,7 +1812,7 @@ static size_t last_requests;	/* that a wait in vain ends with */
 static long long
 time_to_wait(void)
 {
-	long long tenth = busy.limit * 100LL;
+	long long tenth = activity.limit * 100LL;
 	long long reserve = 1000 + (long long)last_requests * 20;
 
 	return time_left() - (reserve < tenth ? reserve : tenth);
@@ -2324,7 +2324,7 @@ out_rename(void)
 static void
 print(Str s)
 {
-	tells = tells && out.fd != 1;
+	on_record_pipe = on_record_pipe && out.fd != 1;
 	doing(IO, "writing ", out.file ? out.file : "standard output");
 	if (!write_all(out.fd, s) ||
 	    (out.in_place && ftruncate(out.fd, (off_t)s.n) != 0))
@@ -3964,7 +3964,7 @@ is_anchor(const struct cert *c)
 
 /*
  * Has an anchor with name constraints issued the last of the n
- * certificates?  Others may have its name: BearSSL tells by the signature.
+ * certificates?  Others may have its name: BearSSL tells them apart by the signature.
  */
 static bool
 constrains(size_t i, size_t n)
@@ -4510,7 +4510,7 @@ become_child(void)
 	sigset_t none;
 
 	ncleanup = 0;
-	tells = false;
+	on_record_pipe = false;
 	drop_secret_variables();
 	setrlimit(RLIMIT_CORE, &core_limit);
 	signal(SIGPIPE, SIG_DFL);
@@ -4752,7 +4752,7 @@ become_lookup(void)
 	sigset_t end;
 
 	ncleanup = 0;
-	tells = false;
+	on_record_pipe = false;
 	wipe(heap, peak);
 	wipe_environment();
 	wipe_secrets();
@@ -6719,7 +6719,7 @@ pass_failure(Str value)
 	if (!number(code, 255, &status) || status == 0)
 		die(BAD, "malformed 'failed' line");
 	finish((int)status);
-	if (tell_begin((int)status, name)) {
+	if (begin_failed_line((int)status, name)) {
 		line_add(value);
 		line_end();
 	}
@@ -7976,7 +7976,7 @@ limit_reached(const char *what, Str still, long after)
 {
 	remedy = text("%%", after > 0 ? text("; try again after % s",
 	    num((unsigned long)after)) : NONE, limit_hint());
-	die(LATER, "time limit of % s reached while %: %", num(busy.limit),
+	die(LATER, "time limit of % s reached while %: %", num(activity.limit),
 	    str(what), still);
 }
 
@@ -8360,7 +8360,7 @@ add_validated(const char *type)
  * decides.
  */
 static void
-tell_ca(void)
+ask_to_validate(void)
 {
 	static struct post p[NAMES];
 	static struct response r[NAMES];
@@ -9254,7 +9254,7 @@ static void
 run_responder(const struct responder *how, int step_fd)
 {
 	ncleanup = 0;
-	tells = false;
+	on_record_pipe = false;
 	forget_step();
 	confine(step_fd);
 	for (size_t i = 0; i < CLIENTS; i++)
@@ -10680,7 +10680,7 @@ do_account(char **arg)
 }
 
 /*
- * Does the account belong to the new key now?  Only this tells: a change
+ * Does the account belong to the new key now?  Only this shows it: a change
  * whose reply never came here looks like a refused one, and there are CAs
  * that agree to a key that another account has, and change nothing.
  */
@@ -11050,7 +11050,7 @@ settling_time(void)
 
 	if (opt['s'] && !number(str(opt['s']), MAX_WAIT, &n))
 		usage("-s needs a number of seconds, not %", str(opt['s']));
-	if (n >= busy.limit)
+	if (n >= activity.limit)
 		usage("-s must be less than -T");
 	return n;
 }
@@ -11137,7 +11137,7 @@ do_respond(char **arg)
 	    (long long)settle * 1000))
 		die(LATER, "too little of -T is left for -s; raise -T");
 	promised = how != NULL;
-	tell_ca();
+	ask_to_validate();
 	if (!opt['n'] && order.url.n)
 		order_await(PENDING, "waiting for the CA to validate", 0);
 	else if (!opt['n'])
@@ -11831,11 +11831,11 @@ static void
 check_options(void)
 {
 	const char *limit = option('T'), *url = option('d');
-	unsigned long n = busy.limit;
+	unsigned long n = activity.limit;
 
 	if (limit && (!number(str(limit), MAX_WAIT, &n) || n == 0))
 		usage("-T accepts 1 to 2592000 seconds, not %", str(limit));
-	busy.limit = (unsigned)n;
+	activity.limit = (unsigned)n;
 	verbose = opt['v'];
 	family = opt['4'] ? AF_INET : opt['6'] ? AF_INET6 : AF_UNSPEC;
 	if (opt['4'] && opt['6'])
@@ -11963,7 +11963,7 @@ run(int argc, char **argv)
 		usage("no command given");
 	c = find_command(usual_name(argv[1]));
 	step = str(c->name);
-	tells = c->needs & TELLS;
+	on_record_pipe = c->needs & TELLS;
 	arg = read_options(c, argv + 2);
 	check_usage(c, arg);
 	prepare(c, arg);
@@ -11987,7 +11987,7 @@ main(int argc, char **argv)
 	wipe_at_end(&conn, sizeof conn);
 	wipe_at_end(&tls, sizeof tls);
 	catch_signals();
-	tells = true;
+	on_record_pipe = true;
 	run(argc, argv);
 	leave(DONE);
 }
