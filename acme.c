@@ -2559,7 +2559,7 @@ struct key {
 	br_skey_decoder_context decoder;
 };
 
-static struct key account_key, certificate_key;
+static struct key account_key, other_key;
 
 /*
  * All elliptic curves of the program: X25519, P-256, P-384 and P-521, in
@@ -8686,7 +8686,7 @@ static Str validation[NAMES];
 static Str
 validation_certificate(const struct challenge *c)
 {
-	const struct key *k = &certificate_key;
+	const struct key *k = &other_key;
 	Str name = seq(der(SET, seq(COMMON_NAME, der(UTF8, S("acme-step")))));
 	Str info = seq(
 	    der(VERSION_0, TWO),
@@ -8711,7 +8711,7 @@ make_validations(void)
 	Str *v = validation;
 	const struct challenge *c;
 
-	key_make(&certificate_key, &key_types[0]);
+	key_make(&other_key, &key_types[0]);
 	for each(c, challenge) {
 		size_t mark = used;
 
@@ -8734,7 +8734,7 @@ find_validation(Str sni)
 static void
 alpn_begin(struct client *c)
 {
-	tls_accept(&c->tls, c->b, sizeof c->b, &certificate_key,
+	tls_accept(&c->tls, c->b, sizeof c->b, &other_key,
 	    find_validation);
 }
 
@@ -10017,8 +10017,8 @@ read_csr_key(const char *file)
 {
 	Str key;
 
-	key_read(&certificate_key, file);
-	key = public_key(&certificate_key);
+	key_read(&other_key, file);
+	key = public_key(&other_key);
 	not_of_account(file, key);
 	return key;
 }
@@ -10226,8 +10226,8 @@ do_key(char **arg)
 {
 	(void)arg;
 	doing(LATER, "making a key", "");
-	key_make(&certificate_key, key_type(opt['t']));
-	print(key_pem(&certificate_key));
+	key_make(&other_key, key_type(opt['t']));
+	print(key_pem(&other_key));
 }
 
 /* What an argument that is not a name is instead, as a remedy. */
@@ -10281,8 +10281,8 @@ do_csr(char **arg)
 	if (n > COMMON)
 		usage("-N accepts at most % characters", num(COMMON));
 	take_names(arg);
-	key_read(&certificate_key, opt['K']);
-	print(pem(csr_der(&certificate_key, record_names(), str(opt['N'])),
+	key_read(&other_key, opt['K']);
+	print(pem(csr_der(&other_key, record_names(), str(opt['N'])),
 	    "CERTIFICATE REQUEST"));
 }
 
@@ -10341,13 +10341,13 @@ do_due(char **arg)
 
 	take_names(arg + 1);
 	if (opt['K'])
-		key_read(&certificate_key, opt['K']);
+		key_read(&other_key, opt['K']);
 	text = read_if_there(arg[0]);
 	if (!text.n)
 		due_answer(arg[0], true, S("is missing or empty"));
 	if (!find_certificate(text, &c))
 		due_answer(arg[0], true, S("is not a certificate"));
-	if (opt['K'] && !same(c.public_key, public_key(&certificate_key)))
+	if (opt['K'] && !same(c.public_key, public_key(&other_key)))
 		due_answer(arg[0], true, text("does not match the key %",
 		    file_name(opt['K'])));
 	if (arg[1])
@@ -10687,7 +10687,7 @@ do_account(char **arg)
 static bool
 key_changed(void)
 {
-	struct response r = find_account(&certificate_key);
+	struct response r = find_account(&other_key);
 
 	if (r.status == 429 || r.status >= 500)
 		accept_response(&r);
@@ -10702,7 +10702,7 @@ key_changed(void)
 static Str
 change_text(Str url)
 {
-	const struct key *k = &certificate_key;
+	const struct key *k = &other_key;
 	Str input = jws_input(
 	    text("{\"alg\":\"%\",\"jwk\":%,\"url\":%}",
 	        str(k->type->alg), jwk(k), quote(url)),
@@ -10719,8 +10719,8 @@ check_key_change(char **arg)
 	if (is_std(opt['K']))
 		usage("the new key cannot come from standard input; use "
 		    "-K FILE");
-	key_read(&certificate_key, opt['K']);
-	if (same(public_key(&certificate_key), public_key(signer())))
+	key_read(&other_key, opt['K']);
+	if (same(public_key(&other_key), public_key(signer())))
 		die(BAD, "% is the same key as %", str(opt['K']),
 		    str(account_file));
 }
@@ -10733,7 +10733,7 @@ static void
 await_new_key(void)
 {
 	struct post p = { .url = order.account, .payload = NONE,
-	    .key = &certificate_key };
+	    .key = &other_key };
 	struct response r;
 	Str o;
 
@@ -11180,7 +11180,7 @@ do_finalize(char **arg)
 	(void)arg;
 	need("order");
 	if (opt['K'])
-		csr = csr_der(&certificate_key, record_names(), NONE);
+		csr = csr_der(&other_key, record_names(), NONE);
 	if (!order.status)
 		order_refresh();
 	for (;;)
@@ -11262,8 +11262,8 @@ check_revoke_cert(char **arg)
 	read_certificate(arg[0], &subject);
 	if (!opt['K'])
 		return;
-	key_read(&certificate_key, opt['K']);
-	if (!same(public_key(&certificate_key), subject.public_key))
+	key_read(&other_key, opt['K']);
+	if (!same(public_key(&other_key), subject.public_key))
 		die(BAD, "% is not the key of %", str(opt['K']),
 		    file_name(arg[0]));
 }
@@ -11279,7 +11279,7 @@ do_revoke_cert(char **arg)
 
 	(void)arg;
 	if (opt['K'])
-		p.key = &certificate_key;
+		p.key = &other_key;
 	key_alone = p.jwk;
 	p.payload = braces(with(with(NONE, "certificate",
 	    quote(b64(subject.der))), "reason", reason));
@@ -11982,7 +11982,7 @@ main(int argc, char **argv)
 	limit_core();
 	conn.fd = -1;
 	wipe_at_end(&account_key, sizeof account_key);
-	wipe_at_end(&certificate_key, sizeof certificate_key);
+	wipe_at_end(&other_key, sizeof other_key);
 	wipe_at_end(&reader, sizeof reader);
 	wipe_at_end(&conn, sizeof conn);
 	wipe_at_end(&tls, sizeof tls);
