@@ -233,7 +233,7 @@ harmless(Str s)
 
 static Str step;		/* the command, for messages */
 static Str preamble, remedy;	/* of the message of a failure */
-static bool on_record_pipe;		/* a pipe on our output learns of failure */
+static bool on_record_pipe;	/* our output is a pipe for a record */
 
 /* A line of text on its way out, in a buffer that needs no heap. */
 static struct {
@@ -387,7 +387,7 @@ static struct cleanup {
 } cleanup[NAMES + 8];
 static volatile size_t ncleanup = 1;
 
-static unsigned char heap[HEAP];	/* see Memory; secrets can be anywhere */
+static unsigned char heap[HEAP];	/* secrets can be anywhere in it */
 static size_t used, peak;		/* bytes of it; the most there were */
 
 /* Other memory that must not outlive the process readable. */
@@ -443,7 +443,8 @@ static void
 warn_now(void)
 {
 	for (size_t i = 0; i < nlate_warning; i++)
-		say(late_warning[i].template, late_warning[i].a, late_warning[i].b);
+		say(late_warning[i].template, late_warning[i].a,
+		    late_warning[i].b);
 	nlate_warning = 0;
 }
 
@@ -661,7 +662,8 @@ on_signal(int sig)
 	preamble = NONE;	/* a failure that did not get so far */
 	if (sig == SIGALRM)
 		die(activity.status, "time limit of % s reached while %%%",
-		    digits(activity.limit, b), str(activity.what), str(activity.object),
+		    digits(activity.limit, b), str(activity.what),
+		    str(activity.object),
 		    limit_hint());
 	die(SIGNAL + sig, "ended by signal %", digits((unsigned)sig, b));
 }
@@ -2940,8 +2942,9 @@ sign(const struct key *k, Str s, bool asn1)
 /* --------------------------------------------- 15. Addresses and URLs -- */
 
 /*
- * An identifier (RFC 8555 9.7.7, RFC 8738 3).  Its value is canonical: a name
- * in lower case, perhaps with "*." before it, or an address as ip_text() has it.
+ * An identifier (RFC 8555 9.7.7, RFC 8738 3).  Its value is canonical: a
+ * name in lower case, perhaps with "*." before it, or an address in the form
+ * of ip_text().
  */
 struct identifier {
 	Str type, value;
@@ -3964,7 +3967,8 @@ is_anchor(const struct cert *c)
 
 /*
  * Has an anchor with name constraints issued the last of the n
- * certificates?  Others may have its name: BearSSL tells them apart by the signature.
+ * certificates?  Others may have its name: BearSSL tells them apart by the
+ * signature.
  */
 static bool
 constrains(size_t i, size_t n)
@@ -6888,7 +6892,7 @@ json_body(const struct response *r)
 
 /* A member of the kind; NONE where it is absent. */
 static Str
-want(const struct response *r, Str o, const char *name, int kind)
+member(const struct response *r, Str o, const char *name, int kind)
 {
 	Str v = json_member(o, name);
 
@@ -6898,9 +6902,9 @@ want(const struct response *r, Str o, const char *name, int kind)
 }
 
 static Str
-must(const struct response *r, Str o, const char *name, int kind)
+need_member(const struct response *r, Str o, const char *name, int kind)
 {
-	Str v = want(r, o, name, kind);
+	Str v = member(r, o, name, kind);
 
 	if (!v.n)
 		broken(r, "lacks the member %", str(name));
@@ -7268,7 +7272,7 @@ directory(void)
 static Str
 endpoint(const char *name)
 {
-	Str o = directory(), url = want(&directory_response, o, name, '"');
+	Str o = directory(), url = member(&directory_response, o, name, '"');
 
 	url = absolute(directory_response.url, url);
 	if (url.n && !is_url(url))
@@ -7617,9 +7621,9 @@ answer_no(void)
 static struct identifier
 identifier_in(const struct response *r, Str o)
 {
-	Str type = must(r, o, "type", '"');
+	Str type = need_member(r, o, "type", '"');
 
-	return canonical(type, must(r, o, "value", '"'));
+	return canonical(type, need_member(r, o, "value", '"'));
 }
 
 /*
@@ -7663,18 +7667,18 @@ order_store(const struct response *r)
 	    "replaces" }, *const urls[] = { "finalize", "certificate" };
 	Str o = json_body(r), list, none, v;
 
-	put("status", must(r, o, "status", '"'), r->url);
+	put("status", need_member(r, o, "status", '"'), r->url);
 	for (size_t i = 0; i < COUNT(words); i++)
-		if ((v = want(r, o, words[i], '"')).n)
+		if ((v = member(r, o, words[i], '"')).n)
 			put(words[i], v, r->url);
 	for (size_t i = 0; i < COUNT(urls); i++)
-		if ((v = want(r, o, urls[i], '"')).n)
+		if ((v = member(r, o, urls[i], '"')).n)
 			store_url(r, urls[i], v);
 	if (order.status & (PENDING | READY) && !order.finalize.n)
 		broken(r, "lacks the member finalize");
-	if ((list = want(r, o, "identifiers", '[')).n)
+	if ((list = member(r, o, "identifiers", '[')).n)
 		store_identifiers(r, list);
-	if (!(list = want(r, o, "authorizations", '[')).n)
+	if (!(list = member(r, o, "authorizations", '[')).n)
 		return;
 	order.nauthorization = 0;
 	while (json_each(&list, &none, &v)) {
@@ -7704,7 +7708,8 @@ order_refresh(void)
 static struct identifier
 authorized(const struct response *r, Str o)
 {
-	struct identifier id = identifier_in(r, must(r, o, "identifier", '{'));
+	struct identifier id = identifier_in(r,
+	    need_member(r, o, "identifier", '{'));
 	struct identifier wild = id;
 	bool is_wild = json_kind(json_member(o, "wildcard")) == 't';
 
@@ -7734,11 +7739,11 @@ challenge_store(const struct response *r, Str o, struct authorization *a)
 		die(FAULT, "an order has more than % challenges",
 		    num(CHALLENGES));
 	offered[noffered++] = (struct challenge){
-		.type = want(r, o, "type", '"'),
+		.type = member(r, o, "type", '"'),
 		.id = a->id,
 		.url = absolute(r->url, text_of(o, "url")),
 		.token = text_of(o, "token"),
-		.status = want(r, o, "status", '"'),
+		.status = member(r, o, "status", '"'),
 		.error = json_kind(error) == '{' ? error : NONE,
 		.object = o,
 	};
@@ -7749,10 +7754,10 @@ challenge_store(const struct response *r, Str o, struct authorization *a)
 static void
 authorization_store(const struct response *r, struct authorization *a)
 {
-	Str o = json_body(r), list = want(r, o, "challenges", '['), none, c;
+	Str o = json_body(r), list = member(r, o, "challenges", '['), none, c;
 
 	a->id = authorized(r, o);
-	a->status = want(r, o, "status", '"');
+	a->status = member(r, o, "status", '"');
 	if (!a->status.n)
 		a->status = S("pending");
 	a->retry_after = r->retry_after;
@@ -7946,7 +7951,7 @@ static void
 order_failed(void)
 {
 	struct response r = acme_post(need("order"), NONE);
-	Str error = want(&r, json_body(&r), "error", '{');
+	Str error = member(&r, json_body(&r), "error", '{');
 
 	fetch_authorizations(false);
 	validation_failed("the order is invalid:", error);
@@ -8051,7 +8056,7 @@ order_await(unsigned set, const char *what, long after)
 		}
 		r = acme_post(need("order"), NONE);
 		after = r.retry_after;
-		if (status_bit(want(&r, json_body(&r), "status", '"')) &
+		if (status_bit(member(&r, json_body(&r), "status", '"')) &
 		    order.status) {
 			if (order.status == PENDING && polls % 4 == 0)
 				look_for_failures();
@@ -9505,8 +9510,8 @@ uacme_hook(struct hook *h, const struct challenge *c, Str token)
 	Str auth = publishes(c, CERT_DIGEST) ? b64(unhex(c->content)) :
 	    c->content;
 
-	words(h->call[0], str(hook_program), S("begin"), c->type, bare(c->id.value),
-	    token, auth);
+	words(h->call[0], str(hook_program), S("begin"), c->type,
+	    bare(c->id.value), token, auth);
 	words(h->call[1], str(hook_program), S("failed"), c->type,
 	    bare(c->id.value), token, auth);
 }
@@ -9791,7 +9796,8 @@ hook_make(struct hook *h, const struct challenge *c, Str token)
 
 /*
  * Publish one challenge.  False where the hook declines it, as only some
- * conventions allow.  What it publishes is taken down by leave() or clean_up_to().
+ * conventions allow.  What it publishes is removed by leave() or by
+ * clean_up_to().
  */
 static bool
 hook_publish(struct hook *h, const struct challenge *c, Str token)
@@ -9849,7 +9855,7 @@ fetch_token(const struct challenge *c)
 	if (is_b64(c->token))
 		return c->token;
 	r = acme_post(c->url, NONE);
-	token = want(&r, json_body(&r), "token", '"');
+	token = member(&r, json_body(&r), "token", '"');
 	if (token.n && !is_b64(token))
 		broken(&r, "has an invalid token: %", brief(token));
 	return token;
@@ -10565,9 +10571,9 @@ account_store(const struct response *r)
 {
 	Str o = json_body(r), list, none, v;
 
-	if ((v = want(r, o, "status", '"')).n)
+	if ((v = member(r, o, "status", '"')).n)
 		put("account-status", v, r->url);
-	list = want(r, o, "contact", '[');
+	list = member(r, o, "contact", '[');
 	say_dropped(list);
 	while (json_each(&list, &none, &v))
 		if (json_kind(v) == '"' && is_word(json_text(v)))
@@ -10606,7 +10612,7 @@ add_orders(Str all, const struct response *r)
 
 	if (!json_read(r->body, &v))
 		broken(r, "is not JSON");
-	list = json_kind(v) == '[' ? v : want(r, json_body(r), "orders", '[');
+	list = json_kind(v) == '[' ? v : member(r, json_body(r), "orders", '[');
 	for (lines = cat(NONE, all); json_each(&list, &none, &v); ) {
 		v = absolute(r->url, json_kind(v) == '"' ? json_text(v) :
 		    NONE);
@@ -10624,7 +10630,7 @@ add_orders(Str all, const struct response *r)
 static Str
 list_orders(const struct response *account)
 {
-	Str all = NONE, next = want(account, json_body(account), "orders",
+	Str all = NONE, next = member(account, json_body(account), "orders",
 	    '"');
 	size_t mark = used;
 	struct post p = { .payload = NONE };
@@ -11325,9 +11331,9 @@ do_renewal_info(char **arg)
 	    S("/"), text));
 	accept_response(&r);
 	o = json_body(&r);
-	window = must(&r, o, "suggestedWindow", '{');
-	if (!rfc3339(must(&r, window, "start", '"'), &start) ||
-	    !rfc3339(must(&r, window, "end", '"'), &end))
+	window = need_member(&r, o, "suggestedWindow", '{');
+	if (!rfc3339(need_member(&r, window, "start", '"'), &start) ||
+	    !rfc3339(need_member(&r, window, "end", '"'), &end))
 		broken(&r, "has a suggestedWindow without valid times");
 	if (end <= start)
 		broken(&r, "has an empty suggestedWindow; use acme-step due "
@@ -11335,7 +11341,7 @@ do_renewal_info(char **arg)
 	when = window_moment(&subject, start, end);
 	text = text("window % %\nmoment %\n", date(start), date(end),
 	    date(when));
-	o = want(&r, o, "explanationURL", '"');
+	o = member(&r, o, "explanationURL", '"');
 	if (is_word(o))
 		text = text("%explanation %\n", text, o);
 	if (r.retry_after >= 0)
