@@ -9573,14 +9573,14 @@ static const struct hook_style {
 	{ "certbot", certbot_hook, false, false, true },
 };
 
-static void
-no_such_style(Str name)
+static Str
+hook_style_names(void)
 {
 	struct list all = list_begin();
 
 	for (size_t i = 0; i < COUNT(hook_styles); i++)
 		list_add(&all, " ", str(hook_styles[i].name));
-	usage("no such hook style: %; there are %", name, list_text(&all));
+	return list_text(&all);
 }
 
 /* -x [STYLE:]PROGRAM; certbot's is two, AUTH,CLEANUP. */
@@ -9598,7 +9598,8 @@ choose_hook(const char *option)
 			hook_program = option + name.n + 1;
 		}
 	if (hook_program == option && option[name.n] == ':' && is_b64(name))
-		no_such_style(name);
+		usage("no such hook style: %; there are %", name,
+		    hook_style_names());
 	name = cut(&s, ',');
 	if (!*hook_program || (hook_style->speaks && (!name.n || !s.n)))
 		usage("-x needs [STYLE:]PROGRAM or certbot:AUTH,CLEANUP, "
@@ -10212,17 +10213,43 @@ static const char *opt[128];	/* by letter; "" where it has no value */
 static const char *contact[CONTACTS];	/* -m */
 static size_t ncontact;
 
-static const struct key_type *
-key_type(const char *name)
+/* -m, which can be there several times. */
+static void
+add_contact(const char *value)
+{
+	if (ncontact == CONTACTS)
+		die(FAULT, "more than % contacts", num(CONTACTS));
+	if (*value && !strchr(value, ':'))
+		usage("-m needs a URL such as mailto:you@example.com, not %",
+		    str(value));
+	contact[ncontact++] = value;
+}
+
+/* -H, which can be there several times too. */
+static void
+add_resolve(const char *value)
+{
+	add_resolved(str(value));
+}
+
+static Str
+key_type_names(void)
 {
 	struct list all = list_begin();
 
 	for (size_t i = 0; i < COUNT(key_types); i++)
+		list_add(&all, " ", str(key_types[i].name));
+	return list_text(&all);
+}
+
+static const struct key_type *
+key_type(const char *name)
+{
+	for (size_t i = 0; i < COUNT(key_types); i++)
 		if (!name || strcmp(name, key_types[i].name) == 0)
 			return &key_types[i];
-	for (size_t i = 0; i < COUNT(key_types); i++)
-		list_add(&all, " ", str(key_types[i].name));
-	usage("no such key type: %; there are %", str(name), list_text(&all));
+	usage("no such key type: %; there are %", str(name),
+	    key_type_names());
 	return NULL;
 }
 
@@ -10998,20 +11025,26 @@ do_order(char **arg)
 	print_record();
 }
 
+static Str
+challenge_type_names(void)
+{
+	struct list all = list_begin();
+
+	for (size_t i = 0; i < COUNT(challenge_types); i++)
+		list_add(&all, " ", str(challenge_types[i].type));
+	return list_text(&all);
+}
+
 /* -t of challenges and respond: a type that the program knows, or NULL. */
 static const char *
 type_option(void)
 {
-	struct list all = list_begin();
-
-	for (size_t i = 0; i < COUNT(challenge_types); i++) {
+	for (size_t i = 0; i < COUNT(challenge_types); i++)
 		if (opt['t'] && strcmp(opt['t'], challenge_types[i].type) == 0)
 			return opt['t'];
-		list_add(&all, " ", str(challenge_types[i].type));
-	}
 	if (opt['t'])
 		usage("no such challenge type: %; there are %", str(opt['t']),
-		    list_text(&all));
+		    challenge_type_names());
 	return NULL;
 }
 
@@ -11036,16 +11069,10 @@ do_challenges(char **arg)
 static const struct publisher *
 chosen_publisher(void)
 {
-	const struct publisher *how = NULL;
-
-	for (size_t i = 0; i < COUNT(publishers); i++) {
-		if (!opt[publishers[i].letter])
-			continue;
-		if (how)
-			usage("-w, -l and -x cannot be combined");
-		how = &publishers[i];
-	}
-	return how;
+	for (size_t i = 0; i < COUNT(publishers); i++)
+		if (opt[publishers[i].letter])
+			return &publishers[i];
+	return NULL;
 }
 
 /* The seconds of -s. */
@@ -11168,8 +11195,6 @@ static void
 check_finalize(char **arg)
 {
 	(void)arg;
-	if (!opt['K'] == !opt['r'])
-		usage("exactly one of -K KEY and -r CSR is required");
 	if (opt['K'])
 		wanted.key = read_csr_key(opt['K']);
 	else
@@ -11467,116 +11492,240 @@ do_version(char **arg)
 
 /* ---------------------------------------------------------- 55. Table -- */
 
-enum {			/* what a command needs before it is called */
-	RECORD = 1,	/* a record on standard input */
-	TELLS = 2,	/* a pipe for its own record */
-	NET = 4,	/* the CA */
-	KEY = 8,	/* the account's key */
-	RECORDED = 16,	/* the account's record, where there is one */
-	ACCOUNT = 48,	/* the account, found by its key if need be */
-	NOT_WITH_K = 64, /* with -K, neither of the two last */
-	CARRY = 128	/* the CA, for requests that others have made */
+/*
+ * An option of a command, or of many (shared).  All that is known of it is
+ * here: parsing, usage errors, synopses and help come from its row.
+ */
+struct option {
+	char letter;
+	bool required;		/* the command cannot do without it */
+	bool or;		/* it takes the place of the one before it */
+	short needs;		/* shared: for commands with one of these */
+	const char *arg;	/* the name of its value; NULL: it has none */
+	void (*add)(const char *value);	/* for each; NULL: the last counts */
+	const char *variable;	/* read if the option is not given */
+	Str (*choices)(void);	/* what the value can be */
+	const char *gist;	/* a gap is for the variable or the choices */
 };
 
-#define ORDER (RECORD | NET | KEY | ACCOUNT)
+enum {			/* what a command needs before it is called */
+	RECORD_IN = 1,	/* a record on standard input */
+	RECORD_OUT = 2,	/* to tell a pipe that no record comes, if it fails */
+	KEY_OUT = 4,	/* a new file of mode 0600 for its output */
+	NET = 8,	/* the CA */
+	CARRY = 16,	/* the CA, for requests that other steps have made */
+	KEY = 32,	/* the account's key */
+	ACCOUNT_RECORD = 64,	/* the account's record, if -a names one */
+	ACCOUNT_URL = 128,	/* of that record, or looked up by the key */
+	ONLY_NET_WITH_K = 256,	/* with -K, no more of these than NET */
+	SIGNED = NET | KEY | ACCOUNT_RECORD | ACCOUNT_URL,
+	ORDER = RECORD_IN | SIGNED
+};
+
+enum { ISSUE, DETAILS, RENEWAL, ACCOUNT, OTHER };
+
+static const char *const groups[] = {
+	[ISSUE] = "Get a certificate",
+	[DETAILS] = "Keys, orders and challenges in detail",
+	[RENEWAL] = "Renew and revoke",
+	[ACCOUNT] = "The account",
+	[OTHER] = "Other"
+};
+
+#define OPTIONS(...) \
+    .options = (const struct option[]){ __VA_ARGS__ }, \
+    .noptions = COUNT(((const struct option[]){ __VA_ARGS__ }))
+
+#define NEXT_LINE "\n                     "	/* of a gist */
 
 static const struct command {
-	const char *name;
-	void (*run)(char **arg);
-	const char *options;	/* its own; a colon after one with a value */
-	const char *required;	/* letters of those that it must have */
-	int min, max;		/* arguments */
-	int needs;
-	const char *args, *gist;
-} commands[] = {
-{ "key", do_key, "t:", "o", 0, 0, 0,
-    "[-t TYPE] -o FILE", "make a private key" },
-{ "csr", do_csr, "K:N:", "K", 1, INT_MAX, 0,
-    "-K KEY [-N NAME] NAME...", "make a certificate request" },
-{ "thumbprint", do_thumbprint, "", "", 0, 0, KEY,
-    "", "print the account key's thumbprint" },
-{ "due", do_due, "K:", "", 1, INT_MAX, 0,
-    "[-K KEY] CERT [NAME...]", "report whether it is time to renew" },
-{ "json", do_json, "", "", 1, 2, 0,
-    "PATH [FILE]", "print a value out of JSON" },
-{ "directory", do_directory, "", "", 0, 0, TELLS | NET,
-    "", "print what the CA offers" },
-{ "new-account", do_new_account, "ym:e:", "", 0, 0, TELLS | NET | KEY,
-    "[-y] [-m CONTACT]... [-e EABFILE]", "create an account, or find it" },
-{ "account", do_account, "m:D", "", 0, 0, TELLS | NET | KEY | RECORDED,
-    "[-m CONTACT]... [-D]", "show, update or deactivate the account" },
-{ "key-change", do_key_change, "K:", "K", 0, 0, TELLS | NET | KEY | RECORDED,
-    "-K NEWKEY", "give the account another key" },
-{ "new-authz", do_new_authz, "", "", 1, 1, TELLS | NET | KEY | ACCOUNT,
-    "NAME", "create an authorization without an order" },
-{ "new-order", do_new_order, "p:R:b:u:", "", 1, INT_MAX,
-    TELLS | NET | KEY | ACCOUNT,
-    "[-p PROFILE] [-R CERT] [-b NOTBEFORE] [-u NOTAFTER] NAME...",
-    "order a certificate" },
-{ "order", do_order, "W", "", 0, 0, TELLS | ORDER,
-    "[-W]", "fetch the order, and optionally wait" },
-{ "challenges", do_challenges, "t:", "", 0, 0, TELLS | ORDER,
-    "[-t TYPE]", "add the challenges to be answered" },
-{ "respond", do_respond, "t:w:l:x:s:n", "", 0, 0, TELLS | ORDER,
-    "[-t TYPE] [-w DIR | -l ADDR | -x HOOK] [-s SECONDS] [-n]",
-    "answer the challenges" },
-{ "finalize", do_finalize, "K:r:i:", "", 0, 0, ORDER,
-    "(-K KEY | -r CSR) [-i ISSUER]", "get the certificate" },
-{ "certificate", do_certificate, "i:", "", 0, 0, ORDER,
-    "[-i ISSUER]", "download the certificate again" },
-{ "renewal-info", do_renewal_info, "", "", 1, 1, NET | RECORDED,
-    "CERT", "ask the CA when to renew" },
-{ "revoke-cert", do_revoke_cert, "K:c:", "", 1, 1,
-    NET | KEY | ACCOUNT | NOT_WITH_K,
-    "[-K CERTKEY] [-c REASON] CERT", "revoke a certificate" },
-{ "deactivate-authz", do_deactivate_authz, "", "", 0, 0, TELLS | ORDER,
-    "", "deactivate the authorizations" },
-{ "get", do_get, "", "", 1, 1, NET | KEY | ACCOUNT,
-    "URL", "read a resource of the CA" },
-{ "post", do_post, "", "", 1, 1, NET | KEY | ACCOUNT,
-    "URL", "send JSON to a resource of the CA" },
-{ "send", do_send, "", "", 1, 1, CARRY,
-    "BOX", "carry the requests of an air-gapped step" },
-{ "help", do_help, "", "", 0, 1, 0,
-    "[COMMAND]", "print usage" },
-{ "version", do_version, "", "", 0, 0, 0,
-    "", "print the version" },
-};
-
-/* What a command looks at before a record is awaited or a request sent. */
-static const struct {
-	void (*run)(char **arg);
+	const char *name, *args, *gist;
+	const struct option *options;	/* its own */
+	size_t noptions;
+	int group, needs;
+	int min, max;			/* arguments */
+	/* What must be right before a record is awaited or a request sent. */
 	void (*check)(char **arg);
-} checks[] = {
-	{ do_new_account, check_new_account },
-	{ do_key_change, check_key_change },
-	{ do_new_authz, take_names },
-	{ do_new_order, check_new_order },
-	{ do_respond, check_respond },
-	{ do_finalize, check_finalize },
-	{ do_renewal_info, check_renewal_info },
-	{ do_revoke_cert, check_revoke_cert },
-	{ do_get, check_url },
-	{ do_post, check_url },
+	void (*run)(char **arg);
+} commands[] = {
+{ .name = "key", .group = ISSUE, .needs = KEY_OUT,
+	.gist = "make a private key", .run = do_key,
+	OPTIONS(
+	{ .letter = 't', .arg = "TYPE", .choices = key_type_names,
+	    .gist = "type (ec256): %" },
+	{ .letter = 'o', .arg = "FILE", .required = true,
+	    .gist = "the new file for the key" }) },
+{ .name = "csr", .group = DETAILS,
+	.args = "NAME...", .min = 1, .max = INT_MAX,
+	.gist = "make a certificate request", .run = do_csr,
+	OPTIONS(
+	{ .letter = 'K', .arg = "KEY", .required = true,
+	    .gist = "the certificate's private key" },
+	{ .letter = 'N', .arg = "NAME",
+	    .gist = "the common name of its subject (none)" }) },
+{ .name = "thumbprint", .group = DETAILS, .needs = KEY,
+	.gist = "print the account key's thumbprint", .run = do_thumbprint },
+{ .name = "due", .group = RENEWAL,
+	.args = "CERT [NAME...]", .min = 1, .max = INT_MAX,
+	.gist = "check whether it is time to renew", .run = do_due,
+	OPTIONS(
+	{ .letter = 'K', .arg = "KEY",
+	    .gist = "also due if the certificate is not for this key" }) },
+{ .name = "json", .group = OTHER,
+	.args = "PATH [FILE]", .min = 1, .max = 2,
+	.gist = "print a value from JSON", .run = do_json },
+{ .name = "directory", .group = OTHER, .needs = RECORD_OUT | NET,
+	.gist = "print what the CA offers", .run = do_directory },
+{ .name = "new-account", .group = ISSUE, .needs = RECORD_OUT | NET | KEY,
+	.gist = "create an account, or find it",
+	.check = check_new_account, .run = do_new_account,
+	OPTIONS(
+	{ .letter = 'y', .gist = "agree to the CA's terms of service" },
+	{ .letter = 'm', .arg = "CONTACT", .add = add_contact,
+	    .gist = "a contact, such as mailto:you@example.com" },
+	{ .letter = 'e', .arg = "EABFILE",
+	    .variable = "ACME_EAB_KID, ACME_EAB_HMAC_KEY",
+	    .gist = "KID and HMAC key (or %)" }) },
+{ .name = "account", .group = ACCOUNT,
+	.needs = RECORD_OUT | NET | KEY | ACCOUNT_RECORD,
+	.gist = "show, update or deactivate the account", .run = do_account,
+	OPTIONS(
+	{ .letter = 'm', .arg = "CONTACT", .add = add_contact,
+	    .gist = "a contact, to replace all present ones; '' for none" },
+	{ .letter = 'D', .gist = "deactivate it; this cannot be undone" }) },
+{ .name = "key-change", .group = ACCOUNT,
+	.needs = RECORD_OUT | NET | KEY | ACCOUNT_RECORD,
+	.gist = "give the account another key",
+	.check = check_key_change, .run = do_key_change,
+	OPTIONS(
+	{ .letter = 'K', .arg = "NEWKEY", .required = true,
+	    .gist = "the new account key, made with acme-step key" }) },
+{ .name = "new-authz", .group = DETAILS, .needs = RECORD_OUT | SIGNED,
+	.args = "NAME", .min = 1, .max = 1,
+	.gist = "create an authorization without an order",
+	.check = take_names, .run = do_new_authz },
+{ .name = "new-order", .group = ISSUE, .needs = RECORD_OUT | SIGNED,
+	.args = "NAME...", .min = 1, .max = INT_MAX,
+	.gist = "order a certificate",
+	.check = check_new_order, .run = do_new_order,
+	OPTIONS(
+	{ .letter = 'p', .arg = "PROFILE",
+	    .gist = "profile, as directory prints it (the CA's choice)" },
+	{ .letter = 'R', .arg = "CERT",
+	    .gist = "the certificate that this one replaces (none)" },
+	{ .letter = 'b', .arg = "NOTBEFORE",
+	    .gist = "start, such as 2026-11-24T12:00:00Z (the CA's choice)" },
+	{ .letter = 'u', .arg = "NOTAFTER",
+	    .gist = "end, in the same form (the CA's choice)" }) },
+{ .name = "order", .group = DETAILS, .needs = RECORD_OUT | ORDER,
+	.gist = "fetch the order, and optionally wait", .run = do_order,
+	OPTIONS(
+	{ .letter = 'W',
+	    .gist = "wait until it is no longer pending or processing" }) },
+{ .name = "challenges", .group = DETAILS, .needs = RECORD_OUT | ORDER,
+	.gist = "add the challenges that are to be answered",
+	.run = do_challenges,
+	OPTIONS(
+	{ .letter = 't', .arg = "TYPE", .choices = challenge_type_names,
+	    .gist = "type (all of these)" NEXT_LINE "%" }) },
+{ .name = "respond", .group = ISSUE, .needs = RECORD_OUT | ORDER,
+	.gist = "answer the challenges",
+	.check = check_respond, .run = do_respond,
+	OPTIONS(
+	{ .letter = 't', .arg = "TYPE", .choices = challenge_type_names,
+	    .gist = "challenge type, if a name has several"
+	    NEXT_LINE "%" },
+	{ .letter = 'w', .arg = "DIR",
+	    .gist = "publish http-01 as files, which a web server serves" },
+	{ .letter = 'l', .arg = "ADDR", .or = true,
+	    .gist = "answer on [HOST:]PORT: HTTP 80, TLS-ALPN 443, DNS 53" },
+	{ .letter = 'x', .arg = "HOOK", .or = true,
+	    .choices = hook_style_names,
+	    .gist = "publish with [STYLE:]PROGRAM (style dehydrated)"
+	    NEXT_LINE "%" },
+	{ .letter = 's', .arg = "SECONDS",
+	    .gist = "wait after publishing (0)" },
+	{ .letter = 'n', .gist = "do not wait for the CA to validate" }) },
+{ .name = "finalize", .group = ISSUE, .needs = ORDER,
+	.gist = "get the certificate",
+	.check = check_finalize, .run = do_finalize,
+	OPTIONS(
+	{ .letter = 'K', .arg = "KEY", .required = true,
+	    .gist = "the certificate's private key" },
+	{ .letter = 'r', .arg = "CSR", .required = true, .or = true,
+	    .gist = "a certificate request, PEM or DER" },
+	{ .letter = 'i', .arg = "ISSUER",
+	    .gist = "topmost issuer of the chain (the CA's choice)" }) },
+{ .name = "certificate", .group = DETAILS, .needs = ORDER,
+	.gist = "download the certificate again", .run = do_certificate,
+	OPTIONS(
+	{ .letter = 'i', .arg = "ISSUER",
+	    .gist = "topmost issuer of the chain (the CA's choice)" }) },
+{ .name = "renewal-info", .group = RENEWAL, .needs = NET | ACCOUNT_RECORD,
+	.args = "CERT", .min = 1, .max = 1,
+	.gist = "ask the CA when to renew",
+	.check = check_renewal_info, .run = do_renewal_info },
+{ .name = "revoke-cert", .group = RENEWAL, .needs = SIGNED | ONLY_NET_WITH_K,
+	.args = "CERT", .min = 1, .max = 1,
+	.gist = "revoke a certificate",
+	.check = check_revoke_cert, .run = do_revoke_cert,
+	OPTIONS(
+	{ .letter = 'K', .arg = "CERTKEY",
+	    .gist = "sign with its private key (the account key)" },
+	{ .letter = 'c', .arg = "REASON",
+	    .gist = "such as keyCompromise, or a number (none)" }) },
+{ .name = "deactivate-authz", .group = DETAILS, .needs = RECORD_OUT | ORDER,
+	.gist = "deactivate the authorizations", .run = do_deactivate_authz },
+{ .name = "get", .group = OTHER, .needs = SIGNED,
+	.args = "URL", .min = 1, .max = 1,
+	.gist = "read a resource of the CA",
+	.check = check_url, .run = do_get },
+{ .name = "post", .group = OTHER, .needs = SIGNED,
+	.args = "URL", .min = 1, .max = 1,
+	.gist = "send JSON to a resource of the CA",
+	.check = check_url, .run = do_post },
+{ .name = "send", .group = OTHER, .needs = CARRY,
+	.args = "BOX", .min = 1, .max = 1,
+	.gist = "carry the requests of an air-gapped step", .run = do_send },
+{ .name = "help", .group = OTHER, .args = "[COMMAND]", .max = 1,
+	.gist = "print usage", .run = do_help },
+{ .name = "version", .group = OTHER,
+	.gist = "print the version", .run = do_version },
 };
 
-static const struct {
-	char letter;
-	const char *arg, *variable, *gist;
-} shared[] = {
-	{ 'd', "URL", "ACME_DIRECTORY", "the CA's directory" },
-	{ 'k', "FILE", "ACME_KEY", "the account key (account.pem)" },
-	{ 'a', "FILE", "ACME_ACCOUNT", "the account record" },
-	{ 'C', "FILE", "ACME_CA_FILE", "trust anchors (the system's)" },
-	{ 'o', "FILE", NULL, "output (standard output)" },
-	{ 'T', "SECONDS", "ACME_TIMEOUT", "the step's time limit (300)" },
-	{ 'H', "HOST:PORT:ADDR", "ACME_RESOLVE",
-	    "connect to ADDR for HOST:PORT" },
-	{ 'P', "COMMAND", "ACME_PROXY_COMMAND", "connect through a command" },
-	{ 'B', "DIR", "ACME_BOX", "write requests to files (air gap)" },
-	{ '4', NULL, NULL, "connect over IPv4 only" },
-	{ '6', NULL, NULL, "connect over IPv6 only" },
-	{ 'v', NULL, NULL, "one line for each request" },
+static const struct option shared[] = {
+	{ .letter = 'd', .arg = "URL", .needs = NET,
+	    .variable = "ACME_DIRECTORY",
+	    .gist = "the CA's directory (Let's Encrypt; variable %)" },
+	{ .letter = 'k', .arg = "FILE", .needs = KEY,
+	    .variable = "ACME_KEY",
+	    .gist = "the account key (account.pem; variable %)" },
+	{ .letter = 'a', .arg = "FILE", .needs = NET,
+	    .variable = "ACME_ACCOUNT",
+	    .gist = "the account's record (variable %)" },
+	{ .letter = 'C', .arg = "FILE", .needs = NET | CARRY,
+	    .variable = "ACME_CA_FILE",
+	    .gist = "trust anchors (the system's; variable %)" },
+	{ .letter = 'o', .arg = "FILE",
+	    .gist = "output (standard output)" },
+	{ .letter = 'T', .arg = "SECONDS",
+	    .variable = "ACME_TIMEOUT",
+	    .gist = "the step's time limit (300; variable %)" },
+	{ .letter = 'H', .arg = "HOST:PORT:ADDR", .needs = NET | CARRY,
+	    .add = add_resolve, .variable = "ACME_RESOLVE",
+	    .gist = "connect to ADDR for HOST:PORT (variable %)" },
+	{ .letter = 'P', .arg = "COMMAND", .needs = NET | CARRY,
+	    .variable = "ACME_PROXY_COMMAND",
+	    .gist = "connect through a command (variable %)" },
+	{ .letter = 'B', .arg = "DIR", .needs = NET,
+	    .variable = "ACME_BOX",
+	    .gist = "air gap: write requests to files (variable %)" },
+	{ .letter = '4', .needs = NET | CARRY,
+	    .gist = "connect over IPv4 only" },
+	{ .letter = '6', .or = true, .needs = NET | CARRY,
+	    .gist = "connect over IPv6 only" },
+	{ .letter = 'v', .needs = NET | CARRY,
+	    .gist = "print a line for each request" },
 };
 
 #define LETS_ENCRYPT "https://acme-v02.api.letsencrypt.org/directory"
@@ -11604,39 +11753,185 @@ usual_name(const char *s)
 	    strcmp(s, "--version") == 0 ? "version" : s;
 }
 
+/* An option of a command; NULL if it has none with that letter. */
+static const struct option *
+find_option(const struct command *c, int letter)
+{
+	for (size_t i = 0; i < c->noptions; i++)
+		if (c->options[i].letter == letter)
+			return &c->options[i];
+	for (size_t i = 0; i < COUNT(shared); i++)
+		if (shared[i].letter == letter)
+			return &shared[i];
+	return NULL;
+}
+
+/* How many rows, of n, are the option o and those that take its place? */
+static size_t
+alternatives(const struct option *o, size_t n)
+{
+	size_t i = 1;
+
+	while (i < n && o[i].or)
+		i++;
+	return i;
+}
+
+/* "-o FILE", or "-v" */
+static Str
+option_text(const struct option *o)
+{
+	return cat(S("-"), (Str){ (const unsigned char *)&o->letter, 1 },
+	    o->arg ? S(" ") : NONE, str(o->arg));
+}
+
+/* n of them; `last` stands before the last one. */
+static Str
+option_list(const struct option *o, size_t n, const char *separator,
+    const char *last)
+{
+	struct list all = text_begin();
+
+	for (size_t i = 0; i < n; i++)
+		list_add(&all, i + 1 < n ? separator : last,
+		    option_text(&o[i]));
+	return list_text(&all);
+}
+
+/* A command line, as "acme-step key [-t TYPE] -o FILE". */
 static Str
 synopsis(const struct command *c)
 {
-	return text("acme-step %%%\n", str(c->name), *c->args ? S(" ") : NONE,
-	    str(c->args));
+	struct list all = text_begin();
+
+	list_add(&all, "", text("acme-step %", str(c->name)));
+	for (size_t i = 0, n; i < c->noptions; i += n) {
+		const struct option *o = &c->options[i];
+		Str s;
+
+		n = alternatives(o, c->noptions - i);
+		s = option_list(o, n, " | ", " | ");
+		if (!o->required)
+			s = text("[%]", s);
+		else if (n > 1)
+			s = text("(%)", s);
+		list_add(&all, " ", o->add ? text("%...", s) : s);
+	}
+	if (c->args)
+		list_add(&all, " ", str(c->args));
+	return list_text(&all);
+}
+
+/* A line of two columns; NEXT_LINE continues the second one. */
+static Str
+help_line(Str left, Str right)
+{
+	left = cat(NONE, left, from(S("                  "), left.n));
+	return text("  % %\n", left, right);
+}
+
+static Str
+option_help(const struct option *o)
+{
+	return help_line(option_text(o), text(o->gist,
+	    o->choices ? o->choices() : str(o->variable)));
+}
+
+/*
+ * Does a command use an option?  It accepts all shared ones, and its own
+ * row for a letter goes before that of a shared one.
+ */
+static bool
+honours(const struct command *c, const struct option *o)
+{
+	return (!o->needs || c->needs & o->needs) &&
+	    find_option(c, o->letter) == o;
+}
+
+static void
+add_options(struct list *all, const struct command *c,
+    const struct option *o, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		if (honours(c, &o[i]))
+			list_add(all, "", option_help(&o[i]));
+}
+
+static Str
+command_help(const struct command *c)
+{
+	struct list all = text_begin();
+
+	list_add(&all, "", cat(NONE, synopsis(c), S("\n\n"), str(c->gist),
+	    S("\n"), c->needs & RECORD_IN ? S("reads the record of an "
+	    "earlier step from standard input\n") : NONE,
+	    c->noptions ? S("\noptions:\n") : NONE));
+	add_options(&all, c, c->options, c->noptions);
+	list_add(&all, "", S("\ncommon options:\n"));
+	add_options(&all, c, shared, COUNT(shared));
+	return list_text(&all);
+}
+
+#define USE "usage: acme-step COMMAND [OPTION...] [ARGUMENT...]\n"
+
+/* All that a first certificate takes, without a web server. */
+#define EXAMPLE \
+    "A certificate from Let's Encrypt (add -d URL for the directory of " \
+    "another CA);\nport 80 must be free:\n" \
+    "  acme-step key -o account.pem\n" \
+    "  acme-step key -o example.pem\n" \
+    "  acme-step new-account -y -m mailto:ops@example.com -o account\n" \
+    "  acme-step new-order -a account example.com |\n" \
+    "  acme-step respond -t http-01 -l 80 |\n" \
+    "  acme-step finalize -K example.pem -o fullchain.pem\n"
+
+/* Those of the enum in short; the README says what a script does next. */
+#define STATUSES \
+    "Exit status: 0 done, 1 no, 64 wrong usage, 65 bad input, 66 input\n" \
+    "file missing, 69 CA not reachable, 70 limit or fault of acme-step,\n" \
+    "73 cannot create or publish, 74 input/output error, 75 try later,\n" \
+    "76 bad response from the CA, 77 refused by the CA, 78 CA not trusted\n"
+
+static Str
+overview(void)
+{
+	struct list all = text_begin();
+
+	list_add(&all, "", S(USE
+	    "\"acme-step help COMMAND\" explains it and its options\n\n"));
+	for (int group = 0; group < (int)COUNT(groups); group++) {
+		list_add(&all, "", text("%:\n", str(groups[group])));
+		for (size_t i = 0; i < COUNT(commands); i++)
+			if (commands[i].group == group)
+				list_add(&all, "", help_line(
+				    str(commands[i].name),
+				    str(commands[i].gist)));
+	}
+	list_add(&all, "", S("\n" STATUSES "\n" EXAMPLE));
+	return list_text(&all);
 }
 
 /* help [COMMAND] */
 static void
 do_help(char **arg)
 {
-	Str s = NONE;
+	step = NONE;		/* who mistypes a name needs the list of all */
+	print(arg[0] ? command_help(find_command(arg[0])) : overview());
+}
 
-	if (arg[0]) {
-		const struct command *c = find_command(arg[0]);
+/* A short usage, with the commands that most users need. */
+static void
+no_command(void)
+{
+	struct list all = text_begin();
 
-		s = text("%\t%\n\n", synopsis(c), str(c->gist));
-	} else
-		for (size_t i = 0; i < COUNT(commands); i++)
-			s = cat(NONE, s, synopsis(&commands[i]));
-	s = text("%%options of every command:\n", s, arg[0] ? NONE : S("\n"));
-	for (size_t i = 0; i < COUNT(shared); i++) {
-		Str name = text("  -% %",
-		    (Str){ (const unsigned char *)&shared[i].letter, 1 },
-		    str(shared[i].arg));
-
-		s = text("%%%%%%\n", s, name,
-		    from(S("                     "), name.n),
-		    str(shared[i].gist),
-		    shared[i].variable ? S(", or ") : NONE,
-		    str(shared[i].variable));
-	}
-	print(s);
+	for (size_t i = 0; i < COUNT(commands); i++)
+		if (commands[i].group == ISSUE)
+			list_add(&all, ", ", str(commands[i].name));
+	finish(USAGE);		/* for its time limit: this write can block */
+	write_all(2, text(USE "commands for a certificate: %\n",
+	    list_text(&all)));
+	usage("no command given");
 }
 
 /* ----------------------------------------------------------- 56. Main -- */
@@ -11693,48 +11988,17 @@ option(int letter)
 	return value.n ? c_str(value) : NULL;
 }
 
-/* -m, which may be there several times. */
-static void
-add_contact(const char *value)
-{
-	if (ncontact == CONTACTS)
-		die(FAULT, "more than % contacts", num(CONTACTS));
-	if (*value && !strchr(value, ':'))
-		usage("-m needs a URL such as mailto:you@example.com, not "
-		    "%",
-		    str(value));
-	contact[ncontact++] = value;
-}
-
-/* Does a command know the letter?  *value: whether it wants a value. */
-static bool
-is_option(const struct command *c, int letter, bool *value)
-{
-	const char *at = letter == ':' ? NULL : strchr(c->options, letter);
-
-	if (at)
-		*value = at[1] == ':';
-	for (size_t i = 0; !at && i < COUNT(shared); i++)
-		if (shared[i].letter == letter) {
-			*value = shared[i].arg != NULL;
-			return true;
-		}
-	return at != NULL;
-}
-
 /* -h and --help print a command's help; another option is an error. */
 static void
-other_option(const struct command *c, const char *arg,
-    const unsigned char *letter)
+other_option(const struct command *c, const char *arg, Str letter)
 {
-	if (*letter == 'h' || strcmp(arg, "--help") == 0) {
-		do_help((char *[]){ c->run == do_help ? NULL :
-		    (char *)c->name, NULL });
+	if (is(letter, "h") || strcmp(arg, "--help") == 0) {
+		print(command_help(c));
 		leave(DONE);
 	}
 	if (arg[1] == '-')
 		usage("no such option: %; options have one letter", str(arg));
-	usage("no such option: -%", (Str){ letter, 1 });
+	usage("no such option: -%", letter);
 }
 
 /*
@@ -11748,25 +12012,48 @@ read_options(const struct command *c, char **arg)
 		if (strcmp(*arg, "--") == 0)
 			return arg + 1;
 		for (const char *s = *arg + 1; *s; s++) {
-			unsigned char letter = (unsigned char)*s;
-			bool value = false;
+			Str letter = { (const unsigned char *)s, 1 };
+			const struct option *o = find_option(c, *s);
 
-			if (letter > 127 || !is_option(c, letter, &value))
-				other_option(c, *arg, &letter);
-			opt[letter] = value && s[1] ? s + 1 : "";
-			if (!value)
+			if (!o)
+				other_option(c, *arg, letter);
+			opt[(int)*s] = "";
+			if (!o->arg)
 				continue;
-			if (!s[1] && !(opt[letter] = *++arg))
-				usage("option -% needs a value",
-				    (Str){ &letter, 1 });
-			if (letter == 'm')
-				add_contact(opt[letter]);
-			if (letter == 'H')
-				add_resolved(str(opt[letter]));
+			opt[(int)*s] = s[1] ? s + 1 : *++arg;
+			if (!*arg)
+				usage("option -% needs a value", letter);
+			if (o->add)
+				o->add(opt[(int)o->letter]);
 			break;
 		}
 	}
 	return arg;
+}
+
+/* Were too few of n options that exclude each other given, or too many? */
+static void
+check_given(const struct option *o, size_t n)
+{
+	const char *fault = "% cannot be combined";
+	size_t given = 0;
+
+	for (size_t i = 0; i < n; i++)
+		given += opt[(int)o[i].letter] != NULL;
+	if (o->required)
+		fault = n > 1 ? "exactly one of % is required" :
+		    "option % is required";
+	if (given > 1 || (o->required && !given))
+		usage(fault, option_list(o, n, ", ", " and "));
+}
+
+static void
+check_all_given(const struct option *o, size_t count)
+{
+	for (size_t i = 0, n; i < count; i += n) {
+		n = alternatives(&o[i], count - i);
+		check_given(&o[i], n);
+	}
 }
 
 /* All that its row says a command must have. */
@@ -11775,10 +12062,8 @@ check_usage(const struct command *c, char **arg)
 {
 	int n = 0;
 
-	for (const char *s = c->required; *s; s++)
-		if (!opt[(int)*s])
-			usage("option -% is required",
-			    (Str){ (const unsigned char *)s, 1 });
+	check_all_given(c->options, c->noptions);
+	check_all_given(shared, COUNT(shared));
 	while (arg[n])
 		n++;
 	if (n < c->min)
@@ -11844,8 +12129,6 @@ check_options(void)
 	activity.limit = (unsigned)n;
 	verbose = opt['v'];
 	family = opt['4'] ? AF_INET : opt['6'] ? AF_INET6 : AF_UNSPEC;
-	if (opt['4'] && opt['6'])
-		usage("-4 and -6 cannot be used together");
 	if (url && !is_url(str(url)))
 		usage("not an https URL: %", str(url));
 	account_file = option('k') ? option('k') : "account.pem";
@@ -11864,11 +12147,11 @@ open_output(const struct command *c, bool late)
 	bool special = !is_std(file) && stat(file, &st) == 0 &&
 	    !S_ISREG(st.st_mode);
 
-	if (c->run == do_key && is_std(file))
+	if (c->needs & KEY_OUT && is_std(file))
 		usage("keys are not written to standard output; use "
 		    "-o FILE");
 	if (!is_std(file) && special == late)
-		out_open(file, c->run == do_key);
+		out_open(file, c->needs & KEY_OUT);
 }
 
 /*
@@ -11881,9 +12164,8 @@ look_here(const struct command *c, int needs, char **arg)
 {
 	if (needs & KEY)
 		signer();
-	for (size_t i = 0; i < COUNT(checks); i++)
-		if (checks[i].run == c->run)
-			checks[i].check(arg);
+	if (c->check)
+		c->check(arg);
 	boxed = needs & NET && option('B');
 	if (!boxed && needs & (NET | CARRY))
 		find_anchors(option('C'));
@@ -11895,21 +12177,21 @@ static void
 read_records(int needs)
 {
 	const char *file = account_record;
-	bool first = needs & RECORDED && file && !is_std(file);
+	bool first = needs & ACCOUNT_RECORD && file && !is_std(file);
 	Str account = NONE;
 
-	if (needs & RECORDED && file && is_missing(file))
+	if (needs & ACCOUNT_RECORD && file && is_missing(file))
 		remedy = text("; make one with acme-step new-account -o %",
 		    file_name(file));
 	if (first)
 		account = read_file(file);
 	remedy = NONE;
 	alarm(0);
-	if (needs & RECORD && isatty(0))
+	if (needs & RECORD_IN && isatty(0))
 		warn("reading a record from the terminal");
-	if (needs & RECORD)
+	if (needs & RECORD_IN)
 		record_read(read_file(NULL), NULL, false);
-	if (needs & RECORDED && file)
+	if (needs & ACCOUNT_RECORD && file)
 		record_read(first ? account : read_file(file), file, true);
 	else if (needs & NET && file)
 		read_origins(file);
@@ -11919,7 +12201,8 @@ read_records(int needs)
 static void
 prepare(const struct command *c, char **arg)
 {
-	int needs = c->needs & NOT_WITH_K && opt['K'] ? NET : c->needs;
+	int needs = c->needs & ONLY_NET_WITH_K && opt['K'] ? NET :
+	    c->needs;
 
 	check_options();
 	start_clock();
@@ -11935,7 +12218,7 @@ prepare(const struct command *c, char **arg)
 	if (!boxed)
 		check_proxy(order.directory);
 	acme_start();
-	if ((needs & ACCOUNT) == ACCOUNT)
+	if (needs & ACCOUNT_URL)
 		need_account();
 }
 
@@ -11966,10 +12249,10 @@ run(int argc, char **argv)
 	char **arg;
 
 	if (argc < 2)
-		usage("no command given");
+		no_command();
 	c = find_command(usual_name(argv[1]));
 	step = str(c->name);
-	on_record_pipe = c->needs & TELLS;
+	on_record_pipe = c->needs & RECORD_OUT;
 	arg = read_options(c, argv + 2);
 	check_usage(c, arg);
 	prepare(c, arg);

@@ -1064,7 +1064,11 @@ done
 dies 64 '-v comes before the command; options go after' '"$acme" -v directory'
 dies 64 'no such option: --staging (' '"$acme" --staging directory'
 dies 64 'no such option: --foo; options have one letter' '"$acme" key --foo'
-dies 64 'no command given' '"$acme"'
+dies 64 'key: option -o FILE is required (see acme-step help key)' \
+    '"$acme" key -t ec384'
+dies 64 'csr: option -K KEY is required' '"$acme" csr -N none a.example'
+dies 64 'key: option -o needs a value' '"$acme" key -o'
+dies 64 ': -4 and -6 cannot be combined' '"$acme" directory -4 -6'
 check 'a refused command line makes no file' '[ ! -e none.pem ]'
 
 # stuck FD COMMAND...: run it where this descriptor is a full pipe.
@@ -1092,6 +1096,79 @@ check 'nor does a next step that does not read hold it up' '
 	echo "failed 75 new-order some words" >piped
 	stuck 1 timeout -s KILL 20 "$acme" order -k stuck.key <piped; got=$?
 	echo "$got"; [ "$got" = 75 ]'
+
+group 'offline: help'
+
+# commands: the names of all, as help lists them.
+commands() {
+	"$acme" help | sed -n 's/^  \([a-z-]*\)   *.*/\1/p' | sort
+}
+
+# synopses: the command lines of all.
+synopses() {
+	commands | while read -r command; do
+		"$acme" help "$command" | sed 1q
+	done | sort
+}
+commands >all-commands
+check 'help lists all commands' '
+    sed -n "s/^{ \.name = \"\([^\"]*\)\".*/\1/p" "$src/acme.c" | sort >a &&
+    [ -s a ] && diff a all-commands'
+check '-h and --help do the same' '
+    "$acme" help >a && grep -c . a && "$acme" -h | diff a - &&
+    "$acme" --help | diff a -'
+check 'help fits on two screens' '
+    "$acme" help | awk "END { print NR; exit NR > 48 }"'
+check 'its exit statuses are those of the code' '
+    sed -n "/^enum/,/^}/s/^[ \t]*[A-Z_]* *= \(0\|1\|[67][0-9]\),.*/\1/p" \
+	"$src/acme.c" | sort -u >a && [ "$(grep -c . a)" -gt 10 ] &&
+    "$acme" help | sed -n "/^Exit status:/,/^$/p" |
+    grep -o "[0-9][0-9]*" | sort | diff a -'
+check 'without arguments: a short usage, and what a certificate takes' '
+    "$acme" >out 2>err; got=$?
+    cat out err; [ "$got" = 64 ] && [ ! -s out ] &&
+    [ "$(grep -c . err)" = 3 ] && grep "^usage: acme-step COMMAND" err &&
+    grep "no command given (see acme-step help)" err &&
+    grep "key, new-account, new-order, respond, finalize" err'
+check 'with standard error full too' '
+    stuck 2 timeout -s KILL 20 "$acme"; got=$?
+    echo "$got"; [ "$got" = 64 ]'
+
+# Each option that its help lists is one that it accepts.
+accepted() {
+	grep -o '^  -[^ ].\{15\}' help >listed
+	while read -r option value; do
+		"$acme" "$1" "$option" ${value:+a:1:127.0.0.1} -h >out &&
+		diff help out || return
+	done <listed
+}
+while read -r command; do
+	check "help $command, $command -h and $command --help" '
+	    "$acme" help $command >help 2>err && [ ! -s err ] &&
+	    [ "$(grep -c . help)" -gt 3 ] &&
+	    sed 1q help | grep -e "^acme-step $command\( \|\$\)" &&
+	    "$acme" $command -h | diff help - &&
+	    "$acme" $command --help | diff help - &&
+	    not grep ".\{81\}" help && not grep "%" help &&
+	    accepted $command'
+	check "the options of $command are those of its synopsis" '
+	    sed 1q help | grep -o "[ ([]-[A-Za-z0-9]\( [A-Z]*\)\?" |
+	    sed "s/^.//;s/ $//" | sort >a
+	    sed -n "/^options:/,/^$/s/^  \(-. *[A-Z]*\) .*/\1/p" help |
+	    sed "s/ *$//" | sort | diff a -'
+done <all-commands
+for command in key csr thumbprint due json help version; do
+	check "$command has no network: its help has no option for one" '
+	    "$acme" help $command | not grep "^  -[daCHPB46v] "'
+done
+check 'send has no account, nor a directory' '
+    "$acme" help send >help && grep "^  -C" help && not grep "^  -[dkaB]" help'
+dies 64 '^acme-step: no such command: orders (see acme-step help)$' \
+    '"$acme" help orders'
+check 'what the value of an option can be' '
+    "$acme" help key | grep "ec256 ec384 rsa2048 rsa3072 rsa4096" &&
+    "$acme" help respond | grep "http-01 dns-01 tls-alpn-01" &&
+    "$acme" help respond | grep "dehydrated uacme lego certbot"'
 
 group 'offline: JSON'
 
@@ -4466,8 +4543,10 @@ check '-l: no process that looks a name up outlives the step' '
 dies 73 'cannot listen on nxdomain-nxdomain.names.test:8080: Name' \
     'listens_at nxdomain-nxdomain'
 
-dies 64 'cannot be combined' 'step respond -l 1 -w webroot <http.rec'
-dies 64 'cannot be combined' 'step respond -l 1 -x true <http.rec'
+dies 64 ': -w DIR, -l ADDR and -x HOOK cannot be combined' \
+    'step respond -l 1 -w webroot <http.rec'
+dies 64 ': -w DIR, -l ADDR and -x HOOK cannot be combined' \
+    'step respond -l 1 -x true <http.rec'
 dies 64 'style: acmesh; there are dehydrated uacme lego certbot' \
     'step respond -x acmesh:x <http.rec'
 printf '#!/bin/sh\n' >not-run
@@ -6755,7 +6834,8 @@ early() {
 	dies "$wanted_status" "$wanted_words" "timeout 9 \"\$acme\" \
 	    $command -C root.pem -k account.key $* <&9"
 }
-early 64 'exactly one of -K' finalize
+early 64 'exactly one of -K KEY and -r CSR is required' finalize
+early 64 'exactly one of -K KEY and -r CSR' finalize -K leaf.key -r none.csr
 early 66 none.key finalize -K none.key
 (umask 077; cp root.pem no.key)
 early 65 no.key finalize -K no.key
@@ -7707,6 +7787,12 @@ check 'tls-alpn-01, names and addresses' '
     acme-step respond -l "$tls" |
     acme-step finalize -K one.key.pem -o l.pem &&
     [ "$(names_in l.pem | grep -c .)" = $((22 ${v6:++ 1})) ]'
+check 'the example with which help ends, on another port' '
+    mkdir example && cd example && unset ACME_KEY ACME_ACCOUNT &&
+    acme-step help | sed -n "/^  acme-step key -o account/,\$s/^  //p" |
+    sed "s/-l 80 /-l $web /" >script && cat script && cp ../root.pem . &&
+    [ "$(grep -c . script)" = 6 ] && sh -e script &&
+    issued example.pem fullchain.pem DNS:example.com'
 check 'nobody listens any more' '
     ! listening "$web" && ! listening "$tls"'
 check 'nor when the CA refuses, whose message says why' '
@@ -8639,20 +8725,31 @@ section() {
 	awk -v title="$1" '/^[^ \t]/ { inside = $0 == title; next }
 	    inside && NF { sub(/^[ \t]+/, ""); print }' "$src/README"
 }
-check 'the synopsis is what help prints' '
-    acme-step help | sed -n "s/^[ \t]*\(acme-step .*\)/\1/p" >a && [ -s a ] &&
-    section SYNOPSIS | diff a -'
+check 'the synopses are what help prints' '
+    synopses >a && [ -s a ] && section SYNOPSIS | sort | diff a -'
 check 'the exit statuses are those of the code' '
     sed -n "/^enum/,/^}/s/^[ \t]*[A-Z_]* *= \([67][0-9]\),.*/\1/p" \
 	"$src/acme.c" | sort -u >a && [ -s a ] &&
     section "EXIT STATUS" | sed -n "s/^\([67][0-9]\)[ \t].*/\1/p" |
     sort -u | diff a -'
+check 'the common options and their variables are those of OPTIONS' '
+    acme-step help new-order | sed -n "/^common options:/,\$p" >help &&
+    sed -n "s/^  \(-.\) .*/\1/p" help | sort >a && [ -s a ] &&
+    section OPTIONS | sed -n "s/^\(-[A-Za-z0-9]\)  .*/\1/p" | sort -u |
+    diff a - && grep -o "ACME_[A-Z_]*" help | sort >a && [ -s a ] &&
+    section OPTIONS | grep -o "ACME_[A-Z_]*" | sort -u | diff a -'
+# headings: the first words of the paragraphs that have a heading.
+headings() {
+	awk '/^[^ \t]/ { inside = $0 == "COMMANDS" }
+	    inside && blank && /^    [a-z]/ { print $1 }
+	    { blank = !NF }' "$src/README" | sort
+}
 check 'each command has its paragraph in the README' '
-    acme-step help | awk "\$1 == \"acme-step\" { print \$2 }" >a &&
-    [ -s a ] && while read -r command; do
-	section COMMANDS | grep -e "^$command\$" -e "^$command " >/dev/null ||
-	    { echo "no $command"; exit 1; }
-    done <a'
+    commands >a && [ -s a ] && headings | diff a - &&
+    section COMMANDS | tr -s " \t\n" " " >words &&
+    synopses | sed "s/^acme-step //" | while read -r words; do
+	grep -qF " $words " words || { echo "no $words"; exit 1; }
+    done'
 check 'make install and uninstall' '
     cd "$src" && unset MAKEFLAGS &&
     make PREFIX=/usr DESTDIR="$tmp/inst" install &&
