@@ -68,6 +68,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -6378,7 +6379,7 @@ add_identifier(struct identifiers *all, const struct identifier *id)
 /* The states of an order (RFC 8555 7.1.6), each a bit of a set. */
 enum { PENDING = 1, READY = 2, PROCESSING = 4, VALID = 8, INVALID = 16 };
 
-static const char *const statuses[] = {		/* in the same order */
+static const char statuses[][11] = {		/* in the same order */
 	"pending", "ready", "processing", "valid", "invalid"
 };
 
@@ -6541,17 +6542,18 @@ static struct order {
 #define each(p, list) \
     (p = order.list; p < order.list + order.n##list; p++)
 
-#define FIELD(field)  &order.field, sizeof order.field, 1, NULL
-#define MANY(field)  order.field, sizeof order.field[0], \
-    COUNT(order.field), &order.n##field
+#define AT(field)    offsetof(struct order, field)
+#define FIELD(field) AT(field), sizeof order.field, 1, 0
+#define MANY(field)  AT(field), sizeof order.field[0], \
+    COUNT(order.field), AT(n##field)
 
 /* The lines that a record can have, in their order. */
 static const struct keyword {
-	const char *word;
+	char word[16];
 	bool (*ok)(Str);	/* can this be its value? */
-	void *to;		/* where it goes: the first place, ... */
-	size_t size, places;	/* ... the size and the number of places, */
-	size_t *n;		/* ... and how many there are, if several */
+	unsigned to, size;	/* in struct order: its first place */
+	unsigned places;
+	unsigned n;		/* where they are counted; 0: one place */
 	void (*read)(Str, void *);	/* NULL for a Str */
 	Str (*write)(const void *);	/* NULL for what begins with its Str */
 	bool of_account;	/* it is read from an account's record (-a) */
@@ -6587,13 +6589,20 @@ keyword(Str word)
 	return NULL;
 }
 
+/* How many values a keyword that can have several has. */
+static size_t *
+count_of(const struct keyword *k)
+{
+	return (size_t *)(void *)((char *)&order + k->n);
+}
+
 /* The i-th value of a keyword, NONE if that is not set. */
 static Str
 value_of(const struct keyword *k, size_t i)
 {
-	const void *from = (const char *)k->to + i * k->size;
+	const void *from = (const char *)&order + k->to + i * k->size;
 
-	if (k->n && i >= *k->n)
+	if (k->n && i >= *count_of(k))
 		return NONE;
 	return k->write ? k->write(from) : *(const Str *)from;
 }
@@ -6602,8 +6611,8 @@ value_of(const struct keyword *k, size_t i)
 static void
 set_value(const struct keyword *k, Str value)
 {
-	size_t at = k->n ? *k->n : 0;
-	void *to = (char *)k->to + at * k->size;
+	size_t at = k->n ? *count_of(k) : 0;
+	void *to = (char *)&order + k->to + at * k->size;
 
 	if (at == k->places)
 		die(FAULT, "more than % '%' lines", num(k->places),
@@ -6613,7 +6622,7 @@ set_value(const struct keyword *k, Str value)
 	else
 		*(Str *)to = value;
 	if (k->n)
-		++*k->n;
+		++*count_of(k);
 }
 
 /* Add a line with a keyword that we do not know. */
@@ -6734,7 +6743,7 @@ pass_failure(Str value)
 static bool
 has_value(const struct keyword *k, Str value)
 {
-	for (size_t i = 0; i < (k->n ? *k->n : 1); i++)
+	for (size_t i = 0; i < (k->n ? *count_of(k) : 1); i++)
 		if (same(value_of(k, i), value))
 			return true;
 	return false;
@@ -11261,7 +11270,7 @@ do_certificate(char **arg)
 }
 
 /* RFC 5280 5.3.1 */
-static const char *const reasons[] = {
+static const char reasons[][21] = {
 	"unspecified", "keyCompromise", "cACompromise", "affiliationChanged",
 	"superseded", "cessationOfOperation", "certificateHold", "-",
 	"removeFromCRL", "privilegeWithdrawn", "aACompromise"
@@ -11501,11 +11510,11 @@ struct option {
 	bool required;		/* the command cannot do without it */
 	bool or;		/* it takes the place of the one before it */
 	short needs;		/* shared: for commands with one of these */
-	const char *arg;	/* the name of its value; NULL: it has none */
+	char arg[16];		/* the name of its value; "": it has none */
 	void (*add)(const char *value);	/* for each; NULL: the last counts */
 	const char *variable;	/* read if the option is not given */
 	Str (*choices)(void);	/* what the value can be */
-	const char *gist;	/* a gap is for the variable or the choices */
+	char gist[56];		/* a gap is for the variable */
 };
 
 enum {			/* what a command needs before it is called */
@@ -11536,10 +11545,9 @@ static const char *const groups[] = {
     .options = (const struct option[]){ __VA_ARGS__ }, \
     .noptions = COUNT(((const struct option[]){ __VA_ARGS__ }))
 
-#define NEXT_LINE "\n                     "	/* of a gist */
-
 static const struct command {
-	const char *name, *args, *gist;
+	char name[18], gist[48];
+	const char *args;		/* after the options; NULL: none */
 	const struct option *options;	/* its own */
 	size_t noptions;
 	int group, needs;
@@ -11552,7 +11560,7 @@ static const struct command {
 	.gist = "make a private key", .run = do_key,
 	OPTIONS(
 	{ .letter = 't', .arg = "TYPE", .choices = key_type_names,
-	    .gist = "type (ec256): %" },
+	    .gist = "type (ec256)" },
 	{ .letter = 'o', .arg = "FILE", .required = true,
 	    .gist = "the new file for the key" }) },
 { .name = "csr", .group = DETAILS,
@@ -11627,22 +11635,20 @@ static const struct command {
 	.run = do_challenges,
 	OPTIONS(
 	{ .letter = 't', .arg = "TYPE", .choices = challenge_type_names,
-	    .gist = "type (all of these)" NEXT_LINE "%" }) },
+	    .gist = "type (all of these)" }) },
 { .name = "respond", .group = ISSUE, .needs = RECORD_OUT | ORDER,
 	.gist = "answer the challenges",
 	.check = check_respond, .run = do_respond,
 	OPTIONS(
 	{ .letter = 't', .arg = "TYPE", .choices = challenge_type_names,
-	    .gist = "challenge type, if a name has several"
-	    NEXT_LINE "%" },
+	    .gist = "challenge type, if a name has several" },
 	{ .letter = 'w', .arg = "DIR",
 	    .gist = "publish http-01 as files, which a web server serves" },
 	{ .letter = 'l', .arg = "ADDR", .or = true,
 	    .gist = "answer on [HOST:]PORT: HTTP 80, TLS-ALPN 443, DNS 53" },
 	{ .letter = 'x', .arg = "HOOK", .or = true,
 	    .choices = hook_style_names,
-	    .gist = "publish with [STYLE:]PROGRAM (style dehydrated)"
-	    NEXT_LINE "%" },
+	    .gist = "publish with [STYLE:]PROGRAM (style dehydrated)" },
 	{ .letter = 's', .arg = "SECONDS",
 	    .gist = "wait after publishing (0)" },
 	{ .letter = 'n', .gist = "do not wait for the CA to validate" }) },
@@ -11782,7 +11788,7 @@ static Str
 option_text(const struct option *o)
 {
 	return cat(S("-"), (Str){ (const unsigned char *)&o->letter, 1 },
-	    o->arg ? S(" ") : NONE, str(o->arg));
+	    *o->arg ? S(" ") : NONE, str(o->arg));
 }
 
 /* n of them; `last` stands before the last one. */
@@ -11822,7 +11828,7 @@ synopsis(const struct command *c)
 	return list_text(&all);
 }
 
-/* A line of two columns; NEXT_LINE continues the second one. */
+/* A line of two columns. */
 static Str
 help_line(Str left, Str right)
 {
@@ -11833,8 +11839,10 @@ help_line(Str left, Str right)
 static Str
 option_help(const struct option *o)
 {
-	return help_line(option_text(o), text(o->gist,
-	    o->choices ? o->choices() : str(o->variable)));
+	Str row = help_line(option_text(o), text(o->gist,
+	    str(o->variable)));
+
+	return o->choices ? cat(row, help_line(NONE, o->choices())) : row;
 }
 
 /*
@@ -12018,7 +12026,7 @@ read_options(const struct command *c, char **arg)
 			if (!o)
 				other_option(c, *arg, letter);
 			opt[(int)*s] = "";
-			if (!o->arg)
+			if (!*o->arg)
 				continue;
 			opt[(int)*s] = s[1] ? s + 1 : *++arg;
 			if (!*arg)
