@@ -1061,6 +1061,22 @@ b64(Str s)
 	return digits_of(s, BASE64URL, 6);
 }
 
+/* Base64 with its padding (RFC 4648 4), as HTTP wants it. */
+static Str
+base64(Str s)
+{
+	Str url = b64(s);
+	unsigned char *p = take(url.n + 2);
+	size_t n = 0;
+
+	for (; n < url.n; n++)
+		p[n] = url.p[n] == '-' ? '+' : url.p[n] == '_' ? '/' :
+		    url.p[n];
+	while (n % 4)
+		p[n++] = '=';
+	return (Str){ p, n };
+}
+
 static const char HEX[] = "0123456789abcdef";
 
 static Str
@@ -2354,12 +2370,13 @@ enum { PEM_LINE = 256 };	/* bytes of a BEGIN or END line, RFC 7468 2 */
 
 /*
  * A reader of RFC 7468 blocks, fed piece by piece.  Files come from editors
- * and systems of all kinds: a byte order mark before a line, white space
- * around it and any line end are ignored.  BearSSL's decoder, which knows
- * none of this, gets the lines as it wants them, and the same label always.
+ * and systems of all kinds: a byte order mark before a line, white space in
+ * it and any line end are ignored.
  */
 struct pem {
-	br_pem_decoder_context decoder;
+	size_t digits, padding;	/* of the block so far; RFC 4648 4 */
+	unsigned bits;		/* the last `nbits` are of the next byte */
+	int nbits;
 	size_t mark;		/* the heap above it is the block's */
 	Str der;		/* of the block, on top of the heap */
 	Str label;		/* of its BEGIN line, in label_bytes */
@@ -2371,14 +2388,6 @@ struct pem {
 
 /* The only one; it holds the last bytes that it read and decoded. */
 static struct pem reader;
-
-static void
-pem_bytes(void *s, const void *p, size_t n)
-{
-	Str *to = s;
-
-	*to = cat(*to, (Str){ p, n });
-}
 
 static void
 pem_begin(struct pem *r)
@@ -2400,42 +2409,51 @@ pem_label(Str s, Str begin)
 	return (Str){ label.p, label.n - 5 };
 }
 
-/* Decode more of a block; returns whether it is at its end. */
-static bool
-pem_decode(struct pem *r, Str s)
+/* The value of a digit of base64 (RFC 4648 4); 64 for what is not one. */
+static unsigned
+base64_value(unsigned char c)
 {
-	bool end = false;
-
-	while (s.n > 0) {
-		s = from(s, br_pem_decoder_push(&r->decoder, s.p, s.n));
-		switch (br_pem_decoder_event(&r->decoder)) {
-		case BR_PEM_BEGIN_OBJ:
-			r->der = (Str){ heap + used, 0 };
-			br_pem_decoder_setdest(&r->decoder, pem_bytes,
-			    &r->der);
-			break;
-		case BR_PEM_END_OBJ:
-			end = true;
-			break;
-		case BR_PEM_ERROR:
-			r->bad = true;
-			r->open = false;
-			return true;
-		}
-	}
-	return end;
+	if (c >= 'A' && c <= 'Z')
+		return c - (unsigned)'A';
+	if (c >= 'a' && c <= 'z')
+		return c - (unsigned)'a' + 26;
+	if (c >= '0' && c <= '9')
+		return c - (unsigned)'0' + 52;
+	if (c == '+')
+		return 62;
+	return c == '/' ? 63 : 64;
 }
 
-/* A line of base64, or a part of one, without its white space. */
+/*
+ * Decode a line of base64, or a part of one, in the place where it is: in
+ * r->buf.  Returns whether it is malformed.
+ */
 static bool
 pem_body(struct pem *r, Str s)
 {
 	size_t n = 0;
 
-	for (size_t i = 0; i < s.n; i++)
-		if (s.p[i] > ' ')
-			r->buf[n++] = s.p[i];
-	return n > 0 && pem_decode(r, (Str){ r->buf, n });
+	for (size_t i = 0; i < s.n; i++) {
+		unsigned value = base64_value(s.p[i]);
+
+		if (s.p[i] <= ' ')
+			continue;
+		r->digits++;
+		r->padding += s.p[i] == '=';
+		if (s.p[i] == '=')
+			continue;
+		if (value > 63 || r->padding) {
+			r->bad = true;
+			r->open = false;
+			return true;
+		}
+		r->bits = r->bits << 6 | value;
+		if ((r->nbits += 6) >= 8)
+			r->buf[n++] = (unsigned char)
+			    (r->bits >> (r->nbits -= 8));
+	}
+	r->der = cat(r->der, (Str){ r->buf, n });
+	return false;
 }
 
 static bool
@@ -2446,17 +2464,19 @@ pem_open(struct pem *r, Str label)
 	memcpy(r->label_bytes, label.p, label.n);
 	r->label = (Str){ r->label_bytes, label.n };
 	used = r->mark;
-	br_pem_decoder_init(&r->decoder);
-	return pem_decode(r, S("-----BEGIN X-----\n")) || r->bad;
+	r->der = (Str){ heap + used, 0 };
+	r->digits = r->padding = 0;
+	r->nbits = 0;
+	return r->bad;
 }
 
+/* The padding fills the last group of four, in which no byte is left over. */
 static bool
 pem_close(struct pem *r, Str label)
 {
-	r->open = r->bad = false;
-	if (!pem_decode(r, S("\n-----END X-----\n")) ||
-	    !same(label, r->label))
-		r->bad = true;
+	r->open = false;
+	r->bad = !same(label, r->label) || r->digits % 4 != 0 ||
+	    r->padding > 2 || r->nbits != 2 * (int)r->padding;
 	return true;
 }
 
@@ -2525,11 +2545,14 @@ pem_next(Str *text, Str *name, Str *block, bool *bad)
 static Str
 pem(Str block, const char *label)
 {
-	size_t n = br_pem_encode(NULL, block.p, block.n, label, BR_PEM_LINE64);
-	unsigned char *p = take(n + 1);
+	struct list all = text_begin();
 
-	br_pem_encode(p, block.p, block.n, label, BR_PEM_LINE64);
-	return (Str){ p, n };
+	list_add(&all, "", text("-----BEGIN %-----\n", str(label)));
+	for (; block.n; block = from(block, 48))
+		list_add(&all, "", text("%\n", base64((Str){ block.p,
+		    block.n < 48 ? block.n : 48 })));
+	list_add(&all, "", text("-----END %-----\n", str(label)));
+	return list_text(&all);
 }
 
 /* ----------------------------------------------------------- 14. Keys -- */
@@ -5409,22 +5432,6 @@ percent_decoded(Str s)
 		n++;
 	}
 	return keep(mark, (Str){ o, n });
-}
-
-/* Base64 with its padding (RFC 4648 4), as HTTP wants it. */
-static Str
-base64(Str s)
-{
-	Str url = b64(s);
-	unsigned char *p = take(url.n + 2);
-	size_t n = 0;
-
-	for (; n < url.n; n++)
-		p[n] = url.p[n] == '-' ? '+' : url.p[n] == '_' ? '/' :
-		    url.p[n];
-	while (n % 4)
-		p[n++] = '=';
-	return (Str){ p, n };
 }
 
 /* A line from a proxy, before there is TLS; without its CR LF. */
