@@ -46,8 +46,9 @@
  */
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE		/* getentropy */
-#define _GNU_SOURCE		/* dl_iterate_phdr, getpagesize */
+#define _GNU_SOURCE		/* getpagesize */
 #include <sys/types.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -11967,26 +11968,28 @@ hold_descriptors(void)
 /*
  * Make the constants that were relocated at the start read-only
  * (GNU_RELRO): a dynamic loader does this, musl's start code of a static
- * program does not.  dl_iterate_phdr() passes the program itself first.
- * A kernel that refuses costs this protection and nothing else.
+ * program does not.  The table of program headers follows the ELF header,
+ * with which the first segment begins.  A kernel that refuses costs this
+ * protection and nothing else.
  */
-static int
-protect_relocated(struct dl_phdr_info *program, size_t size, void *data)
+static void
+protect_relocated(void)
 {
 	uintptr_t page = (uintptr_t)getpagesize();
+	uintptr_t table = (uintptr_t)getauxval(AT_PHDR);
+	uintptr_t base = table - sizeof(ElfW(Ehdr)), start, end;
+	const ElfW(Phdr) *h = (const void *)table;
 
-	(void)size;
-	(void)data;
-	for (int i = 0; i < program->dlpi_phnum; i++) {
-		const ElfW(Phdr) *h = &program->dlpi_phdr[i];
-		uintptr_t start = program->dlpi_addr + h->p_vaddr;
-		uintptr_t end = (start + h->p_memsz) / page * page;
-
+	for (unsigned long n = getauxval(AT_PHNUM); n > 0; n--, h++) {
+		if (h->p_type == PT_LOAD && h->p_offset == 0)
+			base -= h->p_vaddr;
+		if (h->p_type != PT_GNU_RELRO)
+			continue;
+		start = base + h->p_vaddr;
+		end = (start + h->p_memsz) / page * page;
 		start = start / page * page;
-		if (h->p_type == PT_GNU_RELRO)
-			mprotect((void *)start, end - start, PROT_READ);
+		mprotect((void *)start, end - start, PROT_READ);
 	}
-	return 1;
 }
 
 /* An option, or its variable where that is set and not empty. */
@@ -12281,7 +12284,7 @@ main(int argc, char **argv)
 	unsigned char here;
 
 	stack_end = &here;
-	dl_iterate_phdr(protect_relocated, NULL);
+	protect_relocated();
 	hold_descriptors();
 	limit_core();
 	conn.fd = -1;
