@@ -1,5 +1,5 @@
 /*
- * acme-step - one step of ACME (RFC 8555) at a time
+ * acme-step - an ACME client (RFC 8555) that does one step in each run
  *
  *	acme-step COMMAND [OPTION...] [ARGUMENT...]
  *
@@ -7,10 +7,10 @@
  *	acme-step respond -t http-01 -w /var/www/acme |
  *	acme-step finalize -K example.pem -o fullchain.pem
  *
- * A command reads the files it is given and a record on standard input,
- * makes a few requests over one connection, writes its result once it has
- * all of it, and exits with a status that a script can act on (see the
- * second enum).  Nothing is remembered but what the caller keeps.
+ * A command reads its files and, on standard input, the record of an
+ * earlier step.  It makes a few requests over one connection, writes its
+ * result when that is complete, and exits with a status that a script can
+ * act on (DONE to SIGNAL below).  It keeps no state of its own.
  *
  * Contents:
  *   1. Text                 20. Validation           39. Publishing files
@@ -33,16 +33,18 @@
  *  18. Trust anchors        37. Waiting              56. Main
  *  19. Name constraints     38. Challenges
  *
- * All data is a Str: bytes with a length, that never change.  Sections 6
- * to 9 make new ones from old ones: cat() joins, text() fills a template,
- * b64() and quote() encode, der() nests.  Memory is taken from one static
- * heap and never given back.  What fails, ends the step by die(), from
- * wherever it is; leave() then undoes what must not stay.  Each section
- * needs only those above it.
+ * Each section uses only those above it.
  *
- * To understand the rest, read the table in section 55, one command that
- * you know, do_new_order() say, and acme_batch() in section 34, through
- * which all of them speak to the CA.
+ * All data are Strs: bytes with a length, never modified in place.
+ * Sections 6 to 9 make new ones from old ones: cat() joins, text() fills a
+ * template, b64() and quote() encode, der() nests.  Memory comes from one
+ * static heap, and nothing is freed one by one.  Any failure calls die(),
+ * which ends the step; leave() then runs the clean-up handlers.
+ *
+ * To understand the rest, read struct order in section 30, which is all
+ * that flows through a pipe, then the table in section 55, one command, for
+ * example do_new_order(), and acme_batch() in section 34, which sends every
+ * signed request.
  */
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE		/* getentropy */
@@ -80,48 +82,51 @@
 
 #define VERSION "0.1"
 
-/* Every limit of the program; to exceed one is a message, never a cut. */
+/*
+ * Limits.  Exceeding one is an error with a message; nothing is truncated.
+ * Those that only one section uses are there.
+ */
 enum {
-	HEAP     = 3 << 20,	/* all that a step makes; unused, it is free */
+	HEAP     = 3 << 20,	/* all that a step makes; unused pages cost nothing */
 	INPUT    = 256 << 10,	/* a file or standard input */
-	HEAD     = 16 << 10,	/* a reply's header */
-	BODY     = 256 << 10,	/* a reply's body; a chain is 10 KB */
-	DEPTH    = 64,		/* JSON in JSON; ACME needs 6 */
-	NAMES    = 250,		/* in an order; Let's Encrypt takes 100 */
-	CHALLENGES = 5 * NAMES,	/* of an order; a CA offers each 3 or 4 */
+	HEAD     = 16 << 10,	/* a response's header */
+	BODY     = 256 << 10,	/* a response's body; a chain has 10 KB */
+	DEPTH    = 64,		/* of nested JSON; ACME needs 6 */
+	NAMES    = 250,		/* in an order; Let's Encrypt allows 100 */
+	CHALLENGES = 5 * NAMES,	/* of an order; CAs offer 1 to 4 for a name */
 	SLOTS    = 1024,	/* for NAMES in a hash table: 4 for each */
 	ORIGINS  = 16,		/* that the user allows */
 	LISTED   = 100,		/* contacts that a CA lists for an account */
-	OTHERS   = 1024,	/* lines of a record that we do not know */
+	OTHERS   = 1024,	/* lines of a record with unknown keywords */
 	WORD     = 2048,	/* a field of a record, a URL */
 	CONTACTS = 10,		/* of an account */
-	CERTS    = 10,		/* in a chain; Let's Encrypt sends 4 */
-	CERT     = 16 << 10,	/* a certificate; one with 250 names */
-	ANCHORS  = 16,		/* that one server's chain can name */
+	CERTS    = 10,		/* in a chain; Let's Encrypt's have up to 4 */
+	CERT     = 16 << 10,	/* a certificate, such as one with 250 names */
+	ANCHORS  = 16,		/* trust anchors whose names are in a chain */
 	HOSTNAME = 255,		/* RFC 1035 2.3.4 */
 	COMMON   = 64,		/* characters of -N: RFC 5280 A.1 */
-	PORT     = 5,		/* digits of one */
-	TOKEN    = 200,		/* a challenge's token: it is a file name */
-	NONCE    = 250,		/* RFC 8555 6.5 sets none; Boulder's have 43 */
+	PORT     = 5,		/* digits of a port number */
+	TOKEN    = 200,		/* of a challenge; it becomes a file name */
+	NONCE    = 250,		/* RFC 8555 has no limit; Boulder's have 43 */
 	WINDOW   = 32,		/* requests under way at once */
-	NONCES   = 8,		/* asked for at once; Let's Encrypt: 20/s */
-	TRIES    = 3,		/* of a request, after server errors */
-	RESENDS  = 2,		/* of a request whose reply was lost */
+	NONCES   = 8,		/* requested at once; Let's Encrypt: 20 a second */
+	TRIES    = 3,		/* of a request that meets server errors */
+	RESENDS  = 2,		/* of a request whose response was lost */
 	REFUSALS = 20,		/* rounds of badNonce without a pause */
-	LAG      = 10,		/* seconds until a replica knows a new URL */
+	LAG      = 10,		/* seconds until all of a CA knows a new URL */
 	PAGES    = 1000,	/* of an account's list of orders */
-	MESSAGE  = 2000,	/* bytes of one: it is for a line of a log */
+	MESSAGE  = 2000,	/* bytes of one, which is a line of a log */
 	REMEDY   = 300,		/* of these, for the remedy at its end */
 	LIST     = 1000,	/* bytes of a list in a message */
 	DETAIL   = 500,		/* of a problem; Boulder's have up to 400 */
 	CONNECT  = 10,		/* seconds for each address of a name */
 	ADDRESSES = 16,		/* of a name and family; more are not tried */
 	ATTEMPTS = 8,		/* connections tried at once */
-	HEAD_START = 250,	/* ms for each of them (RFC 8305 5) */
-	LATE_IPV6 = 50,		/* ms to wait for its addresses (RFC 8305 3) */
-	RESOLVED = 16,		/* -H, in all */
+	HEAD_START = 250,	/* ms until the next address (RFC 8305 5) */
+	LATE_IPV6 = 50,		/* ms by which AAAA may be late (RFC 8305 3) */
+	RESOLVED = 16,		/* addresses of -H and ACME_RESOLVE */
 	RESIDUE  = 16 << 10,	/* stack below a use of keys; BearSSL: 6 KB */
-	MAX_WAIT = 86400 * 30	/* seconds in -T and -s */
+	MAX_WAIT = 86400 * 30	/* seconds for -T and -s */
 };
 
 enum { EXPONENT = 65537 };	/* of the RSA keys that we make */
@@ -133,14 +138,14 @@ enum {			/* exit statuses; most are those of sysexits.h */
 	DONE     = 0,
 	NO       = 1,	/* the answer is no */
 	USAGE    = 64,
-	BAD      = 65,	/* a record, key, request or certificate */
+	BAD      = 65,	/* a record, key, CSR or certificate */
 	MISSING  = 66,	/* an input file */
 	CA_DOWN  = 69,	/* name, connection, TLS, HTTP 5xx */
 	FAULT    = 70,	/* a limit above, or a fault in the program */
-	NO_PLACE = 73,	/* the output cannot be created */
-	IO       = 74,	/* reading or writing failed half-way */
+	NO_PLACE = 73,	/* cannot create the output, or publish */
+	IO       = 74,	/* reading or writing failed */
 	LATER    = 75,	/* rate limit, time limit */
-	BROKEN   = 76,	/* the reply breaks HTTP, JSON or ACME */
+	BROKEN   = 76,	/* the response breaks HTTP, JSON or ACME */
 	REFUSED  = 77,	/* a problem document, an invalid order */
 	CONFIG   = 78,	/* the CA's certificate is not trusted; -d is wrong */
 	SIGNAL   = 128	/* and the signal's number */
