@@ -87,7 +87,7 @@
  * Those that only one section uses are there.
  */
 enum {
-	HEAP     = 3 << 20,	/* all that a step makes; unused pages cost nothing */
+	HEAP     = 3 << 20,	/* of a step; pages that are not used are free */
 	INPUT    = 256 << 10,	/* a file or standard input */
 	HEAD     = 16 << 10,	/* a response's header */
 	BODY     = 256 << 10,	/* a response's body; a chain has 10 KB */
@@ -109,7 +109,7 @@ enum {
 	TOKEN    = 200,		/* of a challenge; it becomes a file name */
 	NONCE    = 250,		/* RFC 8555 has no limit; Boulder's have 43 */
 	WINDOW   = 32,		/* requests under way at once */
-	NONCES   = 8,		/* requested at once; Let's Encrypt: 20 a second */
+	NONCES   = 8,		/* requested at once, for rate limits */
 	TRIES    = 3,		/* of a request that meets server errors */
 	RESENDS  = 2,		/* of a request whose response was lost */
 	REFUSALS = 20,		/* rounds of badNonce without a pause */
