@@ -87,7 +87,7 @@
  * Those that only one section uses are there.
  */
 enum {
-	HEAP     = 3 << 20,	/* of a step; pages that are not used are free */
+	HEAP     = 3 << 20,	/* of a step; unused pages are free */
 	INPUT    = 256 << 10,	/* a file or standard input */
 	HEAD     = 16 << 10,	/* a response's header */
 	BODY     = 256 << 10,	/* a response's body; a chain has 10 KB */
