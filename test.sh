@@ -5033,7 +5033,8 @@ main(void)
 
 	for (int i = 0; i < 9; i++)
 		set_value(keyword(S("challenge")), S("dns-01 dns a.b "
-		    "https://x/ _acme-challenge.a.b 0123456789012345678901234567890123"));
+		    "https://x/ _acme-challenge.a.b "
+		    "0123456789012345678901234567890123"));
 	for (long i = 0; i < 400000; i++) {
 		unsigned char b[600] = "id\1\0\0\1\0\0\0\0\0\0";
 		const char *name = names[i % 7];
