@@ -11515,16 +11515,16 @@ do_version(char **arg)
 /* ---------------------------------------------------------- 55. Table -- */
 
 /*
- * An option of a command, or of many (shared).  All that is known of it is
- * here: parsing, usage errors, synopses and help come from its row.
+ * An option of one command, or a common one.  Parsing, usage errors,
+ * synopses and help all come from its row.
  */
 struct option {
 	char letter;
 	bool required;		/* the command cannot do without it */
-	bool or;		/* it takes the place of the one before it */
+	bool or;		/* an alternative to the one before it */
 	short needs;		/* shared: for commands with one of these */
 	char arg[16];		/* the name of its value; "": it has none */
-	void (*add)(const char *value);	/* for each; NULL: the last counts */
+	void (*add)(const char *value);	/* if it can be repeated, or NULL */
 	const char *variable;	/* read if the option is not given */
 	Str (*choices)(void);	/* what the value can be */
 	char gist[56];		/* a gap is for the variable */
@@ -11532,19 +11532,19 @@ struct option {
 
 enum {			/* what a command needs before it is called */
 	RECORD_IN = 1,	/* a record on standard input */
-	RECORD_OUT = 2,	/* to tell a pipe that no record comes, if it fails */
-	KEY_OUT = 4,	/* a new file of mode 0600 for its output */
+	RECORD_OUT = 2,	/* if it fails, a failed line in place of a record */
+	KEY_OUT = 4,	/* a new file of mode 0600 as its output */
 	NET = 8,	/* the CA */
 	CARRY = 16,	/* the CA, for requests that other steps have made */
-	KEY = 32,	/* the account's key */
-	ACCOUNT_RECORD = 64,	/* the account's record, if -a names one */
-	ACCOUNT_URL = 128,	/* of that record, or looked up by the key */
+	KEY = 32,	/* the account key */
+	ACCOUNT_RECORD = 64,	/* the account record, if -a names one */
+	ACCOUNT_URL = 128,	/* from that record, or found by the key */
 	ONLY_NET_WITH_K = 256,	/* with -K, no more of these than NET */
 	SIGNED = NET | KEY | ACCOUNT_RECORD | ACCOUNT_URL,
 	ORDER = RECORD_IN | SIGNED
 };
 
-enum { ISSUE, DETAILS, RENEWAL, ACCOUNT, OTHER };
+enum { ISSUE, DETAILS, RENEWAL, ACCOUNT, OTHER };	/* groups of help */
 
 static const char *const groups[] = {
 	[ISSUE] = "Get a certificate",
@@ -11721,7 +11721,7 @@ static const struct option shared[] = {
 	    .gist = "the account key (account.pem; variable %)" },
 	{ .letter = 'a', .arg = "FILE", .needs = NET,
 	    .variable = "ACME_ACCOUNT",
-	    .gist = "the account's record (variable %)" },
+	    .gist = "the account record (variable %)" },
 	{ .letter = 'C', .arg = "FILE", .needs = NET | CARRY,
 	    .variable = "ACME_CA_FILE",
 	    .gist = "trust anchors (the system's; variable %)" },
@@ -11804,7 +11804,7 @@ option_text(const struct option *o)
 	    *o->arg ? S(" ") : NONE, str(o->arg));
 }
 
-/* n of them; `last` stands before the last one. */
+/* A list of n options, with `last` before the last one. */
 static Str
 option_list(const struct option *o, size_t n, const char *separator,
     const char *last)
@@ -11817,7 +11817,7 @@ option_list(const struct option *o, size_t n, const char *separator,
 	return list_text(&all);
 }
 
-/* A command line, as "acme-step key [-t TYPE] -o FILE". */
+/* For example "acme-step key [-t TYPE] -o FILE". */
 static Str
 synopsis(const struct command *c)
 {
@@ -11859,11 +11859,11 @@ option_help(const struct option *o)
 }
 
 /*
- * Does a command use an option?  It accepts all shared ones, and its own
- * row for a letter goes before that of a shared one.
+ * Has an option an effect on a command?  A command accepts all common ones,
+ * but a row of its own hides the common one with the same letter.
  */
 static bool
-honours(const struct command *c, const struct option *o)
+has_effect(const struct command *c, const struct option *o)
 {
 	return (!o->needs || c->needs & o->needs) &&
 	    find_option(c, o->letter) == o;
@@ -11874,7 +11874,7 @@ add_options(struct list *all, const struct command *c,
     const struct option *o, size_t n)
 {
 	for (size_t i = 0; i < n; i++)
-		if (honours(c, &o[i]))
+		if (has_effect(c, &o[i]))
 			list_add(all, "", option_help(&o[i]));
 }
 
@@ -11895,7 +11895,7 @@ command_help(const struct command *c)
 
 #define USE "usage: acme-step COMMAND [OPTION...] [ARGUMENT...]\n"
 
-/* All that a first certificate takes, without a web server. */
+/* How to get a first certificate, without a web server. */
 #define EXAMPLE \
     "A certificate from Let's Encrypt (add -d URL for the directory of " \
     "another CA);\nport 80 must be free:\n" \
@@ -11906,7 +11906,7 @@ command_help(const struct command *c)
     "  acme-step respond -t http-01 -l 80 |\n" \
     "  acme-step finalize -K example.pem -o fullchain.pem\n"
 
-/* Those of the enum in short; the README says what a script does next. */
+/* The exit statuses in short; README says what a script does next. */
 #define STATUSES \
     "Exit status: 0 done, 1 no, 64 wrong usage, 65 bad input, 66 input\n" \
     "file missing, 69 CA not reachable, 70 limit or fault of acme-step,\n" \
@@ -11936,7 +11936,7 @@ overview(void)
 static void
 do_help(char **arg)
 {
-	step = NONE;		/* who mistypes a name needs the list of all */
+	step = NONE;		/* if the name is wrong: see plain help */
 	print(arg[0] ? command_help(find_command(arg[0])) : overview());
 }
 
@@ -11957,7 +11957,7 @@ no_command(void)
 
 /* ----------------------------------------------------------- 56. Main -- */
 
-/* Descriptors 0 to 2 are ours alone, even where we were started without. */
+/* Occupy descriptors 0 to 2, so that no file of ours gets such a number. */
 static void
 hold_descriptors(void)
 {
@@ -11972,10 +11972,10 @@ hold_descriptors(void)
 
 /*
  * Make the constants that were relocated at the start read-only
- * (GNU_RELRO): a dynamic loader does this, musl's start code of a static
- * program does not.  The table of program headers follows the ELF header,
- * with which the first segment begins.  A kernel that refuses costs this
- * protection and nothing else.
+ * (GNU_RELRO).  A dynamic loader does this, but not musl's start code of a
+ * static program.  The program headers follow the ELF header, which is at
+ * the start of the first segment.  If the kernel refuses, only this
+ * protection is missing.
  */
 static void
 protect_relocated(void)
@@ -11997,7 +11997,7 @@ protect_relocated(void)
 	}
 }
 
-/* An option, or its variable where that is set and not empty. */
+/* The value of an option, or of its variable if that is not empty; NULL. */
 static const char *
 option(int letter)
 {
@@ -12025,8 +12025,8 @@ other_option(const struct command *c, const char *arg, Str letter)
 }
 
 /*
- * Options, until the first argument or "--" (POSIX XBD 12.2); returns
- * where the arguments begin.  Our own, since getopt() brings stdio.
+ * Read the options, up to "--" or the first argument (POSIX XBD 12.2), and
+ * return the arguments.  getopt() would bring all of stdio.
  */
 static char **
 read_options(const struct command *c, char **arg)
@@ -12054,7 +12054,7 @@ read_options(const struct command *c, char **arg)
 	return arg;
 }
 
-/* Were too few of n options that exclude each other given, or too many? */
+/* End the step if too few or too many of n alternatives were given. */
 static void
 check_given(const struct option *o, size_t n)
 {
@@ -12079,7 +12079,7 @@ check_all_given(const struct option *o, size_t count)
 	}
 }
 
-/* All that its row says a command must have. */
+/* End the step if the options or arguments are not those of the row. */
 static void
 check_usage(const struct command *c, char **arg)
 {
@@ -12095,7 +12095,7 @@ check_usage(const struct command *c, char **arg)
 		usage("too many arguments");
 }
 
-/* The CA: what -d says, the record's, or Let's Encrypt. */
+/* The CA's directory: the record's, that of -d, or Let's Encrypt's. */
 static void
 choose_directory(void)
 {
@@ -12109,19 +12109,19 @@ choose_directory(void)
 		order.directory = url ? str(url) : S(LETS_ENCRYPT);
 }
 
-/* ACME_RESOLVE: what -H takes, with spaces between. */
+/* Values of -H with white space between them (ACME_RESOLVE). */
 static void
-resolve_list(Str s)
+add_all_resolved(Str s)
 {
-	Str one;
+	Str value;
 
-	while ((one = take_word(&s)).n)
-		add_resolved(one);
+	while ((value = take_word(&s)).n)
+		add_resolved(value);
 }
 
 /*
- * The `origin` lines of an account's record, for a command that uses no
- * other line of it; it may be this command that will make the file.
+ * Read the `origin` lines of an account record, for a command that uses no
+ * other line of it.  The file need not exist: new-account may create it.
  */
 static void
 read_origins(const char *file)
@@ -12134,15 +12134,14 @@ read_origins(const char *file)
 			continue;
 		if (!is_url(value))
 			die(BAD, "%, line %: malformed 'origin' value",
-			    file_name(file),
-			    num(n));
+			    file_name(file), num(n));
 		set_value(keyword(S("origin")), value);
 	}
 }
 
-/* The options of every command. */
+/* Check and apply the common options. */
 static void
-check_options(void)
+apply_options(void)
 {
 	const char *limit = option('T'), *url = option('d');
 	unsigned long n = activity.limit;
@@ -12151,17 +12150,23 @@ check_options(void)
 		usage("-T accepts 1 to 2592000 seconds, not %", str(limit));
 	activity.limit = (unsigned)n;
 	verbose = opt['v'];
-	family = opt['4'] ? AF_INET : opt['6'] ? AF_INET6 : AF_UNSPEC;
+	if (opt['4'])
+		family = AF_INET;
+	if (opt['6'])
+		family = AF_INET6;
 	if (url && !is_url(str(url)))
 		usage("not an https URL: %", str(url));
 	account_file = option('k') ? option('k') : "account.pem";
 	account_record = option('a');
 	proxy_command = option('P');
 	if (!nresolved)
-		resolve_list(str(option('H')));
+		add_all_resolved(str(option('H')));
 }
 
-/* What it writes to is opened, or, if not a file, will be (`late`). */
+/*
+ * Open the output: a file before anything is read, a device or a pipe,
+ * which can block, when the records have been read (`late`).
+ */
 static void
 open_output(const struct command *c, bool late)
 {
@@ -12171,19 +12176,17 @@ open_output(const struct command *c, bool late)
 	    !S_ISREG(st.st_mode);
 
 	if (c->needs & KEY_OUT && is_std(file))
-		usage("keys are not written to standard output; use "
-		    "-o FILE");
+		usage("keys are not written to standard output; use -o FILE");
 	if (!is_std(file) && special == late)
 		out_open(file, c->needs & KEY_OUT);
 }
 
 /*
- * Look at all that is here, before a record is awaited: in a pipe, where
- * that can take minutes, a mistake is known at once.  It also goes before
- * the failure of an earlier step.
+ * Check all that is local before a record is awaited.  In a pipe that can
+ * take minutes, and a mistake is reported at once.
  */
 static void
-look_here(const struct command *c, int needs, char **arg)
+check_local(const struct command *c, int needs, char **arg)
 {
 	if (needs & KEY)
 		signer();
@@ -12195,7 +12198,7 @@ look_here(const struct command *c, int needs, char **arg)
 	open_output(c, false);
 }
 
-/* The records that a command reads; only waiting for one has no limit. */
+/* Read the records.  No time limit applies: an earlier step has its own. */
 static void
 read_records(int needs)
 {
@@ -12220,16 +12223,19 @@ read_records(int needs)
 		read_origins(file);
 }
 
-/* All that comes before the first request, so that it fails before. */
+/*
+ * Check options and open all files first, so that mistakes are found before
+ * any request; then send the requests that every step needs.
+ */
 static void
 prepare(const struct command *c, char **arg)
 {
 	int needs = c->needs & ONLY_NET_WITH_K && opt['K'] ? NET :
 	    c->needs;
 
-	check_options();
+	apply_options();
 	start_clock();
-	look_here(c, needs, arg);
+	check_local(c, needs, arg);
 	read_records(needs);
 	start_clock();
 	open_output(c, true);
@@ -12246,8 +12252,8 @@ prepare(const struct command *c, char **arg)
 }
 
 /*
- * No step leaves a core file, which would have its keys.  Its children are
- * the user's programs: they get the limit that they would have had.
+ * Forbid core files, which would contain keys.  The user's programs that
+ * the step runs get back the limit that they would have had.
  */
 static void
 limit_core(void)
@@ -12264,7 +12270,7 @@ limit_core(void)
 
 static void run(int, char **) __attribute__((noinline));
 
-/* The step; not in main's frame, which is not overwritten at the end. */
+/* Run the step, not in main's frame: wipe_and_exit() stops below that. */
 static void
 run(int argc, char **argv)
 {
