@@ -1828,19 +1828,20 @@ show_wait(const char *what, long long ms)
 static bool boxed;
 static long long carrier_pause;
 
-static size_t last_requests;	/* that a wait in vain ends with */
+static long long report_time;	/* ms that its last requests may take */
 
 /*
- * How many ms of the step's time can be waited away.  At most a tenth of it
- * is kept for the end: a second, and 20 ms for each of the last requests.
+ * How many ms the step can wait and still report what it waited for: a
+ * second, or a tenth of its time, is for the message, and up to half of its
+ * time for the requests that find out what is missing.
  */
 static long long
 time_to_wait(void)
 {
-	long long tenth = activity.limit * 100LL;
-	long long reserve = 1000 + (long long)last_requests * 20;
+	long long tenth = activity.limit * 100LL, half = 5 * tenth;
 
-	return time_left() - (reserve < tenth ? reserve : tenth);
+	return time_left() - (tenth < 1000 ? tenth : 1000) -
+	    (report_time < half ? report_time : half);
 }
 
 /*
@@ -7711,7 +7712,6 @@ order_store(const struct response *r)
 			    num(NAMES));
 		store_url(r, "authorization", json_text(v));
 	}
-	last_requests = order.nauthorization;
 }
 
 static void
@@ -7798,12 +7798,14 @@ fetch_authorizations(bool some)
 {
 	static struct post p[NAMES];
 	static struct response r[NAMES];
+	long long start = now_ms();
 
 	need(order.nauthorization ? "identifier" : "order");
 	for (size_t i = 0; i < order.nauthorization; i++)
 		p[i] = (struct post){ .url = order.authorization[i].url,
 		    .made = true };
 	acme_batch(p, r, order.nauthorization);
+	report_time = (now_ms() - start) * 3 / 2;
 	noffered = 0;
 	for (size_t i = 0; i < order.nauthorization; i++) {
 		struct authorization *a = &order.authorization[i];
@@ -8080,7 +8082,8 @@ order_await(unsigned set, const char *what, long after)
 		after = r.retry_after;
 		if (status_bit(member(&r, json_body(&r), "status", '"')) &
 		    order.status) {
-			if (order.status == PENDING && polls % 4 == 0)
+			if (order.status == PENDING && polls % 4 == 0 &&
+			    time_to_wait() > report_time)
 				look_for_failures();
 			used = mark;
 			continue;
