@@ -4587,10 +4587,12 @@ is_running(pid_t pid)
 static Str
 ending(int status)
 {
-	return WIFSIGNALED(status) ?
-	    text("was ended by signal %", num((unsigned)WTERMSIG(status))) :
-	    text("failed with status %%", num((unsigned)WEXITSTATUS(status)),
-	        WEXITSTATUS(status) == 127 ? S(" (not found?)") : NONE);
+	if (WIFSIGNALED(status))
+		return text("was ended by signal %",
+		    num((unsigned)WTERMSIG(status)));
+	if (WEXITSTATUS(status) == 127)
+		return S("failed with status 127 (not found?)");
+	return text("failed with status %", num((unsigned)WEXITSTATUS(status)));
 }
 
 /* --------------------------------------------------- 23. Name look-up -- */
@@ -4915,8 +4917,11 @@ static bool
 poll_way(long long end)
 {
 	long long ms = end - now_ms();
-	int n = poll(way.fd, COUNT(way.fd), end == NEVER ? -1 :
-	    ms > 0 ? (int)ms : 0);
+	int n;
+
+	if (ms < 0)
+		ms = 0;
+	n = poll(way.fd, COUNT(way.fd), end == NEVER ? -1 : (int)ms);
 
 	if (n < 0 && errno != EINTR)
 		die(FAULT, "cannot wait for the network: %", why());
@@ -5161,9 +5166,12 @@ dial_tcp(const char *name, const char *port)
 	doing(CA_DOWN, "looking up the address of ", name);
 	if (!add_resolved_addresses(str(name), str(port)))
 		find_addresses(name);
-	if (!has_untried())
-		die(CA_DOWN, "cannot find the address of %: %%", str(name),
-		    no_address(), way.truncated ? S("; use -H") : NONE);
+	if (!has_untried()) {
+		if (way.truncated)
+			remedy = S("; use -H");
+		die(CA_DOWN, "cannot find the address of %: %", str(name),
+		    no_address());
+	}
 	doing(CA_DOWN, "connecting to ", name);
 	if (!(winner = race(htons((in_port_t)n))))
 		die(CA_DOWN, "cannot connect to % port %: %", str(name),
@@ -5239,9 +5247,13 @@ fill_command(const char *host, const char *port)
 		if (head.n == n)
 			return c_str(all);
 		if (!s.n || !strchr("hp%", s.p[0]))
-			usage("-P accepts only %", S("%h, %p and %%"));
-		all = cat(NONE, all, s.p[0] == 'h' ? str(host) :
-		    s.p[0] == 'p' ? str(port) : S("%"));
+			usage("-P accepts only %, % and %", S("%h"), S("%p"),
+			    S("%" "%"));
+		if (s.p[0] == 'h')
+			all = cat(NONE, all, str(host));
+		else
+			all = cat(NONE, all, s.p[0] == 'p' ? str(port) :
+			    S("%"));
 		s = from(s, 1);
 	}
 }
@@ -5525,8 +5537,9 @@ dial_proxy(Str url, const char *host, const char *port)
 	basic = credentials(&p);
 	fd = dial_tcp(c_str(p.host), c_str(p.port));
 	doing(CA_DOWN, "waiting for the proxy ", c_str(p.host));
-	if (!write_all(fd, text("CONNECT % HTTP/1.1\r\n%%\r\n", target,
-	    header("Host", target), header("Proxy-Authorization", basic))))
+	if (!write_all(fd, cat(text("CONNECT % HTTP/1.1\r\n", target),
+	    header("Host", target), header("Proxy-Authorization", basic),
+	    S("\r\n"))))
 		die(CA_DOWN, "cannot write to the proxy %: %", p.host, why());
 	status = proxy_status(fd, &room, p.host, &code);
 	if (!begins(status, "HTTP/1.") || !begins(code, "2"))
@@ -5746,7 +5759,9 @@ retry_after(Str s)
 	if (!http_date(s, &t))
 		return -1;
 	t -= (long long)time(NULL);
-	return t < 0 ? 0 : t > MAX_WAIT ? MAX_WAIT : (long)t;
+	if (t < 0)
+		return 0;
+	return t < MAX_WAIT ? (long)t : MAX_WAIT;
 }
 
 /* How long the body is: a length, chunks, or to the end. */
@@ -6100,14 +6115,14 @@ box_response(const struct response *r)
 
 	while (next_field(&head, S("Link"), &value))
 		links = cat(NONE, links, header("Link", value));
-	return text("HTTP/1.1 % \r\n%%%%Content-Length: %\r\n\r\n%",
-	    num((unsigned)r->status),
+	return cat(text("HTTP/1.1 % \r\n", num((unsigned)r->status)),
 	    header("Location", r->location),
 	    header("Replay-Nonce", r->nonce),
 	    links,
 	    header("Retry-After", r->retry_after < 0 ? NONE :
 	        num((unsigned long)r->retry_after)),
-	    num(r->body.n), r->body);
+	    header("Content-Length", num(r->body.n)),
+	    S("\r\n"), r->body);
 }
 
 #define BOX_CHECK "Acme-Step-Check: "
@@ -6989,8 +7004,8 @@ problem_hint(Str type, Str detail)
 	if (is(type, ERROR "userActionRequired") ||
 	    (is(type, ERROR "malformed") &&
 	    contains(lower(detail), S("agree to terms"))))
-		return text("; agree to its terms of service with new-account "
-		    "-y%%", terms.n ? S(": ") : NONE, brief(terms));
+		return cat(NONE, S("; agree to its terms of service with "
+		    "new-account -y"), terms.n ? S(": ") : NONE, brief(terms));
 	if (!key_alone && is_about_key(type, detail))
 		return key_account_hint(type);
 	for (size_t i = 0; i < COUNT(hints) && !key_alone; i++)
@@ -7025,7 +7040,7 @@ problem_list(Str o)
 	}
 	while (json_each(&list, &none, &value))
 		if (json_kind(value) == '"')
-			list_add(&all, "; ", text("the CA accepts %%",
+			list_add(&all, "; ", cat(NONE, S("the CA accepts "),
 			    brief(json_text(value)),
 			    key_hint(json_text(value))));
 	return list_text(&all);
@@ -7068,8 +7083,10 @@ has_type(const struct response *r, const char *type)
 static void
 come_back(const struct response *r, long seconds)
 {
-	die(LATER, "%: %%", brief(r->url), problem(r), seconds < 0 ? NONE :
-	    text("; try again after % s", num((unsigned long)seconds)));
+	if (seconds >= 0)
+		remedy = cat(NONE, text("; try again after % s",
+		    num((unsigned long)seconds)), remedy);
+	die(LATER, "%: %", brief(r->url), problem(r));
 }
 
 /* A reply that is not a success ends the step. */
@@ -7931,10 +7948,11 @@ files_hint(Str seen)
 		return NONE;
 	while (dir.n > 1 && dir.p[dir.n - 1] == '/')
 		dir.n--;
-	return text("; the files were in %%", brief(dir),
-	    dir.n >= 14 && is(from(dir, dir.n - 14), "acme-challenge") ?
-	    NONE : S(", which must be the directory that the web server "
-	    "shows as /.well-known/acme-challenge/"));
+	if (dir.n >= 14 && is(from(dir, dir.n - 14), "acme-challenge"))
+		return text("; the files were in %", brief(dir));
+	return text("; the files were in %, which must be the directory that "
+	    "the web server shows as /.well-known/acme-challenge/",
+	    brief(dir));
 }
 
 /*
@@ -8003,8 +8021,10 @@ types_needed(const struct authorization *a)
 static void
 limit_reached(const char *what, Str still, long after)
 {
-	remedy = text("%%", after > 0 ? text("; try again after % s",
-	    num((unsigned long)after)) : NONE, limit_hint());
+	if (after > 0)
+		remedy = text("; try again after % s",
+		    num((unsigned long)after));
+	remedy = cat(NONE, remedy, limit_hint());
 	die(LATER, "time limit of % s reached while %: %", num(activity.limit),
 	    str(what), still);
 }
@@ -8205,7 +8225,7 @@ persist_value(const struct challenge *c)
 	if (contains(order.account, S(";")))
 		broken(c, "has a dns-persist-01 challenge, but the account's "
 		    "URL cannot be part of a TXT record: %", order.account);
-	return text("%; accounturi=%%", json_text(issuer), order.account,
+	return cat(NONE, json_text(issuer), S("; accounturi="), order.account,
 	    begins(c->id.value, "*.") ? S("; policy=wildcard") : NONE);
 }
 
@@ -8218,9 +8238,9 @@ sni_name(const struct challenge *c)
 	if (!ip.n)
 		return c->id.value;
 	for (size_t i = ip.n; i-- > 0; )
-		s = ip.n == 4 ? text("%%.", s, num(ip.p[i])) :
-		    text("%%.%.", s, hex_number(ip.p[i] & 15U),
-		    hex_number(ip.p[i] >> 4));
+		s = cat(NONE, s, ip.n == 4 ? text("%.", num(ip.p[i])) :
+		    text("%.%.", hex_number(ip.p[i] & 15U),
+		    hex_number(ip.p[i] >> 4)));
 	return cat(NONE, s, ip.n == 4 ? S("in-addr.arpa") : S("ip6.arpa"));
 }
 
@@ -8821,7 +8841,7 @@ dns_question(Str m, struct question *q)
 		if (label.n > 63 || label.n + 1 >= s.n ||
 		    memchr(label.p, '.', label.n) || q->name.n > HOSTNAME)
 			return false;
-		q->name = text("%%%", q->name, q->name.n ? S(".") : NONE,
+		q->name = cat(NONE, q->name, q->name.n ? S(".") : NONE,
 		    lower(label));
 		s = from(s, 1 + label.n);
 	}
@@ -9192,11 +9212,11 @@ on_child(int sig)
 	    waitpid(answering.pid, &status, WNOHANG) == answering.pid) {
 		answering.pid = 0;
 		preamble = NONE;
-		die(FAULT, "the responder %%",
-		    WIFSIGNALED(status) ? S("was ended by signal ") :
-		    S("failed with status "), digits(WIFSIGNALED(status) ?
-		    (unsigned)WTERMSIG(status) :
-		    (unsigned)WEXITSTATUS(status), b));
+		if (WIFSIGNALED(status))
+			die(FAULT, "the responder was ended by signal %",
+			    digits((unsigned)WTERMSIG(status), b));
+		die(FAULT, "the responder failed with status %",
+		    digits((unsigned)WEXITSTATUS(status), b));
 	}
 	errno = error;
 }
@@ -9402,12 +9422,14 @@ listen_on_addresses(const struct responder *how, Str where, in_port_t port)
 		else if (errno != EAFNOSUPPORT && errno != EADDRNOTAVAIL)
 			break;
 	}
-	if (a || !any)
-		die(NO_PLACE, "cannot listen on %: %%", where, why(),
-		    errno == EADDRINUSE ? S("; stop the program that listens "
-		    "there, or let it answer (see -w)") :
-		    errno == EACCES ? S("; ports below 1024 need root") :
-		    NONE);
+	if (!a && any)
+		return;
+	if (errno == EADDRINUSE)
+		remedy = S("; stop the program that listens there, or let it "
+		    "answer (see -w)");
+	if (errno == EACCES)
+		remedy = S("; ports below 1024 need root");
+	die(NO_PLACE, "cannot listen on %: %", where, why());
 }
 
 /*
@@ -9520,7 +9542,7 @@ dehydrated_hook(struct hook *h, const struct challenge *c, Str token)
 
 	if (publishes(c, CERT_DIGEST))
 		for (value = NONE; rest.n; rest = from(rest, 2))
-			value = text("%%%", value, value.n ? S(":") : NONE,
+			value = cat(value, value.n ? S(":") : NONE,
 			    (Str){ rest.p, 2 });
 	words(h->call[0], str(hook_program), S("deploy_challenge"),
 	    bare(c->id.value), token, value);
@@ -9690,8 +9712,8 @@ check_program(const char *name)
 		cause = S("not found in PATH");
 		hint = "; a file in this directory is named with ./";
 	}
-	die(NO_PLACE, "cannot run the hook %: %%", str(name), cause,
-	    str(hint));
+	remedy = str(hint);
+	die(NO_PLACE, "cannot run the hook %: %", str(name), cause);
 }
 
 static void
@@ -10382,8 +10404,8 @@ renewal_time(const struct cert *c)
 static void
 due_answer(const char *file, bool due, Str reason)
 {
-	print(text("%% %\n", due ? S("due: ") : S("not due: "),
-	    shown(file_name(file)), shown(reason)));
+	print(cat(NONE, due ? S("due: ") : S("not due: "),
+	    shown(file_name(file)), S(" "), shown(reason), S("\n")));
 	if (!due)
 		answer_no();
 	leave(DONE);
