@@ -1244,7 +1244,7 @@ many(struct scan *j, const char *set)
 }
 
 static bool
-word(struct scan *j, Str w)
+json_word(struct scan *j, Str w)
 {
 	if (!starts((Str){ j->p, (size_t)(j->end - j->p) }, w))
 		return false;
@@ -1316,9 +1316,9 @@ json_value(struct scan *j)
 	case '"': ok = json_string(j);		break;
 	case '{': ok = json_list(j, '}');	break;
 	case '[': ok = json_list(j, ']');	break;
-	case 't': ok = word(j, S("true"));	break;
-	case 'f': ok = word(j, S("false"));	break;
-	case 'n': ok = word(j, S("null"));	break;
+	case 't': ok = json_word(j, S("true"));	break;
+	case 'f': ok = json_word(j, S("false"));	break;
+	case 'n': ok = json_word(j, S("null"));	break;
 	default:  ok = json_number(j);		break;
 	}
 	j->depth--;
@@ -5568,10 +5568,10 @@ dial(const char *host, const char *port)
 static Str
 command_fault(void)
 {
-	const struct timespec moment = { 0, 100000000 };
+	const struct timespec tick = { 0, 100000000 };
 	int status;
 
-	nanosleep(&moment, NULL);
+	nanosleep(&tick, NULL);
 	if (waitpid(conn.command, &status, WNOHANG) != conn.command)
 		return text("the command % ended the connection",
 		    command_name());
@@ -6351,9 +6351,9 @@ read_identifier(Str s, void *to)
 }
 
 static Str
-identifier_text(const void *from)
+identifier_text(const void *place)
 {
-	const struct identifier *id = from;
+	const struct identifier *id = place;
 
 	return id->type.n ? text("% %", id->type, id->value) : NONE;
 }
@@ -6435,10 +6435,10 @@ read_status(Str s, void *to)
 }
 
 static Str
-status_text(const void *from)
+status_text(const void *place)
 {
 	for (unsigned i = 0; i < COUNT(statuses); i++)
-		if (*(const unsigned *)from == 1U << i)
+		if (*(const unsigned *)place == 1U << i)
 			return str(statuses[i]);
 	return NONE;
 }
@@ -6504,9 +6504,9 @@ read_challenge(Str s, void *to)
 }
 
 static Str
-challenge_text(const void *from)
+challenge_text(const void *place)
 {
-	const struct challenge *c = from;
+	const struct challenge *c = place;
 
 	return text("% % % % % %", c->type, c->id.type, c->id.value, c->url,
 	    c->name, c->content);
@@ -6629,11 +6629,11 @@ count_of(const struct keyword *k)
 static Str
 value_of(const struct keyword *k, size_t i)
 {
-	const void *from = (const char *)&order + k->to + i * k->size;
+	const void *place = (const char *)&order + k->to + i * k->size;
 
 	if (k->n && i >= *count_of(k))
 		return NONE;
-	return k->write ? k->write(from) : *(const Str *)from;
+	return k->write ? k->write(place) : *(const Str *)place;
 }
 
 /* Set a value that is fit for its keyword, or add it to its list. */
@@ -6844,32 +6844,32 @@ check_kind(Str s, const char *file, bool account_only)
 }
 
 /*
- * Read a record, the text of a file.  Of an account's (-a) only some lines
+ * Read a record, the rest of a file.  Of an account's (-a) only some lines
  * count, and none may differ from the record's own.  The line "end" tells a
  * record from the beginning of one, which a step that is killed while it
  * writes leaves on the pipe; a last line without a newline may be cut too.
  */
 static void
-record_read(Str text, const char *file, bool account_only)
+record_read(Str rest, const char *file, bool account_only)
 {
 	Str all, value;
-	bool whole = text.n && text.p[text.n - 1] == '\n', ended = false;
+	bool whole = rest.n && rest.p[rest.n - 1] == '\n', ended = false;
 	Str fault;
 
-	if (text.n == 0)
+	if (rest.n == 0)
 		die(BAD, "% is empty", file_name(file));
-	check_kind(text, file, account_only);
-	for (size_t n = 1; text.n; n++) {
-		all = value = cut(&text, '\n');
+	check_kind(rest, file, account_only);
+	for (size_t n = 1; rest.n; n++) {
+		all = value = cut(&rest, '\n');
 		if (is(cut(&value, ' '), "failed") && is_line(all) &&
-		    (text.n || whole || contains(value, S(" "))))
+		    (rest.n || whole || contains(value, S(" "))))
 			pass_failure(value);
 		if (is(all, "end")) {
 			ended = true;
 			continue;
 		}
 		fault = take_line(all, account_only);
-		if (fault.n && (text.n || whole || ended))
+		if (fault.n && (rest.n || whole || ended))
 			die(BAD, "%, line %: %", file_name(file), num(n),
 			    fault);
 	}
@@ -7247,10 +7247,10 @@ static struct response directory_response;
 
 /* End the step of a directory's URL that leads to something else. */
 static void
-no_directory(Str why)
+no_directory(Str cause)
 {
 	die(CONFIG, "% is not an ACME directory: %; correct -d or "
-	    "ACME_DIRECTORY", need("directory"), why);
+	    "ACME_DIRECTORY", need("directory"), cause);
 }
 
 /*
@@ -7412,7 +7412,7 @@ static size_t
 nonce_fetch(size_t n)
 {
 	struct request q[NONCES] = { { .method = NULL } };
-	struct response r[NONCES], one;
+	struct response r[NONCES], last;
 	size_t want = n < NONCES ? n : NONCES;
 	size_t lack = want > nnonce ? want - nnonce : 0;
 
@@ -7423,11 +7423,11 @@ nonce_fetch(size_t n)
 	for (size_t i = 0; i < lack; i++)
 		nonce_put(r[i].nonce);
 	while (nnonce == 0) {
-		one = fetch("GET", order.new_nonce);
-		accept_response(&one);
-		if (!one.nonce.n)
-			broken(&one, "has no nonce");
-		nonce_put(one.nonce);
+		last = fetch("GET", order.new_nonce);
+		accept_response(&last);
+		if (!last.nonce.n)
+			broken(&last, "has no nonce");
+		nonce_put(last.nonce);
 	}
 	return n < nnonce ? n : nnonce;
 }
@@ -9144,14 +9144,14 @@ static void
 answer_peers(const struct responder *how)
 {
 	struct pollfd p[1 + LISTENERS + CLIENTS] = { { 0, POLLIN, 0 } };
-	const struct timespec moment = { 0, RETRY * 1000000 };
+	const struct timespec tick = { 0, RETRY * 1000000 };
 	size_t whose[LISTENERS + CLIENTS], n;
 
 	for (;;) {
 		n = list_open(p + 1, whose);
 		if (poll(p, 1 + n, now_ms() < accept_after ? RETRY :
 		    1000) < 0) {	/* no memory, or too few files */
-			nanosleep(&moment, NULL);
+			nanosleep(&tick, NULL);
 			continue;
 		}
 		if (p[0].revents)
@@ -9524,7 +9524,7 @@ hook_environment(const struct hook *h)
 }
 
 /* A call's words; what is missing in the middle would be a fault of ours. */
-#define words(call, ...)  set_words(call, STRS(__VA_ARGS__))
+#define set_call(call, ...)  set_words(call, STRS(__VA_ARGS__))
 
 static void
 set_words(const char **call, const Str *v, size_t nv)
@@ -9544,9 +9544,9 @@ dehydrated_hook(struct hook *h, const struct challenge *c, Str token)
 		for (value = NONE; rest.n; rest = from(rest, 2))
 			value = cat(value, value.n ? S(":") : NONE,
 			    (Str){ rest.p, 2 });
-	words(h->call[0], str(hook_program), S("deploy_challenge"),
+	set_call(h->call[0], str(hook_program), S("deploy_challenge"),
 	    bare(c->id.value), token, value);
-	words(h->call[1], str(hook_program), S("clean_challenge"),
+	set_call(h->call[1], str(hook_program), S("clean_challenge"),
 	    bare(c->id.value), token, value);
 }
 
@@ -9557,9 +9557,9 @@ uacme_hook(struct hook *h, const struct challenge *c, Str token)
 	Str auth = publishes(c, CERT_DIGEST) ? b64(unhex(c->content)) :
 	    c->content;
 
-	words(h->call[0], str(hook_program), S("begin"), c->type,
+	set_call(h->call[0], str(hook_program), S("begin"), c->type,
 	    bare(c->id.value), token, auth);
-	words(h->call[1], str(hook_program), S("failed"), c->type,
+	set_call(h->call[1], str(hook_program), S("failed"), c->type,
 	    bare(c->id.value), token, auth);
 }
 
@@ -9571,8 +9571,8 @@ lego_hook(struct hook *h, const struct challenge *c, Str token)
 	(void)token;
 	if (!publishes(c, TXT_RECORD))
 		usage("lego hooks answer only DNS challenges, not %", c->type);
-	words(h->call[0], str(hook_program), S("present"), name, c->content);
-	words(h->call[1], str(hook_program), S("cleanup"), name, c->content);
+	set_call(h->call[0], str(hook_program), S("present"), name, c->content);
+	set_call(h->call[1], str(hook_program), S("cleanup"), name, c->content);
 }
 
 /* The record's names, with commas. */
@@ -9593,8 +9593,8 @@ certbot_hook(struct hook *h, const struct challenge *c, Str token)
 	static const char *all;		/* the same for each: it is long */
 
 	(void)token;
-	words(h->call[0], str(hook_program));
-	words(h->call[1], str(hook_cleanup));
+	set_call(h->call[0], str(hook_program));
+	set_call(h->call[1], str(hook_cleanup));
 	hook_var(h, "CERTBOT_DOMAIN", bare(c->id.value));
 	hook_var(h, "CERTBOT_IDENTIFIER", bare(c->id.value));
 	hook_var(h, "CERTBOT_VALIDATION", c->content);
@@ -9632,25 +9632,25 @@ hook_style_names(void)
 
 /* -x [STYLE:]PROGRAM; certbot's is two, AUTH,CLEANUP. */
 static void
-choose_hook(const char *option)
+choose_hook(const char *value)
 {
-	Str s = str(option), name = cut(&s, ':');
+	Str s = str(value), name = cut(&s, ':');
 
 	hook_style = &hook_styles[0];
-	hook_program = option;
+	hook_program = value;
 	for (size_t i = 0; i < COUNT(hook_styles); i++)
 		if (same(name, str(hook_styles[i].name)) &&
-		    option[name.n] == ':') {
+		    value[name.n] == ':') {
 			hook_style = &hook_styles[i];
-			hook_program = option + name.n + 1;
+			hook_program = value + name.n + 1;
 		}
-	if (hook_program == option && option[name.n] == ':' && is_b64(name))
+	if (hook_program == value && value[name.n] == ':' && is_b64(name))
 		usage("no such hook style: %; there are %", name,
 		    hook_style_names());
 	name = cut(&s, ',');
 	if (!*hook_program || (hook_style->speaks && (!name.n || !s.n)))
 		usage("-x needs [STYLE:]PROGRAM or certbot:AUTH,CLEANUP, "
-		    "not %", str(option));
+		    "not %", str(value));
 	if (!hook_style->speaks)
 		return;
 	hook_program = c_str(name);
@@ -9771,7 +9771,7 @@ hook_take_down(const struct cleanup *d)
 {
 	const struct hook *h = d->p;
 	long long until = take_down_until();
-	const struct timespec moment = { 0, 20000000 };
+	const struct timespec tick = { 0, 20000000 };
 	pid_t pid;
 	int status = -1;
 
@@ -9784,7 +9784,7 @@ hook_take_down(const struct cleanup *d)
 			kill(-pid, SIGKILL);
 			waitpid(pid, &status, 0);
 		} else
-			nanosleep(&moment, NULL);
+			nanosleep(&tick, NULL);
 	}
 	if (status != 0)
 		warn_later("the hook % failed to clean up %",
@@ -10081,10 +10081,10 @@ read_csr_key(const char *file)
 static Str
 read_csr(const char *file, Str *key)
 {
-	Str s = read_file(file), text = s, label, block = s;
+	Str s = read_file(file), rest = s, label, block = s;
 	bool bad;
 
-	while (pem_next(&text, &label, &block, &bad))
+	while (pem_next(&rest, &label, &block, &bad))
 		if (is(label, "CERTIFICATE REQUEST") ||
 		    is(label, "NEW CERTIFICATE REQUEST"))
 			break;
@@ -10101,10 +10101,10 @@ static struct cert issued[CERTS];
 
 /* Is this one of the first n certificates? */
 static bool
-has_certificate(size_t n, Str der)
+has_certificate(size_t n, Str whole)
 {
 	while (n > 0)
-		if (same(issued[--n].der, der))
+		if (same(issued[--n].der, whole))
 			return true;
 	return false;
 }
@@ -10116,11 +10116,11 @@ has_certificate(size_t n, Str der)
 static size_t
 read_chain(const struct response *r)
 {
-	Str text = r->body, label, block;
+	Str rest = r->body, label, block;
 	size_t n = 0;
 	bool bad;
 
-	while (pem_next(&text, &label, &block, &bad)) {
+	while (pem_next(&rest, &label, &block, &bad)) {
 		if (!is(label, "CERTIFICATE"))
 			broken(r, "has a PEM block % in its chain; only "
 			    "CERTIFICATE is allowed", label);
@@ -10205,7 +10205,7 @@ static void
 print_certificate(const char *issuer, Str key, int status)
 {
 	struct response r;
-	Str text = NONE, fault;
+	Str all = NONE, fault;
 	size_t n;
 
 	if (!order.certificate.n)
@@ -10222,8 +10222,8 @@ print_certificate(const char *issuer, Str key, int status)
 		broken(&r, "is a certificate whose names differ from the "
 		    "order's: it %", fault);
 	for (size_t i = 0; i < n; i++)
-		text = cat(NONE, text, pem(issued[i].der, "CERTIFICATE"));
-	print(text);
+		all = cat(NONE, all, pem(issued[i].der, "CERTIFICATE"));
+	print(all);
 }
 
 /*
@@ -10366,14 +10366,14 @@ do_csr(char **arg)
 	    "CERTIFICATE REQUEST"));
 }
 
-/* The first certificate of a text, PEM or DER; false if there is none. */
+/* The first certificate of a rest, PEM or DER; false if there is none. */
 static bool
 find_certificate(Str s, struct cert *c)
 {
-	Str text = s, label, block;
+	Str rest = s, label, block;
 	bool bad;
 
-	while (pem_next(&text, &label, &block, &bad))
+	while (pem_next(&rest, &label, &block, &bad))
 		if (is(label, "CERTIFICATE")) {
 			s = block;
 			break;
@@ -10417,15 +10417,15 @@ do_due(char **arg)
 {
 	long long now = (long long)time(NULL);
 	struct cert c;
-	Str fault = NONE, text;
+	Str fault = NONE, content;
 
 	take_names(arg + 1);
 	if (opt['K'])
 		key_read(&other_key, opt['K']);
-	text = read_if_there(arg[0]);
-	if (!text.n)
+	content = read_if_there(arg[0]);
+	if (!content.n)
 		due_answer(arg[0], true, S("is missing or empty"));
-	if (!find_certificate(text, &c))
+	if (!find_certificate(content, &c))
 		due_answer(arg[0], true, S("is not a certificate"));
 	if (opt['K'] && !same(c.public_key, public_key(&other_key)))
 		due_answer(arg[0], true, text("does not match the key %",
@@ -10481,9 +10481,9 @@ json_step(Str v, Str name)
 static void
 do_json(char **arg)
 {
-	Str text = read_file(arg[1]), v, path = str(arg[0]), none, s;
+	Str item = read_file(arg[1]), v, path = str(arg[0]), none, s;
 
-	if (!json_read(text, &v))
+	if (!json_read(item, &v))
 		die(BAD, "% is not JSON", file_name(arg[1]));
 	if (!is(path, "."))
 		do
@@ -10496,8 +10496,8 @@ do_json(char **arg)
 		print(text("%\n", plain(v)));
 	else {		/* line upon line on top of the heap */
 		s = (Str){ heap + used, 0 };
-		while (json_each(&v, &none, &text))
-			s.n += cat(plain(text), S("\n")).n;
+		while (json_each(&v, &none, &item))
+			s.n += cat(plain(item), S("\n")).n;
 		print(s);
 	}
 }
@@ -10578,17 +10578,17 @@ static struct {
 static void
 check_new_account(char **arg)
 {
-	Str kid = variable("ACME_EAB_KID"), text;
+	Str kid = variable("ACME_EAB_KID"), rest;
 	Str mac_key = variable("ACME_EAB_HMAC_KEY");
 	const char *file = opt['e'];
 
 	(void)arg;
 	if (file) {
-		text = read_file(file);
+		rest = read_file(file);
 		warn_if_shared(file);
-		kid = take_word(&text);
-		mac_key = take_word(&text);
-		if (!mac_key.n || take_word(&text).n)
+		kid = take_word(&rest);
+		mac_key = take_word(&rest);
+		if (!mac_key.n || take_word(&rest).n)
 			die(BAD, "% must hold two words, the KID and the "
 			    "HMAC key", file_name(file));
 	}
@@ -11160,10 +11160,10 @@ check_respond(char **arg)
 static void
 find_challenges(const struct publisher *how, const char *type)
 {
-	bool fetch = !order.nchallenge;
+	bool fetched = !order.nchallenge;
 	bool pending = order.status == PENDING;
 
-	if (fetch) {
+	if (fetched) {
 		fetch_authorizations(false);
 		if (how && how->clean_names)
 			how->clean_names(opt[how->letter]);
@@ -11175,7 +11175,7 @@ find_challenges(const struct publisher *how, const char *type)
 		order_refresh();
 	if (!order.nchallenge && order.status == PENDING)
 		die(REFUSED, "the CA offers no challenge of a supported type");
-	if (fetch && pending && !order.nchallenge &&
+	if (fetched && pending && !order.nchallenge &&
 	    order.status != INVALID && how && how->clean_ready)
 		how->clean_ready(type);
 }
@@ -11394,13 +11394,13 @@ static void
 do_renewal_info(char **arg)
 {
 	long long start, end, when;
-	Str base = need_endpoint("renewalInfo"), o, window, text;
+	Str base = need_endpoint("renewalInfo"), o, window, lines;
 	struct response r;
 
 	(void)arg;
-	text = certificate_id(&subject);
+	lines = certificate_id(&subject);
 	r = fetch("GET", cat(NONE, base, base.p[base.n - 1] == '/' ? NONE :
-	    S("/"), text));
+	    S("/"), lines));
 	accept_response(&r);
 	o = json_body(&r);
 	window = need_member(&r, o, "suggestedWindow", '{');
@@ -11411,15 +11411,15 @@ do_renewal_info(char **arg)
 		broken(&r, "has an empty suggestedWindow; use acme-step due "
 		    "instead");
 	when = window_moment(&subject, start, end);
-	text = text("window % %\nmoment %\n", date(start), date(end),
+	lines = text("window % %\nmoment %\n", date(start), date(end),
 	    date(when));
 	o = member(&r, o, "explanationURL", '"');
 	if (is_word(o))
-		text = text("%explanation %\n", text, o);
+		lines = text("%explanation %\n", lines, o);
 	if (r.retry_after >= 0)
-		text = text("%retry-after %\n", text,
+		lines = text("%retry-after %\n", lines,
 		    num((unsigned long)r.retry_after));
-	print(text);
+	print(lines);
 	if ((long long)time(NULL) < when)
 		answer_no();
 }
@@ -11459,9 +11459,9 @@ do_get(char **arg)
 static void
 do_post(char **arg)
 {
-	Str text = read_file(NULL), v;
+	Str body = read_file(NULL), v;
 
-	if (!json_read(text, &v))
+	if (!json_read(body, &v))
 		die(BAD, "standard input is not JSON");
 	post_and_print(arg[0], v, true);
 }
