@@ -4517,7 +4517,7 @@ tls_serve(struct tls_server *s, int fd)
 
 /* ------------------------------------------------------ 22. Processes -- */
 
-/* Secrets that only a step has a use for; its children do not get them. */
+/* Remove the variables with secrets: no program that we run needs them. */
 static void
 drop_secret_variables(void)
 {
@@ -4529,7 +4529,7 @@ drop_secret_variables(void)
 	*to = NULL;
 }
 
-/* In a new process that runs no other program: forget the environment. */
+/* In a process that runs no other program: overwrite the environment. */
 static void
 wipe_environment(void)
 {
@@ -4538,7 +4538,7 @@ wipe_environment(void)
 	*environ = NULL;
 }
 
-/* In a new process: what the old one must clean up is not ours. */
+/* In a new process: leave the clean-up to the old one. */
 static void
 become_child(void)
 {
@@ -4553,7 +4553,7 @@ become_child(void)
 	sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
-/* poll(), which a stopped and continued process sees interrupted. */
+/* poll(), called again if a signal such as SIGCONT interrupts it. */
 static int
 wait_for(struct pollfd *p, int ms)
 {
@@ -4565,7 +4565,7 @@ wait_for(struct pollfd *p, int ms)
 	return n;
 }
 
-/* End a process and all that it has started. */
+/* Kill a process and all that it has started. */
 static void
 stop_group(const struct cleanup *d)
 {
@@ -4573,7 +4573,7 @@ stop_group(const struct cleanup *d)
 	waitpid(d->n, NULL, 0);
 }
 
-/* Is the process, a child, still running? */
+/* Is a child still running? */
 static bool
 is_running(pid_t pid)
 {
@@ -4583,7 +4583,7 @@ is_running(pid_t pid)
 	    == 0 && !ended.si_pid;
 }
 
-/* How a process ended, if it was not well. */
+/* How a process ended that did not succeed. */
 static Str
 ending(int status)
 {
@@ -4600,7 +4600,7 @@ ending(int status)
 static int family = AF_UNSPEC;		/* -4, -6 */
 extern char **environ;
 
-/* A variable under the first of two names that is set and not empty. */
+/* The first of two variables that is set and not empty. */
 static Str
 either(const char *a, const char *b)
 {
@@ -4609,11 +4609,14 @@ either(const char *a, const char *b)
 	return s.n ? s : variable(b);
 }
 
-/* -H HOST:PORT:ADDR, as it came; the next one for a host and port. */
+/*
+ * The values of -H, HOST:PORT:ADDR; the next one for the same host and port
+ * is its next address.
+ */
 static Str resolved[RESOLVED];
 static size_t nresolved;
 
-/* Take HOST:PORT:ADDR apart; false if it is malformed. */
+/* Split HOST:PORT:ADDR; false if it is malformed. */
 static bool
 read_resolved(Str s, Str *host, Str *port, Str *address)
 {
@@ -4648,7 +4651,7 @@ struct address {
 	} to;
 };
 
-/* What a process that looks a name up writes: less than PIPE_BUF bytes. */
+/* What a look-up process writes: less than PIPE_BUF bytes. */
 struct lookup {
 	int error;			/* of getaddrinfo() */
 	bool truncated;			/* see is_truncated() */
@@ -4673,7 +4676,7 @@ static struct {
 	int error;			/* errno of a failed attempt, or 0 */
 } way;
 
-/* Forget the way to the last host. */
+/* Forget the way to the previous host. */
 static void
 begin_way(void)
 {
@@ -4693,7 +4696,7 @@ add_address(const struct address *a)
 		way.known[i].list[way.known[i].n++] = *a;
 }
 
-/* Add an address as ip_bytes() reads it. */
+/* Add an address of 4 or 16 bytes. */
 static void
 add_ip(Str ip)
 {
@@ -4710,7 +4713,7 @@ add_ip(Str ip)
 	add_address(&a);
 }
 
-/* Where a reader of /etc/hosts is. */
+/* The state of a reader of /etc/hosts. */
 struct hosts_reader {
 	bool comment;
 	size_t nwords;			/* of the line; the first: an address */
@@ -4740,7 +4743,7 @@ is_host(struct hosts_reader *r, unsigned char c, Str name)
 	return equal;
 }
 
-/* Has /etc/hosts the name?  The file can be of any length. */
+/* Does /etc/hosts have the name? The file can be of any length. */
 static bool
 in_hosts(Str name)
 {
@@ -4759,12 +4762,12 @@ in_hosts(Str name)
 	return found || is_host(&r, '\n', name);
 }
 
-/* Of resolv.h, whose macros take names that we and elf.h have. */
+/* From resolv.h, whose macros have names that we and elf.h use. */
 int res_query(const char *, int, int, unsigned char *, int);
 
 /*
- * Is the answer of the name server cut short?  The resolver of musl before
- * 1.2.4 does not ask again over TCP, and can be left without an address.
+ * Was the response of the name server truncated? The resolver of musl before
+ * 1.2.4 does not try TCP then, and may find no address.
  */
 static bool
 is_truncated(const char *name, int af)
@@ -4778,9 +4781,9 @@ is_truncated(const char *name, int af)
 }
 
 /*
- * In a new process: overwrite all memory that can hold a key.  Signals are
- * held, since they are for the step.  After that SIGTERM ends the process; so
- * does the step's time limit, even if the step was killed by SIGKILL.
+ * In a new process: overwrite all memory that can hold a key. Signals are
+ * blocked, since they are for the step. After that SIGTERM ends the process;
+ * so does the time limit, even if the step was ended by SIGKILL.
  */
 static void
 become_lookup(void)
@@ -4804,8 +4807,8 @@ become_lookup(void)
 }
 
 /*
- * In a new process: look a name up in a family or both, and write a struct
- * lookup to fd.  The name has at most HOSTNAME bytes and a dot.
+ * In a new process: look up a name in one family or both, and write a struct
+ * lookup to fd. The name has at most HOSTNAME bytes and a dot.
  */
 static void
 run_lookup(const char *name, int af, int fd)
@@ -4830,7 +4833,7 @@ run_lookup(const char *name, int af, int fd)
 	leave(write(1, &l, sizeof l) == sizeof l ? DONE : FAULT);
 }
 
-/* End a lookup, but not before it has overwritten the keys. */
+/* End a look-up, after it has overwritten the keys. */
 static void
 stop_lookup(const struct cleanup *d)
 {
@@ -4859,8 +4862,8 @@ start_lookup(struct pollfd *p, const char *name, int af)
 }
 
 /*
- * Look a name up, each family by a process of its own: getaddrinfo() waits
- * for both, and fails if one fails.
+ * Look up a name, each family in a process of its own: getaddrinfo() would
+ * wait for both, and fail if one fails.
  */
 static void
 look_up(const char *name)
@@ -4877,8 +4880,8 @@ look_up(const char *name)
 }
 
 /*
- * Read what a lookup found.  A name that is not there says less than any
- * other error.
+ * Read what a look-up found. "No such name" is reported only if no other
+ * error occurred.
  */
 static void
 end_lookup(struct pollfd *p)
@@ -4910,8 +4913,8 @@ has_untried(void)
 }
 
 /*
- * Wait for an event until end, by now_ms(), or without limit if end is NEVER;
- * take what was looked up.  False at the end.
+ * Wait for an event until `end`, by now_ms(), or without limit if that is
+ * NEVER, and read what was found. False if the time is over.
  */
 static bool
 poll_way(long long end)
@@ -4932,8 +4935,8 @@ poll_way(long long end)
 }
 
 /*
- * Wait for the first addresses.  Those of IPv4 wait a moment for those of
- * IPv6, which go first (RFC 8305 3).  False if there are none.
+ * Wait for the first addresses. IPv4 waits LATE_IPV6 ms for IPv6, which is
+ * tried first (RFC 8305 3). False if there are none.
  */
 static bool
 await_addresses(void)
@@ -4945,10 +4948,10 @@ await_addresses(void)
 }
 
 /*
- * Find the addresses of a host.  A name with a dot is looked up as it is
- * first, whatever ndots in /etc/resolv.conf is: a domain to search can fail,
- * or have every name.  The dot at the end says so to the resolver; but
- * /etc/hosts has names without it.
+ * Find the addresses of a host. A name with a dot is first looked up as it
+ * is, whatever ndots in /etc/resolv.conf is: a search domain can fail, or
+ * answer for every name. A trailing dot tells the resolver so, but the names
+ * in /etc/hosts do not have it.
  */
 static void
 find_addresses(const char *name)
@@ -4984,7 +4987,10 @@ static struct {
 	bool whole;			/* and no more will be */
 } conn;
 
-/* The next address, of IPv6 and IPv4 in turn (RFC 8305 4), or NULL. */
+/*
+ * The next address, of IPv6 and IPv4 in turn (RFC 8305 4); NULL if all were
+ * tried.
+ */
 static struct address *
 next_address(void)
 {
@@ -5007,7 +5013,7 @@ set_port(struct address *a, in_port_t port)
 		a->to.v6.sin6_port = port;
 }
 
-/* Start to connect; -1 and errno if that fails at once. */
+/* Start to connect; -1 and errno if that fails immediately. */
 static int
 start_connecting(struct address *a, in_port_t port)
 {
@@ -5026,7 +5032,7 @@ start_connecting(struct address *a, in_port_t port)
 	return -1;
 }
 
-/* A place in way for one more attempt, or 0. */
+/* A free place in `way` for an attempt; 0 if there is none. */
 static size_t
 free_attempt(void)
 {
@@ -5037,8 +5043,8 @@ free_attempt(void)
 }
 
 /*
- * Note why an attempt failed.  That the machine has no way to the addresses
- * of a family says less than any other error.
+ * Note why an attempt failed. That there is no route to a family is reported
+ * only if no other error occurred.
  */
 static void
 note_error(int error)
@@ -5048,7 +5054,10 @@ note_error(int error)
 		way.error = error;
 }
 
-/* Start to connect to the next address that does not fail at once. */
+/*
+ * Start to connect to the next address for which that does not fail
+ * immediately.
+ */
 static bool
 start_attempt(in_port_t port)
 {
@@ -5065,7 +5074,7 @@ start_attempt(in_port_t port)
 	return false;
 }
 
-/* Has an attempt failed?  Its descriptor is closed then. */
+/* Has an attempt failed? Then its descriptor is closed. */
 static bool
 has_failed(size_t i)
 {
@@ -5087,7 +5096,7 @@ has_failed(size_t i)
 	return true;
 }
 
-/* When the first of the attempts must end; NEVER if there are none. */
+/* When the first of the attempts times out; NEVER if there are none. */
 static long long
 attempts_end(void)
 {
@@ -5100,8 +5109,9 @@ attempts_end(void)
 }
 
 /*
- * Connect to the first address that answers, and return its place in way; 0
- * if none does.  Each has a head start, unless it fails (RFC 8305 5).
+ * Connect to the first address that accepts, and return its place in `way`; 0
+ * if none does. Each address has a head start over the next one, unless it
+ * fails (RFC 8305 5).
  */
 static size_t
 race(in_port_t port)
@@ -5125,7 +5135,10 @@ race(in_port_t port)
 	}
 }
 
-/* Add the addresses that -H has for a host and port; false if it has none. */
+/*
+ * Add the addresses that -H gives for a host and port; false if it gives
+ * none.
+ */
 static bool
 add_resolved_addresses(Str name, Str port)
 {
@@ -5142,7 +5155,7 @@ add_resolved_addresses(Str name, Str port)
 	return any;
 }
 
-/* Why there is no address. */
+/* Why no address was found. */
 static Str
 no_address(void)
 {
@@ -5153,7 +5166,9 @@ no_address(void)
 	    S("it has only those that -4 or -6 excludes");
 }
 
-/* A TCP connection; -H goes before what the resolver knows. */
+/*
+ * Connect by TCP. Addresses given with -H take precedence over the resolver.
+ */
 static int
 dial_tcp(const char *name, const char *port)
 {
@@ -5188,7 +5203,7 @@ dial_tcp(const char *name, const char *port)
 
 static const char *proxy_command;	/* -P */
 
-/* Its first word: the others can hold a password. */
+/* The first word of the command; the others can contain a password. */
 static Str
 command_name(void)
 {
@@ -5200,10 +5215,10 @@ command_name(void)
 enum { ENDING = 1000 };	/* ms to end at the end of input, and at SIGTERM */
 
 /*
- * End the command of -P if it shares our process group: then a signal can
- * be sent to the command alone.  Most commands end at the end of their
- * input, with all that they started; SIGTERM lets one that is asking for a
- * password turn the terminal's echo on again.
+ * End the command of -P if it shares our process group, in which a signal
+ * would also reach other programs. Most commands end, with all that they
+ * started, at the end of their input. SIGTERM lets one that asks for a
+ * password restore the echo of the terminal.
  */
 static void
 stop_command(const struct cleanup *d)
@@ -5224,7 +5239,7 @@ stop_command(const struct cleanup *d)
 	waitpid(d->n, NULL, 0);
 }
 
-/* Is there a terminal where the command could ask for a password? */
+/* Is there a terminal on which the command can ask for a password? */
 static bool
 has_terminal(void)
 {
@@ -5233,7 +5248,10 @@ has_terminal(void)
 	return fd >= 0 && close(fd) == 0;
 }
 
-/* The command with %h, %p and %% filled in; the host has safe letters. */
+/*
+ * Replace %h, %p and %% in the command. The host has no characters that mean
+ * something to a shell.
+ */
 static const char *
 fill_command(const char *host, const char *port)
 {
@@ -5259,9 +5277,9 @@ fill_command(const char *host, const char *port)
 }
 
 /*
- * A stream through the standard input and output of a command (-P).  If
- * there is a terminal it stays in our process group: from a group in the
- * background ssh could not ask for a password there.
+ * A connection through the standard input and output of a command (-P). On a
+ * terminal the command stays in our process group: in a background group ssh
+ * could not ask for a password.
  */
 static int
 dial_command(const char *host, const char *port)
@@ -5317,8 +5335,8 @@ in_network(Str ip, Str network)
 }
 
 /*
- * Is an entry of no_proxy the host, a domain above it, "*", each perhaps
- * with its port, or a network?
+ * Does an entry of no_proxy match the host? It is a host or a parent domain,
+ * perhaps with a port, a network, or "*".
  */
 static bool
 is_entry(Str entry, Str host, Str port)
@@ -5342,7 +5360,7 @@ is_entry(Str entry, Str host, Str port)
 	    same_word(from(host, host.n - entry.n), entry);
 }
 
-/* Does no_proxy have an entry for the host? */
+/* Does an entry of no_proxy match the host? */
 static bool
 needs_no_proxy(Str host, Str port)
 {
@@ -5358,16 +5376,16 @@ needs_no_proxy(Str host, Str port)
 	return false;
 }
 
-/* http://[USER:PASSWORD@]HOST[:PORT][/], as https_proxy has it. */
+/* http://[USER:PASSWORD@]HOST[:PORT][/], the form of https_proxy. */
 struct proxy {
 	Str user, password;		/* percent-encoded; NONE: neither */
 	Str host, port;
 };
 
 /*
- * Take the scheme off a proxy's URL; one that has none is http.  False for
- * any other: its password would not be encrypted, though the user may
- * believe that it is.
+ * Take the scheme off the URL of a proxy; without one it is http. False for
+ * any other: a password would not be encrypted, as the user of https://
+ * expects.
  */
 static bool
 take_scheme(Str *s)
@@ -5381,8 +5399,8 @@ take_scheme(Str *s)
 }
 
 /*
- * Take USER:PASSWORD@ off the front of s.  It ends at the last @: what
- * follows is the host, which messages show.
+ * Take USER:PASSWORD@ off the front of s. It ends at the last @: messages
+ * show what follows.
  */
 static Str
 take_userinfo(Str *s)
@@ -5396,7 +5414,9 @@ take_userinfo(Str *s)
 	return (Str){ all.p, n > 0 ? n - 1 : 0 };
 }
 
-/* The value can hold a password, so no message shows it. */
+/*
+ * Read the URL of a proxy. It can contain a password, so no message shows it.
+ */
 static void
 read_proxy(Str s, struct proxy *p)
 {
@@ -5410,7 +5430,7 @@ read_proxy(Str s, struct proxy *p)
 		usage("https_proxy must be http://[USER:PASSWORD@]HOST[:PORT]");
 }
 
-/* The proxy to a host, or NONE. */
+/* The proxy for a host, or NONE. */
 static Str
 proxy_to(Str host, Str port)
 {
@@ -5418,7 +5438,7 @@ proxy_to(Str host, Str port)
 	    either("https_proxy", "HTTPS_PROXY");
 }
 
-/* See to it that the proxy to the host of a URL, if any, can be read. */
+/* End the step if the proxy for the host of a URL is malformed. */
 static void
 check_proxy(Str url)
 {
@@ -5433,7 +5453,7 @@ check_proxy(Str url)
 		read_proxy(proxy, &p);
 }
 
-/* Without its percent signs (RFC 3986 2.1). */
+/* Decode percent-encoding (RFC 3986 2.1). */
 static Str
 percent_decoded(Str s)
 {
@@ -5453,7 +5473,7 @@ percent_decoded(Str s)
 	return keep(mark, (Str){ o, n });
 }
 
-/* A line from a proxy, before there is TLS; without its CR LF. */
+/* A line from a proxy, before TLS begins; without its CR LF. */
 static Str
 proxy_line(int fd, size_t *room, Str name)
 {
@@ -5478,14 +5498,16 @@ proxy_line(int fd, size_t *room, Str name)
 	return s;
 }
 
-/* A header field, none where it has no value. */
+/* A header field; nothing if the value is NONE. */
 static Str
 header(const char *name, Str value)
 {
 	return value.n ? text("%: %\r\n", str(name), value) : NONE;
 }
 
-/* What a proxy's user and password are in HTTP (RFC 7617 2), or NONE. */
+/*
+ * The user and password of a proxy for a header field (RFC 7617 2), or NONE.
+ */
 static Str
 credentials(const struct proxy *p)
 {
@@ -5494,7 +5516,10 @@ credentials(const struct proxy *p)
 	        percent_decoded(p->password))));
 }
 
-/* The answer of a proxy that was sent a password, which it may repeat. */
+/*
+ * The status of a proxy that was sent a password: it may echo that, so only
+ * the code is shown.
+ */
 static Str
 answer_without_secrets(Str code)
 {
@@ -5503,8 +5528,8 @@ answer_without_secrets(Str code)
 }
 
 /*
- * Read the status line of a proxy's answer, and the code in it.  An interim
- * answer, such as 100, may go before it (RFC 9110 15.2).
+ * Read the status line of the response of a proxy, and its code. Interim
+ * responses, such as 100, may precede it (RFC 9110 15.2).
  */
 static Str
 proxy_status(int fd, size_t *room, Str name, Str *code)
@@ -5523,7 +5548,7 @@ proxy_status(int fd, size_t *room, Str name, Str *code)
 	}
 }
 
-/* A stream through a proxy (RFC 9110 9.3.6). */
+/* A connection through a proxy (RFC 9110 9.3.6). */
 static int
 dial_proxy(Str url, const char *host, const char *port)
 {
@@ -5551,7 +5576,7 @@ dial_proxy(Str url, const char *host, const char *port)
 	return fd;
 }
 
-/* A stream of bytes to host:port, as a file descriptor. */
+/* A connection to host:port, as a file descriptor. */
 static int
 dial(const char *host, const char *port)
 {
@@ -5564,7 +5589,7 @@ dial(const char *host, const char *port)
 
 /* ----------------------------------------------------- 26. Connection -- */
 
-/* How the command behind the connection ended, where it has. */
+/* How the command behind the connection ended, if it did. */
 static Str
 command_fault(void)
 {
@@ -5579,9 +5604,9 @@ command_fault(void)
 }
 
 /*
- * End the step: there is no TLS with the server.  A certificate that is not
- * trusted stays so until somebody corrects the anchors, the name, the clock
- * or the server; all else may pass.
+ * End the step: TLS with the server failed. If its certificate is not
+ * trusted, that lasts until somebody corrects the anchors, the name, the
+ * clock or the server; anything else may pass.
  */
 static void
 conn_failed(void)
@@ -5596,7 +5621,7 @@ conn_failed(void)
 	    str(conn.host), words);
 }
 
-/* Did the connection end without a word from the peer's TLS? */
+/* Did the connection end without a close_notify of TLS? */
 static bool
 is_cut_off(void)
 {
@@ -5619,7 +5644,7 @@ conn_close(void)
 	conn.command = 0;
 }
 
-/* Be connected to the host of a URL; what is open already may do. */
+/* Connect to the host of a URL, unless the open connection leads there. */
 static void
 conn_open(const struct url *u)
 {
@@ -5693,8 +5718,8 @@ name_response(Str url)
 static bool verbose;		/* -v */
 
 /*
- * One line, on top of the heap with its end; *s is without CR LF.  At most
- * `room` bytes.  False where the connection ends before the line does.
+ * Read a line of at most `room` bytes onto the top of the heap; *s lacks its
+ * CR LF. False if the connection ends before the line does.
  */
 static bool
 http_line(struct response *r, size_t *room, Str *s)
@@ -5743,7 +5768,10 @@ http_status(struct response *r, Str s)
 	return (int)n;
 }
 
-/* Seconds or a date (RFC 9110 10.2.3); nonsense is as if absent. */
+/*
+ * Retry-After in seconds (RFC 9110 10.2.3): a number or a date; -1 if it is
+ * absent or malformed.
+ */
 static long
 retry_after(Str s)
 {
@@ -5770,7 +5798,7 @@ struct framing {
 	unsigned long length;
 };
 
-/* One header field that we use (RFC 9112 5). */
+/* Use a header field, if we know it (RFC 9112 5). */
 static void
 http_field(struct response *r, struct framing *f, Str name, Str value)
 {
@@ -5802,7 +5830,7 @@ http_field(struct response *r, struct framing *f, Str name, Str value)
 				r->last = true;
 }
 
-/* The header; false where nothing came at all. */
+/* Read a header; false if the connection ends before it begins. */
 static bool
 http_head(struct response *r, struct framing *f)
 {
@@ -5850,7 +5878,7 @@ next_field(Str *head, Str name, Str *value)
 	return false;
 }
 
-/* Read n bytes more of the body, on top of the heap. */
+/* Read n more bytes of the body onto the top of the heap. */
 static void
 http_bytes(struct response *r, unsigned long n)
 {
@@ -5915,7 +5943,10 @@ http_chunks(struct response *r)
 	} while (n);
 }
 
-/* Receive the reply to a message; false where the connection is gone. */
+/*
+ * Receive the response to a request; false if the connection ends before it
+ * begins.
+ */
 static bool
 http_receive(const struct request *q, struct response *r)
 {
@@ -5952,8 +5983,8 @@ http_receive(const struct request *q, struct response *r)
 }
 
 /*
- * A message as it goes out (RFC 9112 3, RFC 8555 6.1 and 6.2), to the
- * target in its first line.
+ * A request as it is sent (RFC 9112 3, RFC 8555 6.1 and 6.2), with the target
+ * in its first line.
  */
 static Str
 http_text(const struct request *q, const struct url *u, Str target)
@@ -5965,7 +5996,7 @@ http_text(const struct request *q, const struct url *u, Str target)
 	        "Content-Length: %\r\n", num(q->body.n)) : NONE, q->body);
 }
 
-/* A message's URL taken apart; whoever made it has read it before. */
+/* Split the URL of a request, which was checked when it was read. */
 static void
 request_url(const struct request *q, struct url *u)
 {
@@ -5982,12 +6013,12 @@ url_target(const struct url *u)
 	    text("/%", u->path);
 }
 
-/* 408: the server waited for a request, not for this one (RFC 9110 15.5.9). */
+/* 408: the server gave up waiting for a request (RFC 9110 15.5.9). */
 enum { TIMED_OUT = 408 };
 
 /*
- * Send messages, all in one write, and receive their replies in order;
- * returns how many came.  Only messages to one origin go together.
+ * Send requests to one origin, all in one write, and receive their responses
+ * in order. Returns how many came.
  */
 static size_t
 pipeline(const struct request *q, struct response *r, size_t n)
@@ -6038,7 +6069,7 @@ box_file(unsigned long n, const char *kind)
 	return c_str(text("%.%", num(n), str(kind)));
 }
 
-/* A file in the box; false where there is none. */
+/* Read a file in the box; false if there is none. */
 static bool
 box_read(const char *name, Str *s)
 {
@@ -6055,7 +6086,7 @@ box_read(const char *name, Str *s)
 	return true;
 }
 
-/* A new file in the box, complete or absent. */
+/* Write a new file in the box; it is complete or absent. */
 static void
 box_write(const char *name, Str s)
 {
@@ -6072,7 +6103,7 @@ box_write(const char *name, Str s)
 	forget_cleanup();
 }
 
-/* What a part of a JWS says, for people, on one line. */
+/* A part of a JWS in plain text, on one line. */
 static Str
 jws_part(Str body, const char *name)
 {
@@ -6085,8 +6116,8 @@ jws_part(Str body, const char *name)
 }
 
 /*
- * A request's file: what it says in plain text, in comments, and then the
- * message itself, its URL in absolute form (RFC 9112 3.2.2).
+ * The content of a request file: what it says in plain text, as comments, and
+ * then the request with an absolute URL (RFC 9112 3.2.2).
  */
 static Str
 box_request(const struct request *q)
@@ -6100,14 +6131,20 @@ box_request(const struct request *q)
 	return cat(NONE, comments, http_text(q, &u, q->url));
 }
 
-/* Ties a reply to its request: what is swapped, cut or edited shows. */
+/*
+ * A check that ties a response to its request: swapped, cut or edited files
+ * are noticed.
+ */
 static Str
 box_check(Str request, Str response)
 {
 	return b64(sha256(cat(NONE, sha256(request), sha256(response))));
 }
 
-/* A reply as it is kept: the header fields that a step uses, the body. */
+/*
+ * The content of a response file: the header fields that a step uses, and the
+ * body.
+ */
 static Str
 box_response(const struct response *r)
 {
@@ -6127,7 +6164,7 @@ box_response(const struct response *r)
 
 #define BOX_CHECK "Acme-Step-Check: "
 
-/* Take the check off the end of a stored reply; false if it is wrong. */
+/* Take the check off the end of a stored response; false if it is wrong. */
 static bool
 box_open(Str request, Str *s)
 {
@@ -6148,7 +6185,10 @@ box_refuse(const char *what)
 	    str(what));
 }
 
-/* The reply to the next message from the box; false if it is not there. */
+/*
+ * Take the response to the next request from the box; false if it is not
+ * there.
+ */
 static bool
 box_exchange(const struct request *q, struct response *r)
 {
@@ -6176,8 +6216,9 @@ box_exchange(const struct request *q, struct response *r)
 }
 
 /*
- * All replies to a batch, or the step ends; what lacks one is written
- * together.  What has been published stays so: the step will come back.
+ * Take all responses to a batch from the box, or write the requests that lack
+ * one and end the step. What is published then stays, since the step will be
+ * run again.
  */
 static void
 box_batch(const struct request *q, struct response *r, size_t n)
@@ -6197,7 +6238,7 @@ box_batch(const struct request *q, struct response *r, size_t n)
 	    num((unsigned long long)carrier_pause / 1000)));
 }
 
-/* Use a directory as the box; where there is none, it is made. */
+/* Use a directory as the box; it is created if it does not exist. */
 static void
 open_box(const char *name, bool make)
 {
@@ -6214,7 +6255,7 @@ open_box(const char *name, bool make)
 		die(MISSING, "cannot open %: %", str(name), why());
 }
 
-/* How many of n messages, from the first, go to its origin. */
+/* How many of n requests, from the first one, go to the same origin. */
 static size_t
 count_together(const struct request *q, size_t n)
 {
@@ -6227,9 +6268,9 @@ count_together(const struct request *q, size_t n)
 }
 
 /*
- * The reply to a message was lost.  The server may have the message, so it
- * is sent again at most RESENDS times; on a connection that was new, after
- * a pause.
+ * The response to a request was lost. The server may have acted on the
+ * request, so it is sent again at most RESENDS times; if the connection was
+ * new, after a pause.
  */
 static void
 response_lost(struct request *q, bool new_connection)
@@ -6241,9 +6282,10 @@ response_lost(struct request *q, bool new_connection)
 }
 
 /*
- * Every message gets its reply, or the step ends.  A server that closes
- * the connection over several messages at once is asked one by one from
- * then on; one that had been idle says nothing about that.
+ * Send n requests and receive their responses, or end the step. If a server
+ * closes a new connection on several requests at once, they are sent one by
+ * one from then on; an idle connection may have been closed for other
+ * reasons.
  */
 static void
 exchange(struct request *q, struct response *r, size_t n)
@@ -6272,7 +6314,7 @@ exchange(struct request *q, struct response *r, size_t n)
 
 /* ---------------------------------------------------- 29. Identifiers -- */
 
-/* Printable ASCII without spaces: what can be a field of a line. */
+/* Printable ASCII without spaces: one field of a line of a record. */
 static bool
 is_word(Str s)
 {
@@ -6282,7 +6324,7 @@ is_word(Str s)
 	return s.n > 0 && s.n <= WORD;
 }
 
-/* Text that stays on its line, whoever wrote it. */
+/* Can a text be on one line of a record, without control characters? */
 static bool
 is_line(Str s)
 {
@@ -6298,7 +6340,7 @@ is_nonce(Str s)
 }
 
 /*
- * A DNS name, perhaps with a wildcard, or the text of an address.  The last
+ * A DNS name, perhaps with a wildcard, or an IP address as text. The last
  * label of a name is not a number (RFC 1123 2.1): 192.0.2.256 is neither.
  */
 static bool
@@ -6332,7 +6374,7 @@ is_identifier(Str s)
 	return is_name(type, s);
 }
 
-/* Identifiers are the same in any case and spelling. */
+/* The canonical form of an identifier: case and spelling do not matter. */
 static struct identifier
 canonical(Str type, Str value)
 {
@@ -6364,7 +6406,7 @@ same_identifier(const struct identifier *a, const struct identifier *b)
 	return same(a->value, b->value) && same(a->type, b->type);
 }
 
-/* Different identifiers, each with the number of its place. */
+/* A set of identifiers, numbered in the order in which they were added. */
 struct identifiers {
 	struct identifier id[NAMES];
 	size_t n;
@@ -6372,8 +6414,8 @@ struct identifiers {
 };
 
 /*
- * The slot of an identifier, or the free one where it belongs.  Names that
- * were made to meet in one slot only make the search as slow as a list's.
+ * The slot of an identifier, or the free slot where it belongs. If somebody
+ * makes names collide, the search is as slow as that of a list.
  */
 static unsigned short *
 find_slot(struct identifiers *all, const struct identifier *id)
@@ -6388,7 +6430,7 @@ find_slot(struct identifiers *all, const struct identifier *id)
 	return &all->slot[at];
 }
 
-/* The number of an identifier, which is added if it is not there. */
+/* The number of an identifier; it is added if it is not there. */
 static size_t
 add_identifier(struct identifiers *all, const struct identifier *id)
 {
@@ -6412,7 +6454,7 @@ static const char statuses[][11] = {		/* in the same order */
 	"pending", "ready", "processing", "valid", "invalid"
 };
 
-/* A status as a bit; 0 if it is not an order's. */
+/* A status as a bit; 0 if an order cannot have it. */
 static unsigned
 status_bit(Str s)
 {
@@ -6443,7 +6485,7 @@ status_text(const void *place)
 	return NONE;
 }
 
-/* What a challenge publishes. */
+/* What a challenge type publishes. */
 enum publication {
 	FILE_TOKEN = 1,		/* NAME is a file's, and the token */
 	CERT_DIGEST,		/* NAME is for SNI, CONTENT in hexadecimal */
@@ -6460,7 +6502,7 @@ struct challenge {
 	Str object;		/* all that the CA says, JSON */
 };
 
-/* What there is to know of a type; the table is below the responders. */
+/* Challenge types; the table is in section 43. */
 static const struct challenge_type {
 	const char *type;
 	/* What is published, and its name, by what the CA says. */
@@ -6472,7 +6514,7 @@ static const struct challenge_type {
 	const struct responder *responder;	/* for -l */
 } challenge_types[5];
 
-/* NULL if we do not know the type. */
+/* NULL if the type is unknown. */
 static const struct challenge_type *
 find_challenge_type(Str type)
 {
@@ -6512,7 +6554,10 @@ challenge_text(const void *place)
 	    c->name, c->content);
 }
 
-/* What becomes a file's name must be a token (RFC 8555 8.3), no path. */
+/*
+ * A name that becomes a file name must be a token (RFC 8555 8.3): then it
+ * cannot be a path.
+ */
 static bool
 is_challenge(Str s)
 {
@@ -6538,7 +6583,10 @@ struct authorization {
 	size_t nchallenge;
 };
 
-/* The same URL in the same place is the same authorization. */
+/*
+ * If the URL in this place has not changed, what is known of the
+ * authorization stays.
+ */
 static void
 read_authorization(Str s, void *to)
 {
@@ -6618,14 +6666,14 @@ keyword(Str word)
 	return NULL;
 }
 
-/* How many values a keyword that can have several has. */
+/* The number of values of a keyword that can have several. */
 static size_t *
 count_of(const struct keyword *k)
 {
 	return (size_t *)(void *)((char *)&order + k->n);
 }
 
-/* The i-th value of a keyword, NONE if that is not set. */
+/* The i-th value of a keyword; NONE if there is none. */
 static Str
 value_of(const struct keyword *k, size_t i)
 {
@@ -6636,7 +6684,7 @@ value_of(const struct keyword *k, size_t i)
 	return k->write ? k->write(place) : *(const Str *)place;
 }
 
-/* Set a value that is fit for its keyword, or add it to its list. */
+/* Set the value of a keyword, or add it to its list. It has been checked. */
 static void
 set_value(const struct keyword *k, Str value)
 {
@@ -6654,7 +6702,7 @@ set_value(const struct keyword *k, Str value)
 		++*count_of(k);
 }
 
-/* Add a line with a keyword that we do not know. */
+/* Add a line with an unknown keyword. */
 static void
 add_other(Str all)
 {
@@ -6676,7 +6724,7 @@ identifiers(void)
 	return &all;
 }
 
-/* Is it one of the order's? */
+/* Is an identifier one of those of the order? */
 static bool
 has_identifier(const struct identifier *id)
 {
@@ -6709,9 +6757,9 @@ is_allowed(Str url)
 }
 
 /*
- * Has a URL the CA's origin, or one that the user allows?  What a CA says
- * binds itself alone: no other CA, where the same key may have an account,
- * gets a request that this one wanted to be signed.
+ * Does a URL have the origin of the CA, or one that the user allows? A CA
+ * speaks for itself alone: it must not make us sign a request to another CA,
+ * where the same key may have an account.
  */
 static bool
 is_own(Str url)
@@ -6723,7 +6771,7 @@ is_own(Str url)
 	return own;
 }
 
-/* End the step if a URL that the CA gave is not its own. */
+/* End the step if a URL from the CA is not its own. */
 static void
 need_own(Str url)
 {
@@ -6733,8 +6781,8 @@ need_own(Str url)
 }
 
 /*
- * Set a keyword's value, or add one to its list, to what a server said at
- * url: what would break the record is the server's fault.
+ * Set the value of a keyword, or add it to its list, to what the server at
+ * url says. What cannot be in a record is an error of the server.
  */
 static void
 put(const char *word, Str value, Str url)
@@ -6751,7 +6799,7 @@ put(const char *word, Str value, Str url)
 
 /* --------------------------------------------------------- 31. Record -- */
 
-/* A step that failed before this one: its status is ours, its words too. */
+/* An earlier step failed: pass its failed line on and exit with its status. */
 static void
 pass_failure(Str value)
 {
@@ -6768,7 +6816,7 @@ pass_failure(Str value)
 	leave((int)status);
 }
 
-/* Does a keyword have this value already? */
+/* Does a keyword have this value? */
 static bool
 has_value(const struct keyword *k, Str value)
 {
@@ -6778,7 +6826,7 @@ has_value(const struct keyword *k, Str value)
 	return false;
 }
 
-/* Add a line of a record; what is wrong with it, or NONE. */
+/* Add a line of a record. Returns what is wrong with it, or NONE. */
 static Str
 take_line(Str all, bool account_only)
 {
@@ -6806,7 +6854,7 @@ take_line(Str all, bool account_only)
 	return NONE;
 }
 
-/* What a file that is not a record is, or NULL. */
+/* What kind of file it is that is not a record, or NULL. */
 static const char *
 not_a_record(Str s)
 {
@@ -6830,7 +6878,7 @@ not_a_record(Str s)
 	return NULL;
 }
 
-/* A file of another kind was given as a record: say what it is. */
+/* End the step if another kind of file was given as a record. */
 static void
 check_kind(Str s, const char *file, bool account_only)
 {
@@ -6844,10 +6892,11 @@ check_kind(Str s, const char *file, bool account_only)
 }
 
 /*
- * Read a record, the rest of a file.  Of an account's (-a) only some lines
- * count, and none may differ from the record's own.  The line "end" tells a
- * record from the beginning of one, which a step that is killed while it
- * writes leaves on the pipe; a last line without a newline may be cut too.
+ * Read a record, the content of a file. Of an account record (-a) only the
+ * keywords marked so are used, and no value may differ from that of the
+ * record on standard input. The line "end" proves that a record is complete:
+ * a step that is killed while it writes leaves a part of one in the pipe, and
+ * its last line may be cut.
  */
 static void
 record_read(Str rest, const char *file, bool account_only)
@@ -6879,7 +6928,7 @@ record_read(Str rest, const char *file, bool account_only)
 		    S("the step that wrote it"));
 }
 
-/* The order as a record, except for the line "end". */
+/* The order as a record, without the line "end". */
 static Str
 record_text(void)
 {
@@ -6898,7 +6947,7 @@ record_text(void)
 	return list_text(&all);
 }
 
-/* A value that this step cannot do without. */
+/* The value of a keyword, without which the step ends. */
 static Str
 need(const char *word)
 {
@@ -6915,7 +6964,7 @@ static const char *account_file;	/* the account's key, -k */
 static const char *account_record;	/* -a, or NULL */
 static bool have_account_key;
 
-/* What must be an object, or the reply breaks ACME. */
+/* The body of a response, which must be a JSON object. */
 static Str
 json_body(const struct response *r)
 {
@@ -6928,7 +6977,7 @@ json_body(const struct response *r)
 	return v;
 }
 
-/* A member of the kind; NONE where it is absent. */
+/* A member of the given kind; NONE if it is absent. */
 static Str
 member(const struct response *r, Str o, const char *name, int kind)
 {
@@ -6964,8 +7013,9 @@ static Str directory_body;	/* JSON, once it has been fetched */
 static bool key_alone;		/* no account signs: revoke-cert -K */
 
 /*
- * Does the CA not know the account, or is the signature not by its key?
- * The signature of an external account binding is another matter.
+ * Does the problem mean that the CA does not know the account, or that
+ * another key signed? The signature of an external account binding is another
+ * matter.
  */
 static bool
 is_about_key(Str type, Str detail)
@@ -6976,7 +7026,10 @@ is_about_key(Str type, Str detail)
 	    !contains(detail, S("external account")));
 }
 
-/* Key and account may not belong together, or there is no account yet. */
+/*
+ * A remedy if key and account may not belong together, or if there is no
+ * account yet.
+ */
 static Str
 key_account_hint(Str type)
 {
@@ -6992,8 +7045,8 @@ key_account_hint(Str type)
 }
 
 /*
- * What to do about a problem, or NONE.  Boulder says malformed of an
- * account without consent to its terms of service.
+ * A remedy for a problem, or NONE. Boulder reports an account that has not
+ * agreed to the terms of service as malformed.
  */
 static Str
 problem_hint(Str type, Str detail)
@@ -7014,7 +7067,10 @@ problem_hint(Str type, Str detail)
 	return NONE;
 }
 
-/* The kind of key that signs so; NONE if we have none. */
+/*
+ * The key type for a signature algorithm, for a message; NONE if we have
+ * none.
+ */
 static Str
 key_hint(Str alg)
 {
@@ -7024,7 +7080,10 @@ key_hint(Str alg)
 	return NONE;
 }
 
-/* The subproblems, and the algorithms that would do (RFC 8555 6.2). */
+/*
+ * The subproblems of a problem, and the algorithms that the CA accepts (RFC
+ * 8555 6.2).
+ */
 static Str
 problem_list(Str o)
 {
@@ -7046,7 +7105,7 @@ problem_list(Str o)
 	return list_text(&all);
 }
 
-/* A problem document in a line (RFC 7807 3.1, RFC 8555 6.7 and 6.7.1). */
+/* A problem document on one line (RFC 7807 3.1, RFC 8555 6.7 and 6.7.1). */
 static Str
 problem_text(Str o)
 {
@@ -7059,7 +7118,7 @@ problem_text(Str o)
 	return cat(NONE, s, problem_hint(type, detail));
 }
 
-/* The problem in a reply, or the HTTP status where it holds none. */
+/* The problem in a response, or its HTTP status if it has none. */
 static Str
 problem(const struct response *r)
 {
@@ -7089,7 +7148,7 @@ come_back(const struct response *r, long seconds)
 	die(LATER, "%: %", brief(r->url), problem(r));
 }
 
-/* A reply that is not a success ends the step. */
+/* End the step if a response is not a success. */
 static void
 accept_response(const struct response *r)
 {
@@ -7106,7 +7165,7 @@ accept_response(const struct response *r)
 
 /* ------------------------------------------------------ 33. Directory -- */
 
-/* What a request has been through so far. */
+/* The history of a request. */
 struct attempt {
 	size_t post;		/* which of a batch it is */
 	int lost;		/* replies that were lost */
@@ -7116,9 +7175,9 @@ struct attempt {
 };
 
 /*
- * For how many ms to wait before a request is sent again, -1 if its reply
- * stands.  `made`: its URL is of a thing that this step or the one before
- * may have made, which not every replica of the CA's knows at once.
+ * How many ms to wait before a request is sent again; -1 if its response is
+ * final. `made`: the URL is of an object that this or the previous step may
+ * have created, which not every server of the CA may know yet.
  */
 static long long
 retry_pause(const struct response *r, struct attempt *a, bool made)
@@ -7136,7 +7195,10 @@ retry_pause(const struct response *r, struct attempt *a, bool made)
 	return 1000 << (a->errors - 1);
 }
 
-/* Pause before a request is sent again; ends the step if time is short. */
+/*
+ * Wait before a request is sent again; ends the step if too little time is
+ * left.
+ */
 static void
 pause_after(const struct response *r, long long ms)
 {
@@ -7148,7 +7210,10 @@ pause_after(const struct response *r, long long ms)
 	accept_response(r);
 }
 
-/* A reference in a reply, made absolute (RFC 3986 5.2, what ACME needs). */
+/*
+ * Make a reference in a response absolute (RFC 3986 5.2, as far as ACME needs
+ * it).
+ */
 static Str
 absolute(Str base, Str ref)
 {
@@ -7160,7 +7225,7 @@ absolute(Str base, Str ref)
 	    cat(NONE, u.origin, ref);
 }
 
-/* A walk through the Link headers of a reply, to be begun with begin_links. */
+/* The state of a walk through the Link headers of a response. */
 struct links {
 	const struct response *reply;
 	Str head, value;	/* what is still to be read */
@@ -7172,7 +7237,7 @@ begin_links(const struct response *r)
 	return (struct links){ r, r->head, NONE };
 }
 
-/* Is a relation among a link's parameters (RFC 8288 3)? */
+/* Is a relation among the parameters of a link (RFC 8288 3)? */
 static bool
 has_relation(Str params, Str relation)
 {
@@ -7192,8 +7257,8 @@ has_relation(Str params, Str relation)
 }
 
 /*
- * The next URL of a relation in the Link headers (RFC 8288 3), absolute;
- * NONE after the last.
+ * The next absolute URL of a relation in the Link headers (RFC 8288 3); NONE
+ * after the last one.
  */
 static Str
 next_link(struct links *l, Str relation)
@@ -7215,7 +7280,7 @@ next_link(struct links *l, Str relation)
 	return NONE;
 }
 
-/* The Location of a reply that must have one. */
+/* The Location that a response must have. */
 static Str
 location(const struct response *r)
 {
@@ -7226,7 +7291,7 @@ location(const struct response *r)
 	return url;
 }
 
-/* An unsigned request that a server may be asked twice. */
+/* Send an unsigned request, which may be repeated. */
 static struct response
 fetch(const char *method, Str url)
 {
@@ -7245,7 +7310,7 @@ fetch(const char *method, Str url)
 
 static struct response directory_response;
 
-/* End the step of a directory's URL that leads to something else. */
+/* End the step: the URL of the directory leads to something else. */
 static void
 no_directory(Str cause)
 {
@@ -7254,8 +7319,8 @@ no_directory(Str cause)
 }
 
 /*
- * The directory is public: a client error, unless the CA limits or refuses
- * clients, says that the URL is wrong.
+ * Does a response mean that the URL of the directory is wrong? The directory
+ * is public: any client error does, unless the CA limits or refuses clients.
  */
 static bool
 is_wrong_url(const struct response *r)
@@ -7264,7 +7329,7 @@ is_wrong_url(const struct response *r)
 	    r->status != 403 && r->status != 429 && !has_type(r, "rateLimited");
 }
 
-/* The object in a reply that must be a directory. */
+/* The JSON object in the response for the directory. */
 static Str
 directory_object(const struct response *r)
 {
@@ -7281,8 +7346,8 @@ directory_object(const struct response *r)
 }
 
 /*
- * GET the directory (RFC 8555 7.1.1).  It alone may be reached through a
- * redirect, one.
+ * The directory (RFC 8555 7.1.1), fetched once. Only it may be reached
+ * through a redirect, and only through one.
  */
 static Str
 directory(void)
@@ -7306,8 +7371,9 @@ directory(void)
 }
 
 /*
- * One of the directory's URLs; NONE where the CA does not offer it.  Only
- * renewalInfo may be elsewhere: its requests are not signed (RFC 9773 4.1).
+ * A URL from the directory; NONE if the CA does not offer it. Only
+ * renewalInfo may have another origin: its requests are not signed (RFC 9773
+ * 4.1).
  */
 static Str
 endpoint(const char *name)
@@ -7337,9 +7403,9 @@ need_endpoint(const char *name)
 }
 
 /*
- * A directory may redirect to another CA's.  Orders can then go there, but
- * nothing that the user has there is changed or ended, unless he names that
- * CA himself.
+ * A directory may redirect to that of another CA. Orders can go there, but
+ * what the user has there is not changed or ended unless he names that CA
+ * himself.
  */
 static void
 refuse_redirected(void)
@@ -7354,7 +7420,7 @@ refuse_redirected(void)
 
 /* ------------------------------------------------- 34. Nonces and JWS -- */
 
-/* A request to the CA, to be signed; the record has the account by then. */
+/* A request to be signed. By then the record has the account. */
 struct post {
 	Str url;
 	Str payload;		/* NONE: POST-as-GET (RFC 8555 6.3) */
@@ -7404,9 +7470,9 @@ nonce_take(void)
 }
 
 /*
- * Make sure that there are nonces for n requests, or for NONCES of them:
- * each reply brings another (RFC 8555 7.2, 6.5).  Some servers return a
- * nonce only for GET.  Returns for how many requests there are enough.
+ * Fetch nonces for n requests, or for NONCES of them: each response brings
+ * another one (RFC 8555 7.2, 6.5). Some servers return a nonce only for GET.
+ * Returns for how many requests the nonces suffice.
  */
 static size_t
 nonce_fetch(size_t n)
@@ -7432,14 +7498,14 @@ nonce_fetch(size_t n)
 	return n < nnonce ? n : nnonce;
 }
 
-/* What is signed (RFC 7515 5.1): a protected header and a payload. */
+/* What is signed (RFC 7515 5.1): the protected header and the payload. */
 static Str
 jws_input(Str protected, Str payload)
 {
 	return text("%.%", b64(protected), b64(payload));
 }
 
-/* It and its signature, flattened (RFC 7515 7.2.2). */
+/* A JWS in flattened form (RFC 7515 7.2.2). */
 static Str
 jws(Str input, Str signature)
 {
@@ -7449,7 +7515,7 @@ jws(Str input, Str signature)
 	    "\"signature\":\"%\"}", protected, payload, b64(signature));
 }
 
-/* A request's body (RFC 8555 6.2). */
+/* The body of a signed request (RFC 8555 6.2). */
 static Str
 signed_text(const struct post *p)
 {
@@ -7464,7 +7530,7 @@ signed_text(const struct post *p)
 	return keep(mark, jws(input, sign(k, input, false)));
 }
 
-/* The same for a signed request; badNonce wants no pause. */
+/* The same for a signed request; after badNonce no pause is necessary. */
 static long long
 post_pause(const struct post *p, const struct response *r, struct attempt *a)
 {
@@ -7473,7 +7539,9 @@ post_pause(const struct post *p, const struct response *r, struct attempt *a)
 	return p->once ? -1 : retry_pause(r, a, p->made);
 }
 
-/* Move what a reply holds down to the top of the heap, and keep it there. */
+/*
+ * Move what a response holds down to the top of the heap, and keep it there.
+ */
 static void
 keep_response(struct response *r)
 {
@@ -7491,11 +7559,11 @@ keep_response(struct response *r)
 }
 
 /*
- * Send as many of the requests in todo[] as there are nonces for.  Replies
- * that stand are kept in r[], all else that the round took is given back;
- * the other requests move to the front of todo[], and what pause they want
- * is over.  Returns how many are left.  *stuck counts the rounds in which
- * all nonces were refused.
+ * Send as many of the requests in todo[] as there are nonces for. Final
+ * responses are kept in r[], all other memory of the round is freed. The
+ * other requests move to the front of todo[], and the pause before they are
+ * sent again is over. Returns how many are left. *stuck counts the rounds in
+ * a row in which every nonce was refused.
  */
 static size_t
 acme_round(const struct post *p, struct response *r, struct attempt *todo,
@@ -7545,11 +7613,11 @@ acme_round(const struct post *p, struct response *r, struct attempt *todo,
 }
 
 /*
- * The one way to the CA: a batch of requests is signed and sent, a batch
- * of replies comes back, in the same order, whatever their status.  None is
- * signed unless all are for the CA's own origin.  A nonce that was refused
- * brings a fresh one, and the request goes out again, until the step's time
- * is up (RFC 8555 6.5).
+ * Send every signed request: sign n of them, send them, and return their
+ * responses in the same order, whatever their status. Nothing is signed
+ * unless all URLs are of the own origin of the CA. If a nonce is refused, the
+ * request is sent again with a fresh one, until the time limit (RFC 8555
+ * 6.5).
  */
 static void
 acme_batch(const struct post *p, struct response *r, size_t n)
@@ -7565,7 +7633,7 @@ acme_batch(const struct post *p, struct response *r, size_t n)
 		n = acme_round(p, r, todo, n, &stuck);
 }
 
-/* A single request, whose success is all that the caller can use. */
+/* Send one request; the step ends unless it succeeds. */
 static struct response
 acme_post(Str url, Str payload)
 {
@@ -7580,7 +7648,10 @@ acme_post(Str url, Str payload)
 
 /* ------------------------------------------------------- 35. Accounts -- */
 
-/* newAccount, by the key itself (RFC 8555 7.3), whatever the answer. */
+/*
+ * newAccount, signed by the key itself (RFC 8555 7.3); any response is
+ * returned.
+ */
 static struct response
 ask_account(const struct key *k, Str payload)
 {
@@ -7592,14 +7663,14 @@ ask_account(const struct key *k, Str payload)
 	return r;
 }
 
-/* Find the account of a key, if it has one (RFC 8555 7.3.1). */
+/* Find the account of a key (RFC 8555 7.3.1); any response is returned. */
 static struct response
 find_account(const struct key *k)
 {
 	return ask_account(k, S("{\"onlyReturnExisting\":true}"));
 }
 
-/* The account that a reply is about becomes the record's. */
+/* Make the account of a response that of the record. */
 static void
 take_account(const struct response *r)
 {
@@ -7607,7 +7678,10 @@ take_account(const struct response *r)
 	put("account", location(r), r->url);
 }
 
-/* The account's URL: the record's, or what its key finds (7.3.1). */
+/*
+ * Make sure that the account URL is known: from a record, or by the key
+ * (7.3.1).
+ */
 static void
 need_account(void)
 {
@@ -7619,7 +7693,7 @@ need_account(void)
 	take_account(&r);
 }
 
-/* Before the first request: know where nonces come from. */
+/* Before the first request: find out where nonces come from. */
 static void
 acme_start(void)
 {
@@ -7632,7 +7706,7 @@ acme_start(void)
 	}
 }
 
-/* What this step leaves to the next: the record with a fresh nonce. */
+/* Print the record, with a fresh nonce for the next step, and more lines. */
 static void
 print_record_and(Str lines)
 {
@@ -7647,7 +7721,7 @@ print_record(void)
 	print_record_and(NONE);
 }
 
-/* End a question's step whose answer is no; its words are printed. */
+/* End a step whose answer is no, and has been printed. */
 static void
 answer_no(void)
 {
@@ -7667,8 +7741,8 @@ identifier_in(const struct response *r, Str o)
 }
 
 /*
- * An order's identifiers must be those that the record has, in any order
- * and number; a record without them takes them over.
+ * The identifiers of an order must be those of the record, in any order and
+ * number; a record without identifiers takes them over.
  */
 static void
 store_identifiers(const struct response *r, Str list)
@@ -7699,7 +7773,7 @@ store_url(const struct response *r, const char *word, Str value)
 	put(word, absolute(r->url, value), r->url);
 }
 
-/* Take an order object into the record (RFC 8555 7.1.3). */
+/* Store an order object in the record (RFC 8555 7.1.3). */
 static void
 order_store(const struct response *r)
 {
@@ -7740,9 +7814,9 @@ order_refresh(void)
 }
 
 /*
- * The identifier of an authorization (RFC 8555 7.1.4), with "*." if it is
- * for a wildcard.  It must be one of the order's: who publishes what a CA
- * wants for another name gives a right to that name away.
+ * The identifier of an authorization (RFC 8555 7.1.4), with "*." if it is for
+ * a wildcard. It must be one of those of the order: who publishes what a CA
+ * asks for another name gives away a right to that name.
  */
 static struct identifier
 authorized(const struct response *r, Str o)
@@ -7765,7 +7839,7 @@ authorized(const struct response *r, Str o)
 	return wild;
 }
 
-/* What the CA says of the challenges of all authorizations. */
+/* The challenges of all authorizations, as the CA describes them. */
 static struct challenge offered[CHALLENGES];
 static size_t noffered;
 
@@ -7789,7 +7863,10 @@ challenge_store(const struct response *r, Str o, struct authorization *a)
 	a->nchallenge++;
 }
 
-/* One without a status is pending, to be of any use. */
+/*
+ * Store an authorization object. Without a status it is pending: no other
+ * would be of use.
+ */
 static void
 authorization_store(const struct response *r, struct authorization *a)
 {
@@ -7807,8 +7884,8 @@ authorization_store(const struct response *r, struct authorization *a)
 }
 
 /*
- * Fetch the order's authorizations.  One that the CA refuses ends the step;
- * with `some` it has no status and no challenges.
+ * Fetch the authorizations of the order. If the CA refuses one, the step
+ * ends; with `some` that one has no status and no challenges instead.
  */
 static void
 fetch_authorizations(bool some)
@@ -7841,7 +7918,7 @@ is_pending(const struct authorization *a)
 	return is(a->status, "pending");
 }
 
-/* One that is neither pending nor valid has come to its end (7.1.6). */
+/* An authorization that is neither pending nor valid is final (7.1.6). */
 static bool
 is_usable(const struct authorization *a)
 {
@@ -7849,9 +7926,9 @@ is_usable(const struct authorization *a)
 }
 
 /*
- * Did the CA try a challenge in vain?  One that is pending and has an error
- * was tried (some CAs leave it so); one that is processing is being tried
- * again (RFC 8555 8.2).
+ * Did validation of a challenge fail? If it is pending and has an error, it
+ * did (some CAs leave it so); if it is processing, the CA is trying again
+ * (RFC 8555 8.2).
  */
 static bool
 is_failed(const struct challenge *c)
@@ -7861,9 +7938,9 @@ is_failed(const struct challenge *c)
 }
 
 /*
- * For the message about a challenge that failed: the name of its TXT record
- * as the record has it, which may be that of an alias, or as its type has
- * it.  NONE if it has no such record, or if the CA's words name it.
+ * For the message about a failed challenge: the name of its TXT record, from
+ * the record if there is one, since that can be an alias. NONE if it has no
+ * TXT record, or if the message of the CA names it.
  */
 static Str
 txt_hint(const struct challenge *failed, Str seen)
@@ -7905,8 +7982,8 @@ add_failures(struct list *all, const struct authorization *a)
 }
 
 /*
- * What the CA saw fail, name by name; NONE if nothing did.  What failed
- * before another challenge made the authorization valid does not count.
+ * What failed, name by name; NONE if nothing did. Challenges that failed
+ * before another one made the authorization valid do not count.
  */
 static Str
 failures(void)
@@ -7920,7 +7997,10 @@ failures(void)
 	return list_text(&all);
 }
 
-/* Count the errors of challenges: all, those that are the CA's, in DNS. */
+/*
+ * Count the errors of challenges: all, those of the CA itself, and those of
+ * DNS challenges.
+ */
 static void
 count_errors(size_t *all, size_t *internal, size_t *dns)
 {
@@ -7937,7 +8017,7 @@ count_errors(size_t *all, size_t *internal, size_t *dns)
 
 static const char *published_in;	/* DIR of -w, while files are there */
 
-/* If the CA found no file or another content: where the files were. */
+/* If the CA found no file, or other content: where the files were. */
 static Str
 files_hint(Str seen)
 {
@@ -7956,10 +8036,10 @@ files_hint(Str seen)
 }
 
 /*
- * End the step of an order that cannot become valid, with what was seen of
- * its authorizations or, if that is nothing, with the order's error.  If
- * the CA itself failed (RFC 8555 6.7, serverInternal), there is nothing for
- * the user to correct.
+ * End the step of an order that cannot become valid, with the failures of its
+ * authorizations or, if there are none, with the error of the order. If the
+ * CA itself failed (RFC 8555 6.7, serverInternal), the user has nothing to
+ * correct.
  */
 static void
 validation_failed(const char *what, Str error)
@@ -7988,7 +8068,7 @@ validation_failed(const char *what, Str error)
 
 #define NOT_VALIDATED "the CA could not validate"
 
-/* End the step of an order that became invalid. */
+/* End the step of an invalid order. */
 static void
 order_failed(void)
 {
@@ -7999,7 +8079,7 @@ order_failed(void)
 	validation_failed("the order is invalid:", error);
 }
 
-/* The types that a pending name can still use, with what failed of them. */
+/* The challenge types that a pending name offers, with their errors. */
 static Str
 types_needed(const struct authorization *a)
 {
@@ -8015,8 +8095,9 @@ types_needed(const struct authorization *a)
 }
 
 /*
- * End a step that waits (what) in vain (still) until its time limit.  The
- * CA wants to be asked again after some seconds, if that is positive.
+ * End a step that waited (what) in vain (still) until its time limit. If
+ * `after` is positive, the CA asks for that many seconds before the next
+ * request.
  */
 static void
 limit_reached(const char *what, Str still, long after)
@@ -8029,7 +8110,7 @@ limit_reached(const char *what, Str still, long after)
 	    str(what), still);
 }
 
-/* The same for an order that is still pending: say which names lack what. */
+/* The same for a pending order: report what each name still needs. */
 static void
 order_lacks(const char *what, long after)
 {
@@ -8046,7 +8127,10 @@ order_lacks(const char *what, long after)
 	    list_text(&all)), after);
 }
 
-/* A look at what the order itself may never say (see failures). */
+/*
+ * End the step if a challenge has failed; some CAs leave the order pending
+ * then (see failures).
+ */
 static void
 look_for_failures(void)
 {
@@ -8059,10 +8143,10 @@ look_for_failures(void)
 }
 
 /*
- * Wait between two looks at an order or an authorization: for as long as
- * the CA asks (`after` seconds, if positive) or, if the step does not have
- * so long, for a pause of our own, in ms, which grows; the last one is cut
- * to the time that there is.  False if there is none.
+ * Wait before the next look at an order or an authorization: as long as the
+ * CA asks (`after` seconds, if positive) or, if the step does not have that
+ * time, for a growing pause of our own, in ms. The last one is cut to the
+ * time that is left. False if none is left.
  */
 static bool
 pause_between(const char *what, long after, long long *pause)
@@ -8080,8 +8164,8 @@ pause_between(const char *what, long after, long long *pause)
 }
 
 /*
- * Fetch the order again and again, until its status is not in a set.  Ends
- * the step if the time limit comes first.
+ * Fetch the order until its status is not in a set. Ends the step at the time
+ * limit.
  */
 static void
 order_await(unsigned set, const char *what, long after)
@@ -8113,8 +8197,8 @@ order_await(unsigned set, const char *what, long after)
 }
 
 /*
- * The same for authorizations that belong to no order (RFC 8555 7.4.1):
- * until none is pending.
+ * Fetch authorizations that belong to no order (RFC 8555 7.4.1) until none is
+ * pending. Ends the step at the time limit.
  */
 static void
 authorizations_await(const char *what)
@@ -8160,7 +8244,7 @@ bare(Str name)
 }
 
 /*
- * The names and contents of the types, whose URL and token have been
+ * The names and contents of the challenge types. URL and token have been
  * checked.
  */
 static Str
@@ -8203,9 +8287,9 @@ persist_name(const struct challenge *c)
 }
 
 /*
- * An issue-value that stays (draft-ietf-acme-dns-persist 3.1).  It is a
- * right for an account at a CA, for good: so the account must be one of the
- * CA that asks for it, and neither part may end early (RFC 8659 4.2).
+ * An issue-value that stays (draft-ietf-acme-dns-persist 3.1). It gives an
+ * account at a CA a permanent right: so the account must be one of that CA,
+ * and neither part may end early (RFC 8659 4.2).
  */
 static Str
 persist_value(const struct challenge *c)
@@ -8229,7 +8313,7 @@ persist_value(const struct challenge *c)
 	    begins(c->id.value, "*.") ? S("; policy=wildcard") : NONE);
 }
 
-/* The SNI name of an identifier: RFC 8738 6 has one for addresses. */
+/* The SNI name for an identifier; RFC 8738 6 defines one for addresses. */
 static Str
 sni_name(const struct challenge *c)
 {
@@ -8251,8 +8335,8 @@ alpn_digest(const struct challenge *c)
 }
 
 /*
- * Add an offered challenge to the order, ready to be published.  A type
- * that is not known is skipped.
+ * Add an offered challenge to the order, ready to be published; one of an
+ * unknown type is skipped.
  */
 static void
 add_challenge(const struct authorization *a, const struct challenge *offer)
@@ -8293,7 +8377,10 @@ offered_types(const struct authorization *a)
 	return list_text(&all);
 }
 
-/* Add those of an authorization that can be answered, of a type or all. */
+/*
+ * Add the challenges of an authorization that can be answered: those of a
+ * type, or all.
+ */
 static void
 add_pending(const struct authorization *a, const char *type)
 {
@@ -8310,9 +8397,9 @@ add_pending(const struct authorization *a, const char *type)
 }
 
 /*
- * Add the challenges of the authorizations that are still pending: those
- * of a type, or all.  One that failed but is pending, as some CAs leave
- * it, may be answered again; what has come to its end may not.
+ * Add the challenges of the pending authorizations: those of a type, or all.
+ * One that failed but is pending, as some CAs leave it, may be answered
+ * again.
  */
 static void
 add_challenges(const char *type)
@@ -8349,8 +8436,8 @@ types_for(const struct identifier *id)
 }
 
 /*
- * Keep one challenge for each name: the one of the type, or the only one
- * where none is asked for.
+ * Keep one challenge for each name: the one of the type, or the only one if
+ * no type is given.
  */
 static void
 choose_challenges(const char *type)
@@ -8382,8 +8469,8 @@ choose_challenges(const char *type)
 }
 
 /*
- * Add those that the CA has validated, of a type or any, one for each
- * authorization, but for what is there to stay.
+ * Add one challenge that the CA has validated for each authorization, of a
+ * type or any, except those whose record stays.
  */
 static void
 add_validated(const char *type)
@@ -8405,9 +8492,8 @@ add_validated(const char *type)
 }
 
 /*
- * Tell the CA that all is published (RFC 8555 7.5.1).  One that has been
- * told before may refuse to hear it again: then the challenge's state
- * decides.
+ * Ask the CA to validate (RFC 8555 7.5.1). A CA that was asked before may
+ * refuse; then the state of the challenge decides.
  */
 static void
 ask_to_validate(void)
@@ -10366,7 +10452,7 @@ do_csr(char **arg)
 	    "CERTIFICATE REQUEST"));
 }
 
-/* The first certificate of a rest, PEM or DER; false if there is none. */
+/* The first certificate in a text, PEM or DER; false if it has none. */
 static bool
 find_certificate(Str s, struct cert *c)
 {
