@@ -8530,10 +8530,10 @@ ask_to_validate(void)
 enum { ENTROPY = 22 };	/* characters of a token of 128 bits, RFC 8555 8 */
 
 /*
- * Does a file hold the content or its beginning, or is it empty?  Then it
- * is one of ours, which a kill or a crash has left.  A part may be no more
- * than a letter, and the CA chooses the name: so the file must be our own
- * user's, and its name too long for one that another program has.
+ * Does a file hold the content or a beginning of it, or is it empty? Then an
+ * earlier run of ours, which was killed, has left it. A beginning may be one
+ * letter, and the CA chooses the name: so the file must belong to our own
+ * user, and its name must be longer than those that other programs choose.
  */
 static bool
 is_leftover(int dir, const char *name, Str content)
@@ -8555,7 +8555,7 @@ is_leftover(int dir, const char *name, Str content)
 	    (st.st_uid == geteuid() && strlen(name) >= ENTROPY));
 }
 
-/* Give a temporary file the name of a challenge; a leftover is replaced. */
+/* Give a temporary file the name of a challenge. A leftover is replaced. */
 static bool
 name_published(int dir, const char *temporary, const char *name, Str content)
 {
@@ -8569,7 +8569,7 @@ name_published(int dir, const char *temporary, const char *name, Str content)
 	return false;
 }
 
-/* One file of respond -w: complete or absent, as all that we write. */
+/* Publish a file (respond -w); it is complete or absent. */
 static void
 publish_file(int dir, const char *dir_name, const struct challenge *c)
 {
@@ -8602,7 +8602,7 @@ publish_file(int dir, const char *dir_name, const struct challenge *c)
 		    str(dir_name), why());
 }
 
-/* http-01: a file for each token in DIR, for the web server to show. */
+/* http-01: publish a file for each token in DIR, for the web server. */
 static void
 publish_files(const char *dir_name)
 {
@@ -8617,7 +8617,7 @@ publish_files(const char *dir_name)
 		publish_file(dir, dir_name, c);
 }
 
-/* Remove what a run that was killed has left of a challenge, if anything. */
+/* Remove the file of a challenge if an earlier run that was killed left it. */
 static void
 remove_leftover(int dir, Str token, Str content)
 {
@@ -8628,7 +8628,7 @@ remove_leftover(int dir, Str token, Str content)
 		warn("cannot remove %: %", token, why());
 }
 
-/* The same for the fetched authorizations, if they are no longer pending. */
+/* The same for all fetched authorizations that are no longer pending. */
 static void
 remove_leftovers(const char *dir_name)
 {
@@ -8651,8 +8651,8 @@ remove_leftovers(const char *dir_name)
 }
 
 /*
- * Is there a file that only respond -w of this account can have written?
- * The list is not closed: free() would come with that, see dial_name().
+ * Is there a file that only respond -w of this account can have written? The
+ * list is not closed: that would need free(), and more code.
  */
 static bool
 has_leftover(const char *dir_name)
@@ -8679,9 +8679,10 @@ has_leftover(const char *dir_name)
 }
 
 /*
- * The order needs no more responses: remove what a run that was killed has
- * left in DIR.  The tokens are in the record's challenge lines; without
- * these the CA is asked, but only if there is such a file.
+ * The order needs no more responses: remove the files that an earlier run,
+ * which was killed, left in DIR. The tokens are those of the challenge lines.
+ * If there are none, and only if there is such a file, the CA is asked for
+ * them.
  */
 static void
 clean_up_files(const char *dir_name)
@@ -8704,10 +8705,10 @@ clean_up_files(const char *dir_name)
 /* ------------------------------------------------- 40. HTTP responder -- */
 
 /*
- * With -l the challenges are answered by a process of our own, which has
- * nothing to lose: no key but the one that it makes for tls-alpn-01, no
- * connection to the CA, no file, none of root's rights.  It ends with the
- * step.  All that its peers get is memory that is set aside here.
+ * With -l the challenges are answered by a process of our own. It has nothing
+ * of value: no key except its own for tls-alpn-01, no connection to the CA,
+ * no file, no right of root. It ends with the step. Its peers use only memory
+ * that is set aside here.
  */
 enum {
 	NOBODY    = 65534,	/* user and group that own nothing */
@@ -8740,7 +8741,7 @@ client_close(struct client *c)
 	c->fd = -1;
 }
 
-/* Let the peer read what it was sent: a reset could overtake that. */
+/* Let the peer read the response: a reset could overtake it. */
 static void
 client_answered(struct client *c)
 {
@@ -8748,7 +8749,7 @@ client_answered(struct client *c)
 	c->answered = true;
 }
 
-/* Send it all at once, or not at all: more than this no peer is owed. */
+/* Send s with one write; disconnect a peer that does not take all of it. */
 static void
 client_send(struct client *c, Str s)
 {
@@ -8756,7 +8757,7 @@ client_send(struct client *c, Str s)
 		client_close(c);
 }
 
-/* What a peer said, more of it; false where it says no more. */
+/* Receive more; false at the end of the connection or of the buffer. */
 static bool
 client_read(struct client *c)
 {
@@ -8772,7 +8773,7 @@ client_read(struct client *c)
 	return n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR));
 }
 
-/* The content of the challenge with a name; NONE if there is none. */
+/* The content of the challenge with a name; NONE for other names. */
 static Str
 content_of(Str name)
 {
@@ -8784,7 +8785,7 @@ content_of(Str name)
 	return NONE;
 }
 
-/* Answer one request (RFC 9112 3, RFC 8555 8.3) and no other. */
+/* Respond to one request (RFC 9112 3, RFC 8555 8.3), and then close. */
 static void
 http_serve(struct client *c)
 {
@@ -8815,10 +8816,13 @@ http_serve(struct client *c)
 
 /* --------------------------------------------- 41. TLS-ALPN responder -- */
 
-/* tls-alpn-01: a certificate for each challenge, in order, of one key. */
+/* A certificate for each challenge, in their order, all with the same key. */
 static Str validation[NAMES];
 
-/* RFC 8737 3, RFC 8738 4: the name and the digest, critical. */
+/*
+ * A self-signed certificate with the name and the digest in a critical
+ * extension (RFC 8737 3, RFC 8738 4).
+ */
 static Str
 validation_certificate(const struct challenge *c)
 {
@@ -8855,7 +8859,7 @@ make_validations(void)
 	}
 }
 
-/* The certificate for the name in a handshake; NONE for any other. */
+/* The certificate for the name of a handshake; NONE for other names. */
 static Str
 find_validation(Str sni)
 {
@@ -8883,7 +8887,7 @@ alpn_serve(struct client *c)
 
 /* -------------------------------------------------- 42. DNS responder -- */
 
-/* Numbers of DNS (RFC 1035 3.2.2, 4.1.1; RFC 6891 6.1). */
+/* DNS numbers (RFC 1035 3.2.2, 4.1.1; RFC 6891 6.1). */
 enum {
 	SOA = 6, TXT = 16, OPT = 41, IN = 1,
 	IS_REPLY = 0x8000, OPCODE = 0x7800, AUTHORITATIVE = 0x0400,
@@ -8908,14 +8912,14 @@ u16_at(Str s, size_t at)
 	return s.p[at] * 256U + s.p[at + 1];
 }
 
-/* What is asked (RFC 1035 4.1.2). */
+/* A question (RFC 1035 4.1.2). */
 struct question {
 	Str wire;		/* as it came, to be sent back */
 	Str name;		/* in lower case, with dots */
 	unsigned type, class;
 };
 
-/* False where a message holds no question that can be read. */
+/* Read the question of a message; false if it is malformed. */
 static bool
 dns_question(Str m, struct question *q)
 {
@@ -8939,7 +8943,10 @@ dns_question(Str m, struct question *q)
 	return true;
 }
 
-/* A record whose owner stands in the question, there (RFC 1035 4.1.3). */
+/*
+ * A record whose owner is the name at an offset in the question, to which it
+ * points (RFC 1035 4.1.3).
+ */
 static Str
 dns_record(size_t at, unsigned type, Str data)
 {
@@ -8947,7 +8954,7 @@ dns_record(size_t at, unsigned type, Str data)
 	    S("\0\0\0\0"), u16(data.n), data);
 }
 
-/* A text in strings of up to 255 bytes (RFC 1035 3.3.14). */
+/* A text as strings of up to 255 bytes (RFC 1035 3.3.14). */
 static Str
 dns_text(Str s)
 {
@@ -8963,7 +8970,7 @@ dns_text(Str s)
 	return all;
 }
 
-/* Numbers of a zone that lives for minutes and is never copied. */
+/* The SOA of a zone that exists for minutes and is never transferred. */
 static Str
 dns_soa(size_t at)
 {
@@ -8974,8 +8981,8 @@ dns_soa(size_t at)
 }
 
 /*
- * All answers to a question: *zone is where in it the name begins that is
- * ours, *n how many there are.  False where no such name is ours.
+ * Find all answers to a question. *zone is the offset of our name in it, *n
+ * the number of answers. False if the name is not ours.
  */
 static bool
 dns_answers(const struct question *q, Str *answers, size_t *zone, size_t *n)
@@ -9004,7 +9011,10 @@ dns_answers(const struct question *q, Str *answers, size_t *zone, size_t *n)
 	return ours;
 }
 
-/* Did the message ask for EDNS, and may the answer be how long? */
+/*
+ * Does the query use EDNS? Then raise *limit to the size that it allows, at
+ * most DATAGRAM.
+ */
 static bool
 dns_extended(Str m, const struct question *q, size_t *limit)
 {
@@ -9019,9 +9029,9 @@ dns_extended(Str m, const struct question *q, size_t *limit)
 }
 
 /*
- * The answer to a message, NONE where it deserves none.  Over UDP, where
- * the question may come from somebody else than it says, it is at most
- * FACTOR times as long: more is for TCP.
+ * The response to a message, or NONE. Over UDP, where the source address may
+ * be forged, it is at most FACTOR times as long as the query: for more there
+ * is TCP.
  */
 static Str
 dns_answer(Str m, size_t limit)
@@ -9061,8 +9071,8 @@ dns_answer(Str m, size_t limit)
 }
 
 /*
- * Over UDP (RFC 1035 4.2.1), from the very address that was asked: the
- * control message that says which is sent back as it came.
+ * Serve UDP (RFC 1035 4.2.1). The response must come from the address to
+ * which the query was sent: the control message that names it is sent back.
  */
 static void
 dns_datagram(int fd)
@@ -9082,7 +9092,7 @@ dns_datagram(int fd)
 		sendmsg(fd, &m, 0);
 }
 
-/* Over TCP, messages behind their lengths (RFC 1035 4.2.2). */
+/* Serve TCP: each message follows its length (RFC 1035 4.2.2). */
 static void
 dns_serve(struct client *c)
 {
@@ -9109,7 +9119,7 @@ dns_serve(struct client *c)
 
 /* ---------------------------------------------------------- 43. Peers -- */
 
-/* Who answers challenges of a type. */
+/* How peers that validate challenges are served. */
 struct responder {
 	void (*begin)(struct client *);		/* NULL: nothing to do */
 	void (*serve)(struct client *);
@@ -9155,10 +9165,10 @@ find_responder(Str type)
 }
 
 /*
- * The system lacks what one more peer takes: files (EMFILE, ENFILE) or
- * memory (ENOBUFS, ENOMEM).  The peer keeps waiting, so accept() would fail
- * again at once: it gets a pause.  If it is this process that has too many
- * files, the time of all peers is over.
+ * The system lacks what another peer needs: descriptors (EMFILE, ENFILE) or
+ * memory (ENOBUFS, ENOMEM). The peer keeps waiting, so accept() would fail
+ * again immediately: pause. If this process has too many descriptors, let all
+ * peers expire.
  */
 static void
 accept_failed(void)
@@ -9171,7 +9181,7 @@ accept_failed(void)
 	accept_after = now_ms() + RETRY;
 }
 
-/* A peer takes a free place, or that of the one that was first. */
+/* Accept a peer into a free slot, or in place of the oldest one. */
 static void
 client_accept(const struct responder *how, int listener)
 {
@@ -9197,9 +9207,9 @@ client_accept(const struct responder *how, int listener)
 }
 
 /*
- * What is open, to be waited for, and whose it is: a listener's number or,
- * after those, a peer's.  poll() refuses a list that has more places than
- * the process may have files, even where they are empty.
+ * List the open descriptors for poll(), and whose they are: the number of a
+ * listener or, counted from LISTENERS, of a peer. poll() refuses lists that
+ * are longer than the limit of descriptors, even if places are unused.
  */
 static size_t
 list_open(struct pollfd *p, size_t *whose)
@@ -9225,7 +9235,7 @@ list_open(struct pollfd *p, size_t *whose)
 	return n;
 }
 
-/* Answer whoever comes, until the step that wanted it is gone. */
+/* Serve peers until the step ends. */
 static void
 answer_peers(const struct responder *how)
 {
@@ -9267,8 +9277,8 @@ static struct {
 } answering;
 
 /*
- * End it.  Without the capability to kill the process of another user the
- * end of the pipe does that.
+ * End the responder. If its user is another one and kill() is not permitted,
+ * the end of the pipe ends it.
  */
 static void
 stop_responder(const struct cleanup *d)
@@ -9283,9 +9293,9 @@ stop_responder(const struct cleanup *d)
 }
 
 /*
- * SIGCHLD: without its responder no challenge can become valid, so that
- * the step ends, before it tells the CA or while it waits.  Other
- * processes that end are waited for where they were started.
+ * SIGCHLD: without its responder no challenge can become valid, so the step
+ * ends, before it asks the CA to validate or while it waits. Other children
+ * are waited for by the code that started them.
  */
 static void
 on_child(int sig)
@@ -9307,7 +9317,7 @@ on_child(int sig)
 	errno = error;
 }
 
-/* Forget all that the step knew but the challenges. */
+/* Overwrite all that the step knows, except the challenges. */
 static void
 forget_step(void)
 {
@@ -9337,8 +9347,8 @@ limit_to_zero(int resource)
 }
 
 /*
- * Root becomes nobody.  Root of a user namespace that has no nobody, or
- * without the capability, cannot, and stays what it is.
+ * Change from root to nobody. In a user namespace without nobody, or without
+ * the capability, this is impossible, and root stays.
  */
 static void
 give_up_root(void)
@@ -9354,10 +9364,10 @@ give_up_root(void)
 }
 
 /*
- * Give up every right that answering does not need.  Descriptors 0 to 2
- * become the pipe to the step, so that no peer gets such a number.  The
- * limit of processes comes before the change of user: Linux then refuses
- * to run another program, too.
+ * Give up every right that serving peers does not need. Descriptors 0 to 2
+ * become the pipe to the step, so that no peer gets such a number. The limit
+ * of processes must precede the change of user: then Linux also refuses to
+ * execute programs.
  */
 static void
 confine(int step_fd)
@@ -9383,8 +9393,8 @@ confine(int step_fd)
 }
 
 /*
- * The process that answers: it forgets what it has no use for.  It ends
- * with the step, and holds the signals that the step is for.
+ * The responder: it forgets what it does not need, serves peers, and ends
+ * with the step. Signals are blocked, since they are for the step.
  */
 static void
 run_responder(const struct responder *how, int step_fd)
@@ -9434,7 +9444,7 @@ start_responder(const char *where)
 
 /* ------------------------------------------------------ 45. Listening -- */
 
-/* A socket that is bound; -1 and errno. */
+/* A bound socket; -1 and errno on failure. */
 static int
 bind_to(const struct address *a, int type)
 {
@@ -9461,8 +9471,8 @@ bind_to(const struct address *a, int type)
 }
 
 /*
- * Find all addresses of a host of ours, or the one of each family that
- * stands for all hosts.  -4 and -6 are about connecting.
+ * Find all addresses of a host of ours; without a host, the one of each
+ * family that stands for all. -4 and -6 apply to connecting only.
  */
 static void
 find_own_addresses(Str host)
@@ -9486,7 +9496,7 @@ find_own_addresses(Str host)
 	family = connecting;
 }
 
-/* Listen on what was found: one address of each family, or end the step. */
+/* Listen on one address of each family that was found, or end the step. */
 static void
 listen_on_addresses(const struct responder *how, Str where, in_port_t port)
 {
@@ -9519,8 +9529,8 @@ listen_on_addresses(const struct responder *how, Str where, in_port_t port)
 }
 
 /*
- * Listen at [HOST:]PORT, on each family that the machine has, before the
- * CA hears of anything.
+ * Listen on [HOST:]PORT, in each family that the machine has, before the CA
+ * is asked to validate.
  */
 static void
 listen_at(const struct responder *how, const char *where)
@@ -9540,7 +9550,7 @@ listen_at(const struct responder *how, const char *where)
 	listen_on_addresses(how, str(where), htons((in_port_t)n));
 }
 
-/* -l can only answer one kind of peer, and where peers can come. */
+/* -l answers one type of challenge, and only if peers can connect. */
 static void
 prepare_responder(const char *where, const char *type)
 {
@@ -9556,8 +9566,8 @@ prepare_responder(const char *where, const char *type)
 /* ---------------------------------------------------- 46. Hook styles -- */
 
 /*
- * With -x programs publish the challenges and take them down again, called
- * as one of the conventions has it that people's scripts follow already.
+ * With -x programs publish challenges and clean up. They are called in one of
+ * the styles for which scripts already exist.
  */
 enum {
 	HOOK_ARGS = 8,		/* words of a call; uacme has 6 */
@@ -9579,14 +9589,14 @@ static struct hook {
 
 static char *hook_env[HOOK_ENV];
 
-/* Add a variable to what a hook finds in its environment. */
+/* Add a variable to the environment of a hook. */
 static void
 hook_var(struct hook *h, const char *name, Str value)
 {
 	h->vars[h->nvars++] = c_str(text("%=%", str(name), value));
 }
 
-/* Our own environment with a hook's variables in it. */
+/* Our environment with the variables of a hook. */
 static char **
 hook_environment(const struct hook *h)
 {
@@ -9609,7 +9619,7 @@ hook_environment(const struct hook *h)
 	return hook_env;
 }
 
-/* A call's words; what is missing in the middle would be a fault of ours. */
+/* Set the words of a call. */
 #define set_call(call, ...)  set_words(call, STRS(__VA_ARGS__))
 
 static void
@@ -9620,7 +9630,7 @@ set_words(const char **call, const Str *v, size_t nv)
 	call[nv] = NULL;
 }
 
-/* The digest of tls-alpn-01 has colons there, as openssl dgst -c does it. */
+/* The digest of tls-alpn-01 has colons between its bytes. */
 static void
 dehydrated_hook(struct hook *h, const struct challenge *c, Str token)
 {
@@ -9636,7 +9646,7 @@ dehydrated_hook(struct hook *h, const struct challenge *c, Str token)
 	    bare(c->id.value), token, value);
 }
 
-/* What is a digest there is in base64url, for tls-alpn-01 too. */
+/* A digest is in base64url here, for tls-alpn-01 too. */
 static void
 uacme_hook(struct hook *h, const struct challenge *c, Str token)
 {
@@ -9661,7 +9671,7 @@ lego_hook(struct hook *h, const struct challenge *c, Str token)
 	set_call(h->call[1], str(hook_program), S("cleanup"), name, c->content);
 }
 
-/* The record's names, with commas. */
+/* The names of the record, separated by commas. */
 static Str
 all_names(void)
 {
@@ -9716,7 +9726,7 @@ hook_style_names(void)
 	return list_text(&all);
 }
 
-/* -x [STYLE:]PROGRAM; certbot's is two, AUTH,CLEANUP. */
+/* -x [STYLE:]PROGRAM; for certbot AUTH,CLEANUP. */
 static void
 choose_hook(const char *value)
 {
@@ -9745,7 +9755,7 @@ choose_hook(const char *value)
 
 /* ---------------------------------------------------------- 47. Hooks -- */
 
-/* A file that this user may run; if not, errno says why. */
+/* May this user execute the file? If not, errno says why. */
 static bool
 can_run(const char *file)
 {
@@ -9757,7 +9767,7 @@ can_run(const char *file)
 	return S_ISREG(st.st_mode);
 }
 
-/* Is there a program that can be run, in PATH or by its path? */
+/* Does a program exist, in PATH or by its path? If not, errno says why. */
 static bool
 is_program(const char *name)
 {
@@ -9780,7 +9790,7 @@ is_program(const char *name)
 	return false;
 }
 
-/* A hook must be there before the CA hears of the challenges. */
+/* End the step if a hook cannot be run, before the CA is asked to validate. */
 static void
 check_program(const char *name)
 {
@@ -9810,7 +9820,7 @@ check_hook(void)
 		check_program(hook_cleanup);
 }
 
-/* In a new process: become the program. */
+/* In a new process: execute the hook. */
 static void
 hook_exec(const struct hook *h, const char *const *call, int says)
 {
@@ -9835,8 +9845,8 @@ hook_start(const struct hook *h, const char *const *call, int says)
 }
 
 /*
- * Until when a hook may take down: all of them have the rest of -T, or
- * GRACE seconds where that is more, and each a second of its own.
+ * When a hook that cleans up is killed: all of them share the rest of -T, or
+ * GRACE seconds if that is more, but each has at least a second.
  */
 static long long
 take_down_until(void)
@@ -9851,7 +9861,7 @@ take_down_until(void)
 	return end > now + 1000 ? end : now + 1000;
 }
 
-/* Take one down.  No signal ends this, so that it must end by itself. */
+/* Clean up one challenge. Signals are blocked, so the hook has a limit. */
 static void
 hook_take_down(const struct cleanup *d)
 {
@@ -9877,7 +9887,7 @@ hook_take_down(const struct cleanup *d)
 		    str(h->call[1][0]), str(h->vars[2] + sizeof "ACME_NAME"));
 }
 
-/* Does a hook still run, or is there something of it to read? */
+/* Does a hook still run, or is there output to read? */
 static bool
 hook_speaks(int fd, pid_t pid)
 {
@@ -9894,8 +9904,8 @@ hook_speaks(int fd, pid_t pid)
 }
 
 /*
- * All that a hook prints, up to a limit.  What it has left running may
- * hold our pipe for ever: only the hook itself is waited for.
+ * All output of a hook, up to a limit. Processes that it leaves behind may
+ * hold the pipe open, so only the hook itself is waited for.
  */
 static Str
 hook_output(int fd, pid_t pid)
@@ -9916,7 +9926,7 @@ hook_output(int fd, pid_t pid)
 	return s;
 }
 
-/* Make the calls for a challenge. */
+/* Set the calls for a challenge. */
 static void
 hook_make(struct hook *h, const struct challenge *c, Str token)
 {
@@ -9929,9 +9939,8 @@ hook_make(struct hook *h, const struct challenge *c, Str token)
 }
 
 /*
- * Publish one challenge.  False where the hook declines it, as only some
- * conventions allow.  What it publishes is removed by leave() or by
- * clean_up_to().
+ * Publish one challenge; false if the hook declines it, which only some
+ * styles allow. Clean-up is registered.
  */
 static bool
 hook_publish(struct hook *h, const struct challenge *c, Str token)
@@ -9975,8 +9984,8 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 }
 
 /*
- * The token of a challenge, which its line has only for http-01: from its
- * authorization, if this step has fetched that, or else from the CA.
+ * The token of a challenge, which only an http-01 line contains: from its
+ * authorization, if this step has fetched that, or from the CA.
  */
 static Str
 fetch_token(const struct challenge *c)
@@ -9996,8 +10005,8 @@ fetch_token(const struct challenge *c)
 }
 
 /*
- * Publish by hooks what the record wants; of several challenges for one
- * name the first that is not declined stays in it.
+ * Publish by hooks. Of several challenges for a name the first one that is
+ * not declined is kept.
  */
 static void
 publish_by_hooks(const char *hook)
@@ -10025,8 +10034,7 @@ publish_by_hooks(const char *hook)
 
 /*
  * The order became ready after its record was written: an earlier run has
- * responded.  It may have been killed, so that the hooks are called to
- * clean up after it.
+ * responded. It may have been killed, so the hooks are called to clean up.
  */
 static void
 clean_up_by_hooks(const char *type)
@@ -10051,7 +10059,7 @@ clean_up_by_hooks(const char *type)
 
 /* ----------------------------------------------------- 48. Publishing -- */
 
-/* The one type of the record's challenges; NULL if there is no one type. */
+/* The type of all challenges of the record; NULL if they have several. */
 static const char *
 record_type(void)
 {
@@ -10104,8 +10112,8 @@ prepare_hooks(const char *hook, const char *type)
 }
 
 /*
- * Ways to publish: options of respond.  What publish() does, the clean-up
- * handlers that it sets undo at the step's end, whatever that is.
+ * Ways to publish: options of respond. What publish() does is undone by the
+ * clean-up handlers that it registers, whatever ends the step.
  */
 static const struct publisher {
 	int letter;		/* of the option, whose value is `value` */
@@ -10130,7 +10138,7 @@ static const struct publisher {
 
 /* --------------------------------------------------- 49. Finalization -- */
 
-/* RFC 8555 11.1. */
+/* A certificate must not have the account key (RFC 8555 11.1). */
 static void
 not_of_account(const char *file, Str key)
 {
@@ -10139,7 +10147,7 @@ not_of_account(const char *file, Str key)
 		    "the certificate (RFC 8555 11.1)", file_name(file));
 }
 
-/* The order's names as GeneralNames. */
+/* The names of the order as GeneralNames. */
 static Str
 record_names(void)
 {
@@ -10151,7 +10159,7 @@ record_names(void)
 	return list_text(&names);
 }
 
-/* The key for our own request; its public half. */
+/* Read the key for our own CSR; returns its public key. */
 static Str
 read_csr_key(const char *file)
 {
@@ -10163,7 +10171,7 @@ read_csr_key(const char *file)
 	return key;
 }
 
-/* Somebody's request, PEM or DER. */
+/* Read a CSR, PEM or DER, and its public key. */
 static Str
 read_csr(const char *file, Str *key)
 {
@@ -10196,8 +10204,8 @@ has_certificate(size_t n, Str whole)
 }
 
 /*
- * The certificates of a reply, and nothing else (RFC 8555 7.4.2, 11.4);
- * each once, though some CAs repeat one.
+ * Read the certificates of a response (RFC 8555 7.4.2, 11.4), which holds
+ * nothing else. Some CAs repeat one; it counts once.
  */
 static size_t
 read_chain(const struct response *r)
@@ -10228,8 +10236,8 @@ read_chain(const struct response *r)
 }
 
 /*
- * A certificate's names must be those of the record's identifiers, no more
- * and no fewer: NONE, or the first difference, for a message.
+ * How the names of a certificate differ from the identifiers of the order,
+ * for a message; NONE if they do not.
  */
 static Str
 names_differ(const struct cert *c)
@@ -10259,9 +10267,9 @@ top_issuer(size_t n)
 }
 
 /*
- * Look for a chain whose topmost issuer has the name, first in the reply,
- * then in the alternates that its Link headers name (RFC 8555 7.4.2).
- * Without one the step ends, but the order stays as it is.
+ * Choose the chain with a topmost issuer, first from the response, then from
+ * the alternates in its Link headers (RFC 8555 7.4.2). If there is none the
+ * step ends; the order stays valid.
  */
 static size_t
 choose_chain(struct response *r, const char *issuer)
@@ -10286,7 +10294,10 @@ choose_chain(struct response *r, const char *issuer)
 	return n;
 }
 
-/* Download, check and print; `key`, if any, is whose it must be. */
+/*
+ * Download, check and print the certificate. It must be for `key`, unless
+ * that is NONE.
+ */
 static void
 print_certificate(const char *issuer, Str key, int status)
 {
@@ -10313,9 +10324,9 @@ print_certificate(const char *issuer, Str key, int status)
 }
 
 /*
- * Send the request (RFC 8555 7.4).  The CA may say that the order is not
- * ready, since it is finished or not quite settled: the order decides.
- * Returns whether it was this request that the CA took.
+ * Send the CSR (RFC 8555 7.4). The CA may answer that the order is not ready,
+ * because it is finished or not yet settled; the order decides. Returns
+ * whether the CA accepted this CSR.
  */
 static bool
 send_request(Str csr)
@@ -10396,7 +10407,7 @@ do_key(char **arg)
 	print(key_pem(&other_key));
 }
 
-/* What an argument that is not a name is instead, as a remedy. */
+/* A remedy for an argument that is not a name. */
 static const char *
 name_hint(Str s)
 {
@@ -10413,7 +10424,7 @@ name_hint(Str s)
 	return "";
 }
 
-/* Names from the command line become identifiers, each once. */
+/* Add names from the command line to the order, each once. */
 static void
 take_names(char **arg)
 {
@@ -10475,7 +10486,7 @@ read_certificate(const char *file, struct cert *c)
 }
 
 /*
- * When a certificate is to be renewed: with a third of its life left, with
+ * When to renew: with a third of the life of the certificate left, or with
  * half of a life under ten days.
  */
 static long long
@@ -10486,7 +10497,7 @@ renewal_time(const struct cert *c)
 	return c->not_after - life / (life < 10 * 86400 ? 2 : 3);
 }
 
-/* The answer of due, with its reason, on one line. */
+/* Print the answer of due and its reason on one line. */
 static void
 due_answer(const char *file, bool due, Str reason)
 {
@@ -10539,14 +10550,14 @@ do_thumbprint(char **arg)
 	print(text("%\n", thumbprint(signer())));
 }
 
-/* A string in words, all else as it stands. */
+/* A string as text, any other value as JSON. */
 static Str
 plain(Str v)
 {
 	return json_kind(v) == '"' ? json_text(v) : v;
 }
 
-/* One step of a path: a member's name, or an element's number. */
+/* One step along a path: a member by name, or an element by number. */
 static Str
 json_step(Str v, Str name)
 {
@@ -10628,7 +10639,10 @@ do_directory(char **arg)
 	print_record();
 }
 
-/* The JSON array of -m's values, NONE without -m; "" adds none. */
+/*
+ * The values of -m as a JSON array; NONE without -m. Empty values are left
+ * out.
+ */
 static Str
 contacts(void)
 {
@@ -10641,7 +10655,7 @@ contacts(void)
 	return ncontact ? text("[%]", s) : NONE;
 }
 
-/* Take the first word off a text with its white space. */
+/* Take the first word off a text, and the white space around it. */
 static Str
 take_word(Str *s)
 {
@@ -10660,7 +10674,7 @@ static struct {
 	Str kid, mac_key;
 } binding;
 
-/* The identifier and the key of -e or of the two variables. */
+/* Read the identifier and the key of -e or of the variables. */
 static void
 check_new_account(char **arg)
 {
@@ -10689,8 +10703,8 @@ check_new_account(char **arg)
 }
 
 /*
- * The external account binding (RFC 8555 7.3.4): the account's public key,
- * signed with a secret that the CA gave out with an identifier; or NONE.
+ * The external account binding (RFC 8555 7.3.4): the public account key,
+ * signed with a secret from the CA; NONE if there is none.
  */
 static Str
 account_binding(void)
@@ -10705,7 +10719,7 @@ account_binding(void)
 	return jws(input, hmac_sha256(binding.mac_key, input));
 }
 
-/* Say with -v which of the contacts given with -m the account lacks. */
+/* With -v: report which contacts of -m the account lacks. */
 static void
 say_dropped(Str list)
 {
@@ -10723,8 +10737,8 @@ say_dropped(Str list)
 }
 
 /*
- * An account object (RFC 8555 7.1.2) in the record.  A contact that cannot
- * be a line, such as an old account's "mailto: x@y", is left out.
+ * Store an account object in the record (RFC 8555 7.1.2). A contact that
+ * cannot be on a line, such as "mailto: x@y" of an old account, is left out.
  */
 static void
 account_store(const struct response *r)
@@ -10764,7 +10778,7 @@ do_new_account(char **arg)
 	print_record();
 }
 
-/* Add a page of an account's orders to `all`, on top of the heap. */
+/* Add a page of orders to `all`, on top of the heap. */
 static Str
 add_orders(Str all, const struct response *r)
 {
@@ -10784,8 +10798,8 @@ add_orders(Str all, const struct response *r)
 }
 
 /*
- * The account's orders as lines, where the CA lists them (RFC 8555
- * 7.1.2.1), page by page.
+ * The orders of an account as lines, if the CA lists them (RFC 8555 7.1.2.1),
+ * page by page.
  */
 static Str
 list_orders(const struct response *account)
@@ -10846,9 +10860,9 @@ do_account(char **arg)
 }
 
 /*
- * Does the account belong to the new key now?  Only this shows it: a change
- * whose reply never came here looks like a refused one, and there are CAs
- * that agree to a key that another account has, and change nothing.
+ * Is the new key the account's now? Only asking the CA shows it: if the
+ * response was lost the change looks refused, and some CAs agree to a key
+ * that another account has but change nothing.
  */
 static bool
 key_changed(void)
@@ -10864,7 +10878,7 @@ key_changed(void)
 	return true;
 }
 
-/* The signed half of a key change that the new key makes (7.3.5). */
+/* The part of a key change that the new key signs (RFC 8555 7.3.5). */
 static Str
 change_text(Str url)
 {
@@ -10892,7 +10906,7 @@ check_key_change(char **arg)
 }
 
 /*
- * Some CAs take seconds to know an account's new key everywhere: wait for
+ * Some CAs take seconds until all of their servers know a new key. Wait for
  * that, at most LAG seconds, so that the next step can use it.
  */
 static void
@@ -10919,8 +10933,8 @@ await_new_key(void)
 }
 
 /*
- * key-change -K NEWKEY (RFC 8555 7.3.5).  Whatever happens, one of the two
- * files has the account's key, and the message says which.
+ * key-change -K NEWKEY (RFC 8555 7.3.5). In any case one of the two files has
+ * the account key, and the message says which.
  */
 static void
 do_key_change(char **arg)
@@ -10957,7 +10971,7 @@ do_key_change(char **arg)
 
 /* ------------------------------------------------- 52. Order commands -- */
 
-/* RFC 8555 9.7.7. */
+/* An identifier as JSON (RFC 8555 9.7.7). */
 static Str
 identifier_json(const struct identifier *id)
 {
@@ -10965,7 +10979,7 @@ identifier_json(const struct identifier *id)
 	    quote(id->value));
 }
 
-/* The payload's identifiers (RFC 8555 7.4). */
+/* The identifiers of a new order (RFC 8555 7.4). */
 static Str
 identifiers_json(void)
 {
@@ -10991,9 +11005,9 @@ do_new_authz(char **arg)
 }
 
 /*
- * deactivate-authz (RFC 8555 7.5.2).  An account has a status, too, and the
- * same payload would end it (7.3.6): what is deactivated must have what an
- * authorization has.
+ * deactivate-authz (RFC 8555 7.5.2). An account has a status, too, and the
+ * same payload would deactivate it (7.3.6): so the object must have what only
+ * an authorization has.
  */
 static void
 do_deactivate_authz(char **arg)
@@ -11026,7 +11040,7 @@ do_deactivate_authz(char **arg)
 	print_record();
 }
 
-/* -b and -u: a time as RFC 8555 7.4 wants it, or NONE. */
+/* The time of -b or -u (RFC 8555 7.4), or NONE. */
 static Str
 time_option(int letter)
 {
@@ -11040,7 +11054,7 @@ time_option(int letter)
 	return opt[letter] ? quote(s) : NONE;
 }
 
-/* -p: one of the profiles that the CA has, or NONE. */
+/* The profile of -p, which the CA must have, or NONE. */
 static Str
 profile_option(void)
 {
@@ -11062,7 +11076,10 @@ profile_option(void)
 	    list_text(&all));
 }
 
-/* The identifier of RFC 9773 4.1; NONE where the certificate lacks it. */
+/*
+ * The identifier of RFC 9773 4.1; NONE if the certificate has no key
+ * identifier.
+ */
 static Str
 certificate_id(const struct cert *c)
 {
@@ -11070,10 +11087,13 @@ certificate_id(const struct cert *c)
 	    b64(c->serial)) : NONE;
 }
 
-/* What -R, renewal-info and revoke-cert are about. */
+/* The certificate of -R, renewal-info and revoke-cert. */
 static struct cert subject;
 
-/* -R: what the order replaces, for a CA that wants to know; or NONE. */
+/*
+ * -R: the certificate that the order replaces, if the CA offers renewal
+ * information; or NONE.
+ */
 static Str
 replaces_option(void)
 {
@@ -11089,8 +11109,8 @@ replaces_option(void)
 }
 
 /*
- * Can it be because of `replaces` that the CA refuses (RFC 9773 5)?  It is
- * unauthorized where the certificate was another account's.
+ * Can the CA have refused the order because of `replaces` (RFC 9773 5)? It
+ * answers unauthorized if another account has the certificate.
  */
 static bool
 replaced_before(const struct response *r)
@@ -11168,7 +11188,7 @@ challenge_type_names(void)
 	return list_text(&all);
 }
 
-/* -t of challenges and respond: a type that the program knows, or NULL. */
+/* -t: a challenge type that we know, or NULL. */
 static const char *
 type_option(void)
 {
@@ -11198,7 +11218,7 @@ do_challenges(char **arg)
 	print_record();
 }
 
-/* The way to publish that an option names; NULL if the user publishes. */
+/* How to publish: a row, or NULL if the user does that. */
 static const struct publisher *
 chosen_publisher(void)
 {
@@ -11221,7 +11241,7 @@ settling_time(void)
 	return n;
 }
 
-/* Whether the options of respond go together. */
+/* Check the options of respond. */
 static void
 check_respond(char **arg)
 {
@@ -11239,9 +11259,9 @@ check_respond(char **arg)
 }
 
 /*
- * Find the challenges to answer: one for each name, unless a hook may
- * decline some.  A name that is no longer pending has none, but a run that
- * was killed may have left something of it.
+ * Find the challenges to answer: one for each name, unless a hook may decline
+ * some. A name that is not pending has none, but an earlier run that was
+ * killed may have left something.
  */
 static void
 find_challenges(const struct publisher *how, const char *type)
@@ -11266,7 +11286,7 @@ find_challenges(const struct publisher *how, const char *type)
 		how->clean_ready(type);
 }
 
-/* The type to answer: of -t, or the only one that can be meant, or NULL. */
+/* The challenge type to answer: of -t, or the only possible one, or NULL. */
 static const char *
 respond_type(const struct publisher *how)
 {
@@ -11454,7 +11474,9 @@ do_revoke_cert(char **arg)
 		accept_response(&r);
 }
 
-/* A window's moment, the same one for the same certificate (RFC 9773 4.2). */
+/*
+ * A moment in a window, always the same one for a certificate (RFC 9773 4.2).
+ */
 static long long
 window_moment(const struct cert *c, long long start, long long end)
 {
@@ -11519,7 +11541,7 @@ check_url(char **arg)
 		usage("not an https URL: %", str(arg[0]));
 }
 
-/* Send a request of the user's, and print the reply's body as it came. */
+/* Send a request of the user, and print the body of the response. */
 static void
 post_and_print(const char *url, Str payload, bool once)
 {
@@ -11552,7 +11574,7 @@ do_post(char **arg)
 	post_and_print(arg[0], v, true);
 }
 
-/* A request's file, as box_request() made it; false if it is another. */
+/* Read a file that box_request() made; false for any other. */
 static bool
 read_request_file(Str s, struct request *q)
 {
@@ -11579,7 +11601,7 @@ read_request_file(Str s, struct request *q)
 	return s.n == length;
 }
 
-/* send BOX: carry what has no reply yet, many at a time. */
+/* send BOX: send the requests that have no response yet, many at a time. */
 static void
 do_send(char **arg)
 {
