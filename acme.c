@@ -4984,7 +4984,7 @@ static struct {
 	pid_t command;			/* the process behind it, or 0 */
 	const unsigned char *from;	/* what has been received: */
 	size_t at, have;
-	bool whole;			/* and no more will be */
+	bool whole;			/* and that is all */
 } conn;
 
 /*
@@ -5694,8 +5694,8 @@ conn_byte(void)
 struct request {
 	const char *method;
 	Str url, body;
-	bool once;		/* not sent again if its reply is lost */
-	int lost;		/* replies to it that were lost */
+	bool once;		/* not sent again if its response is lost */
+	int lost;		/* responses to it that were lost */
 };
 
 struct response {
@@ -6054,7 +6054,8 @@ pipeline(const struct request *q, struct response *r, size_t n)
  * The box (-B): messages are files in it, N.request and N.response, in the
  * order in which the step sends them.  Whoever has a network carries them;
  * the step, called again in the same way, makes the same requests again,
- * since its signatures have no randomness in them, and finds the replies.
+ * since its signatures have no randomness in them, and finds the
+ * responses.
  */
 static struct {
 	const char *name;		/* NULL: there is none */
@@ -6633,7 +6634,7 @@ static const struct keyword {
 	unsigned n;		/* where they are counted; 0: one place */
 	void (*read)(Str, void *);	/* NULL for a Str */
 	Str (*write)(const void *);	/* NULL for what begins with its Str */
-	bool of_account;	/* it is read from an account's record (-a) */
+	bool of_account;	/* it is used from an account record (-a) */
 } keywords[] = {
 	{ "directory", is_url, FIELD(directory), NULL, NULL, true },
 	{ "new-nonce", is_url, FIELD(new_nonce), NULL, NULL, true },
@@ -7168,9 +7169,9 @@ accept_response(const struct response *r)
 /* The history of a request. */
 struct attempt {
 	size_t post;		/* which of a batch it is */
-	int lost;		/* replies that were lost */
+	int lost;		/* responses that were lost */
 	int errors;		/* server errors (5xx) without Retry-After */
-	int missing;		/* 404 to what was made a moment ago */
+	int missing;		/* 404 for a new object */
 	bool done;
 };
 
@@ -7227,7 +7228,7 @@ absolute(Str base, Str ref)
 
 /* The state of a walk through the Link headers of a response. */
 struct links {
-	const struct response *reply;
+	const struct response *response;
 	Str head, value;	/* what is still to be read */
 };
 
@@ -7270,9 +7271,9 @@ next_link(struct links *l, Str relation)
 		url = cut(&l->value, '>');
 		if (!has_relation(cut_unquoted(&l->value, ','), relation))
 			continue;
-		url = absolute(l->reply->url, url);
+		url = absolute(l->response->url, url);
 		if (!is_url(url))
-			broken(l->reply, "has a link that is not an https "
+			broken(l->response, "has a link that is not an https "
 			    "URL: %",
 			    brief(url));
 		return url;
@@ -7425,9 +7426,9 @@ struct post {
 	Str url;
 	Str payload;		/* NONE: POST-as-GET (RFC 8555 6.3) */
 	const struct key *key;	/* NULL: the account's */
-	bool jwk;		/* it is not the account that signs: 6.2 */
-	bool once;		/* sent once, whatever happens */
-	bool made;		/* of a thing that was just made: see LAG */
+	bool jwk;		/* signed by a key, not an account: 6.2 */
+	bool once;		/* never sent again */
+	bool made;		/* for a new object: see LAG */
 };
 
 static const struct key *
@@ -8015,7 +8016,7 @@ count_errors(size_t *all, size_t *internal, size_t *dns)
 
 /* -------------------------------------------------------- 37. Waiting -- */
 
-static const char *published_in;	/* DIR of -w, while files are there */
+static const char *published_in;	/* DIR of -w, once files are there */
 
 /* If the CA found no file, or other content: where the files were. */
 static Str
@@ -8716,16 +8717,16 @@ enum {
 	RETRY     = 100,	/* ms until the system may have more to give */
 	LISTENERS = 4,		/* TCP and UDP, IPv4 and IPv6 */
 	CLIENTS   = 256,	/* peers at once; one more ends the oldest */
-	PATIENCE  = 10,		/* seconds that a peer has */
+	PATIENCE  = 10,		/* seconds for a peer */
 	REQUEST   = 4096,	/* bytes of a peer's request, a TLS record */
-	DATAGRAM  = 1232,	/* of an answer over UDP, DNS Flag Day 2020 */
-	FACTOR    = 4		/* times that such an answer is its question */
+	DATAGRAM  = 1232,	/* of a response over UDP, DNS Flag Day 2020 */
+	FACTOR    = 4		/* most that it is longer than its query */
 };
 
 static struct client {
 	int fd;
 	long long since;	/* by now_ms() */
-	bool answered;		/* what it says now is thrown away */
+	bool answered;		/* what it sends now is ignored */
 	size_t n;		/* bytes in b */
 	unsigned char b[REQUEST + 325];	/* BR_SSL_BUFSIZE_MONO has it so */
 	struct tls_server tls;
@@ -9273,7 +9274,7 @@ answer_peers(const struct responder *how)
 /* The process that answers, as the step sees it. */
 static struct {
 	volatile pid_t pid;		/* 0: there is none */
-	int pipe;			/* whose end tells it that we ended */
+	int pipe;			/* it ends when this is closed */
 } answering;
 
 /*
@@ -9574,7 +9575,7 @@ enum {
 	HOOK_VARS = 12,		/* variables that we add */
 	HOOK_ENV  = 1024,	/* variables in all */
 	HOOK_SAYS = 4096,	/* bytes of output that certbot passes on */
-	GRACE     = 15		/* seconds to take everything down after -T */
+	GRACE     = 15		/* seconds for all clean-up after -T */
 };
 
 static const struct hook_style *hook_style;
@@ -9582,7 +9583,7 @@ static const char *hook_program, *hook_cleanup;	/* the latter: certbot's */
 static bool validated;		/* for uacme's done or failed */
 
 static struct hook {
-	const char *call[2][HOOK_ARGS];	/* to publish and to take down */
+	const char *call[2][HOOK_ARGS];	/* to publish and to clean up */
 	const char *vars[HOOK_VARS + 1];
 	size_t nvars;
 } hooks[NAMES];
@@ -9706,9 +9707,9 @@ certbot_hook(struct hook *h, const struct challenge *c, Str token)
 static const struct hook_style {
 	const char *name;
 	void (*make)(struct hook *, const struct challenge *, Str token);
-	bool token;		/* it wants the token of every challenge */
-	bool declines;		/* failure to publish means: not this one */
-	bool speaks;		/* what it prints is for its other half */
+	bool needs_token;	/* of every challenge */
+	bool may_decline;	/* a failure to publish is no error */
+	bool passes_output;	/* of publishing to the clean-up */
 } hook_styles[] = {
 	{ "dehydrated", dehydrated_hook, true, false, false },
 	{ "uacme", uacme_hook, true, true, false },
@@ -9744,10 +9745,10 @@ choose_hook(const char *value)
 		usage("no such hook style: %; there are %", name,
 		    hook_style_names());
 	name = cut(&s, ',');
-	if (!*hook_program || (hook_style->speaks && (!name.n || !s.n)))
+	if (!*hook_program || (hook_style->passes_output && (!name.n || !s.n)))
 		usage("-x needs [STYLE:]PROGRAM or certbot:AUTH,CLEANUP, "
 		    "not %", str(value));
-	if (!hook_style->speaks)
+	if (!hook_style->passes_output)
 		return;
 	hook_program = c_str(name);
 	hook_cleanup = (const char *)s.p;
@@ -9849,7 +9850,7 @@ hook_start(const struct hook *h, const char *const *call, int says)
  * GRACE seconds if that is more, but each has at least a second.
  */
 static long long
-take_down_until(void)
+clean_up_deadline(void)
 {
 	static long long end;
 	long long now = now_ms();
@@ -9863,15 +9864,15 @@ take_down_until(void)
 
 /* Clean up one challenge. Signals are blocked, so the hook has a limit. */
 static void
-hook_take_down(const struct cleanup *d)
+hook_clean_up(const struct cleanup *d)
 {
 	const struct hook *h = d->p;
-	long long until = take_down_until();
+	long long until = clean_up_deadline();
 	const struct timespec tick = { 0, 20000000 };
 	pid_t pid;
 	int status = -1;
 
-	if (validated && hook_style->declines)
+	if (validated && hook_style->may_decline)
 		hooks[h - hooks].call[1][1] = "done";
 	doing(LATER, "running the hook ", h->call[1][0]);
 	pid = hook_start(h, h->call[1], 2);
@@ -9889,7 +9890,7 @@ hook_take_down(const struct cleanup *d)
 
 /* Does a hook still run, or is there output to read? */
 static bool
-hook_speaks(int fd, pid_t pid)
+hook_has_output(int fd, pid_t pid)
 {
 	struct pollfd p = { fd, POLLIN, 0 };
 	siginfo_t ended;
@@ -9914,7 +9915,7 @@ hook_output(int fd, pid_t pid)
 	unsigned char b[256];
 	size_t n;
 
-	while (hook_speaks(fd, pid) &&
+	while (hook_has_output(fd, pid) &&
 	    (n = read_some(fd, b, sizeof b, "the hook's output")) > 0) {
 		if (s.n + n > HOOK_SAYS)
 			die(FAULT, "the hook % printed more than % bytes",
@@ -9951,7 +9952,7 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 
 	hook_make(h, c, token);
 	doing(LATER, "running the hook ", hook_program);
-	if (hook_style->speaks && pipe(fds) != 0)
+	if (hook_style->passes_output && pipe(fds) != 0)
 		die(FAULT, "cannot make a pipe: %", why());
 	if (fds[0] >= 0) {
 		fcntl(fds[0], F_SETFD, FD_CLOEXEC);
@@ -9960,7 +9961,7 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 	hold_signals(&old);
 	if ((pid = hook_start(h, h->call[0], fds[1])) < 0)
 		die(FAULT, "cannot start a process: %", why());
-	add_cleanup(hook_take_down, 0, h);
+	add_cleanup(hook_clean_up, 0, h);
 	add_cleanup(stop_group, pid, NULL);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	if (fds[0] >= 0) {
@@ -9975,7 +9976,7 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 		return true;
 	if (WIFEXITED(status))
 		forget_cleanup();
-	if (hook_style->declines && WIFEXITED(status) &&
+	if (hook_style->may_decline && WIFEXITED(status) &&
 	    WEXITSTATUS(status) < 126)
 		return false;
 	die(NO_PLACE, "the hook % % for %", str(hook_program), ending(status),
@@ -9993,7 +9994,7 @@ fetch_token(const struct challenge *c)
 	struct response r;
 	Str token;
 
-	if (publishes(c, FILE_TOKEN) || !hook_style->token)
+	if (publishes(c, FILE_TOKEN) || !hook_style->needs_token)
 		return c->name;
 	if (is_b64(c->token))
 		return c->token;
@@ -10048,9 +10049,9 @@ clean_up_by_hooks(const char *type)
 		if (hook_style->make == lego_hook && !publishes(c, TXT_RECORD))
 			continue;
 		hook_make(h, c, fetch_token(c));
-		if (hook_style->speaks)
+		if (hook_style->passes_output)
 			hook_var(h, "CERTBOT_AUTH_OUTPUT", NONE);
-		add_cleanup(hook_take_down, 0, h++);
+		add_cleanup(hook_clean_up, 0, h++);
 	}
 	validated = true;
 	clean_up_to(before);
@@ -11275,7 +11276,7 @@ find_challenges(const struct publisher *how, const char *type)
 			how->clean_names(opt[how->letter]);
 		add_challenges(type);
 	}
-	if (type || !hook_style || !hook_style->declines)
+	if (type || !hook_style || !hook_style->may_decline)
 		choose_challenges(type);
 	if (!order.nchallenge && order.url.n)
 		order_refresh();
