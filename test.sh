@@ -8015,7 +8015,13 @@ for name in order-plz authZ chalZ my-order finalize-order certZ; do
 	check "the first reply of $name is lost" "
 	    through lost-$name.test"
 done
-rules POST_revoke-cert.1 "$lose"
+# Not the response that refuses a nonce is lost, but the one that agrees.
+rules POST_revoke-cert 'forward >relayed/reply
+    if [ ! -e relayed/gone ] && grep -q "^HTTP.* 200" relayed/reply; then
+	: >relayed/gone
+	exit
+    fi
+    cat relayed/reply'
 check 'what is revoked already is as it was asked for' '
     acme-step revoke-cert relay.pem 2>err &&
     cat err && grep "is already revoked" err'
@@ -8543,7 +8549,7 @@ dies 65 '1.request.*not a request' '
     printf "GET http://localhost/ HTTP/1.1\r\n\r\n" >gap/bad/1.request
     acme-step send gap/bad'
 dies 73 'one.pem/box' 'acme-step directory -B one.pem/box'
-dies 64 'box' 'isolated acme-step respond -B gap/l -t http-01 -l 8080 \
+dies 64 'cannot be used with -B' 'isolated acme-step respond -B gap/l -t http-01 -l 8080 \
     -k gap/account.pem <gap/record'
 check 'ACME_BOX; commands without network take no notice' '
     ACME_BOX=gap/e isolated acme-step thumbprint -k gap/account.pem &&
@@ -8657,7 +8663,7 @@ setsid sh entry sh ../webserver.sh >container.log 2>&1 &
 container=$!
 pids="$pids $container"
 check 'a container has a certificate before its server starts' '
-    await test -s starts; cat container.log; cp ../root.pem . &&
+    await test -s starts; cat container.log; cp ../root.pem ../ca.pem . &&
     issued example.pem fullchain.pem DNS:example.com DNS:www.example.com &&
     [ ! -e reloads ]'
 check 'and another when the CA suggests it, while its server runs' '
