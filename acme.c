@@ -1559,16 +1559,24 @@ integer(Str s)
  * 3.2, RFC 4055 5).
  */
 #define ID_EC           "\x06\x07\x2a\x86\x48\xce\x3d\x02\x01"
-#define P256_KEY        S("\x30\x13" ID_EC \
-                          "\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07")
-#define P384_KEY        S("\x30\x10" ID_EC "\x06\x05\x2b\x81\x04\x00\x22")
-#define P521_KEY        S("\x30\x10" ID_EC "\x06\x05\x2b\x81\x04\x00\x23")
-#define RSA_KEY         S("\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d" \
-                          "\x01\x01\x01\x05\x00")
-#define ECDSA_SHA256    S("\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02")
-#define ECDSA_SHA384    S("\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x03")
-#define RSA_SHA256      S("\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d" \
-                          "\x01\x01\x0b\x05\x00")
+#define P256_KEY        "\x30\x13" ID_EC \
+                        "\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07"
+#define P384_KEY        "\x30\x10" ID_EC "\x06\x05\x2b\x81\x04\x00\x22"
+#define P521_KEY        "\x30\x10" ID_EC "\x06\x05\x2b\x81\x04\x00\x23"
+#define RSA_KEY         "\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d" \
+                        "\x01\x01\x01\x05\x00"
+#define ECDSA_SHA256    "\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02"
+#define ECDSA_SHA384    "\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x03"
+#define RSA_SHA256      "\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d" \
+                        "\x01\x01\x0b\x05\x00"
+
+/* One of these; its second byte is the length of the rest. */
+static Str
+algorithm_of(const char *constant)
+{
+	return (Str){ (const unsigned char *)constant,
+	    2 + (size_t)constant[1] };
+}
 
 /*
  * Take the element at the front of `in`: its contents, and all of it with
@@ -2564,20 +2572,40 @@ pem(Str block, const char *label)
 
 /* ----------------------------------------------------------- 14. Keys -- */
 
-/* What there is to know of a kind of key. */
+enum {			/* bytes of a key's numbers */
+	MIN_MODULUS    = 2048 / 8,
+	MAX_MODULUS    = 4096 / 8,
+	MAX_PRIME      = MAX_MODULUS / 2,
+	MAX_EXPONENT   = 4,		/* RSA's, public */
+	MAX_COORDINATE = 384 / 8	/* or private value, of P-384 */
+};
+
+/*
+ * All that is known of a type of key.  The first row is the default of -t.
+ * An RSA key of any size that comes from a file has the first of RSA's
+ * rows, which differ only in name and size.
+ */
 static const struct key_type {
-	const char *name;		/* as -t has it */
-	const char *alg;		/* RFC 7518 3.1 */
-	int curve;			/* BearSSL's and TLS's number; 0: RSA */
-	const char *crv;		/* RFC 7518 6.2.1.1 */
-	size_t size;			/* bytes of a coordinate or modulus */
-	const br_hash_class *hash;
+	char name[8];			/* as -t has it */
+	char alg[6];			/* RFC 7518 3.1 */
+	char crv[6];			/* RFC 7518 6.2.1.1; "": RSA */
+	unsigned short curve;		/* BearSSL's and TLS's; 0: RSA */
+	unsigned short size;		/* bytes of a coordinate or modulus */
+	const br_hash_class *hash;	/* for signatures */
+	const unsigned char *hash_oid;	/* the same for RSA's; NULL: EC */
+	char public[24];		/* in SubjectPublicKeyInfo */
+	char signature[16];		/* in what X.509 signs */
 } key_types[] = {
-	{ "ec256", "ES256", BR_EC_secp256r1, "P-256", 32, &br_sha256_vtable },
-	{ "ec384", "ES384", BR_EC_secp384r1, "P-384", 48, &br_sha384_vtable },
-	{ "rsa2048", "RS256", 0, NULL, 256, &br_sha256_vtable },
-	{ "rsa3072", "RS256", 0, NULL, 384, &br_sha256_vtable },
-	{ "rsa4096", "RS256", 0, NULL, 512, &br_sha256_vtable },
+	{ "ec256", "ES256", "P-256", BR_EC_secp256r1, 256 / 8,
+	    &br_sha256_vtable, NULL, P256_KEY, ECDSA_SHA256 },
+	{ "ec384", "ES384", "P-384", BR_EC_secp384r1, 384 / 8,
+	    &br_sha384_vtable, NULL, P384_KEY, ECDSA_SHA384 },
+	{ "rsa2048", "RS256", "", 0, 2048 / 8,
+	    &br_sha256_vtable, BR_HASH_OID_SHA256, RSA_KEY, RSA_SHA256 },
+	{ "rsa3072", "RS256", "", 0, 3072 / 8,
+	    &br_sha256_vtable, BR_HASH_OID_SHA256, RSA_KEY, RSA_SHA256 },
+	{ "rsa4096", "RS256", "", 0, 4096 / 8,
+	    &br_sha256_vtable, BR_HASH_OID_SHA256, RSA_KEY, RSA_SHA256 },
 };
 
 struct key {
@@ -2586,8 +2614,9 @@ struct key {
 	br_ec_public_key ec_public;
 	br_rsa_private_key rsa;
 	uint32_t exponent;		/* RSA's, public */
-	unsigned char secret[BR_RSA_KBUF_PRIV_SIZE(4096)];
-	unsigned char public[512 + 4];	/* RSA: the modulus */
+	unsigned char secret[BR_RSA_KBUF_PRIV_SIZE(MAX_MODULUS * 8)];
+	/* RSA: the modulus; EC: the point */
+	unsigned char public[BR_RSA_KBUF_PUB_SIZE(MAX_MODULUS * 8)];
 	size_t npublic;
 	br_skey_decoder_context decoder;
 };
@@ -2637,19 +2666,19 @@ hmac_sha256(Str key, Str s)
 	return (Str){ o, br_sha256_SIZE };
 }
 
-/* The public point, from the private number. */
+/* Compute the public point; false if the private value is out of range. */
 static bool
 ec_complete(struct key *k)
 {
 	k->npublic = br_ec_compute_pub(curves, &k->ec_public, k->public,
 	    &k->ec);
-	return k->npublic == 1 + 2 * k->type->size;
+	return k->npublic == 1U + 2U * k->type->size;
 }
 
 /*
- * Take the public half of an RSA key over.  Nobody derives it from the
- * private one: what BearSSL has for that fails for 4096 bits and for
- * primes that it would not have chosen itself.
+ * Take over the public half of an RSA key.  It is not derived from the
+ * private one: BearSSL's code for that fails for 4096 bits, and for primes
+ * that are not 3 modulo 4.
  */
 static void
 rsa_public(struct key *k, Str n, Str e)
@@ -2664,24 +2693,23 @@ rsa_public(struct key *k, Str n, Str e)
 static Str
 exponent(const struct key *k)
 {
-	unsigned char *p = take(4);
-	size_t i = 0;
+	unsigned char *p = take(MAX_EXPONENT), *end = p + MAX_EXPONENT;
 
-	for (int n = 0; n < 4; n++)
-		p[n] = (unsigned char)(k->exponent >> (24 - 8 * n));
-	while (i < 3 && !p[i])
-		i++;
-	return (Str){ p + i, 4 - i };
+	for (int shift = 24; shift >= 0; shift -= 8)
+		*p++ = (unsigned char)(k->exponent >> shift);
+	for (p -= MAX_EXPONENT; p < end - 1 && !*p; p++)
+		continue;
+	return (Str){ p, (size_t)(end - p) };
 }
 
-/* Do the halves of an RSA key belong together?  It signs, and we see. */
+/* Do the halves of an RSA key match?  One verifies what the other signs. */
 static bool
 rsa_works(const struct key *k)
 {
 	Str e = exponent(k), h = sha256(S("a trial"));
 	br_rsa_public_key public = { (unsigned char *)k->public, k->npublic,
 	    (unsigned char *)e.p, e.n };
-	unsigned char signature[512], got[32];
+	unsigned char signature[MAX_MODULUS], got[br_sha256_SIZE];
 
 	return br_rsa_i31_pkcs1_sign(BR_HASH_OID_SHA256, h.p, h.n, &k->rsa,
 	        signature) &&
@@ -2706,7 +2734,7 @@ key_make(struct key *k, const struct key_type *type)
 		    type->curve) != 0;
 	else {
 		ok = br_rsa_i31_keygen(&rng.vtable, &k->rsa, k->secret,
-		    &public, k->public, (unsigned)type->size * 8, EXPONENT);
+		    &public, k->public, type->size * 8U, EXPONENT);
 		k->npublic = type->size;
 		k->exponent = EXPONENT;
 	}
@@ -2718,22 +2746,24 @@ key_make(struct key *k, const struct key_type *type)
 }
 
 /*
- * An RSAPrivateKey's numbers (RFC 8017 A.1.2) have possible sizes; its
+ * Do an RSAPrivateKey's numbers (RFC 8017 A.1.2) have possible sizes?  Its
  * public half is taken over.
  */
 static bool
 rsa_fits(Str s, struct key *k)
 {
-	Str n[9];
+	static const unsigned short max[] = {
+		1, MAX_MODULUS, MAX_EXPONENT, MAX_MODULUS,	/* 0 n e d */
+		MAX_PRIME, MAX_PRIME, MAX_PRIME, MAX_PRIME, MAX_PRIME
+	};
+	Str n[COUNT(max)];
 
-	for (int i = 0; i < 9; i++) {
-		size_t max = i == 1 || i == 3 ? 512 : i == 2 ? 4 : 256;
-
+	for (size_t i = 0; i < COUNT(max); i++) {
 		if (!der_next(&s, INTEGER, &n[i]))
 			return false;
 		while (n[i].n && n[i].p[0] == 0)
 			n[i] = from(n[i], 1);
-		if (n[i].n > max)
+		if (n[i].n > max[i])
 			return false;
 	}
 	rsa_public(k, n[1], n[2]);
@@ -2741,8 +2771,9 @@ rsa_fits(Str s, struct key *k)
 }
 
 /*
- * BearSSL 0.6's key decoder trusts the sizes in a key.  So they are looked
- * at first: PKCS #8 (RFC 5208 5), RSAPrivateKey or ECPrivateKey (RFC 5915).
+ * Are the sizes in a key possible?  BearSSL 0.6's decoder trusts them.  The
+ * key is in PKCS #8 (RFC 5208 5), an RSAPrivateKey or an ECPrivateKey
+ * (RFC 5915 3); one that is `wrapped` was in PKCS #8.
  */
 static bool
 key_fits(struct key *k, Str block, bool wrapped)
@@ -2760,40 +2791,39 @@ key_fits(struct key *k, Str block, bool wrapped)
 		return rsa_fits(all, k);
 	if (tag == SEQUENCE && !wrapped)
 		return der_next(&s, OCTETS, &n) && key_fits(k, n, true);
-	return tag == OCTETS && n.n <= 48;
+	return tag == OCTETS && n.n <= MAX_COORDINATE;
 }
 
-/* Take over what the decoder found; NULL if it suits, else why not. */
-static const char *
+/* Take over what the decoder found; NONE if it is usable, else why not. */
+static Str
 key_accept(struct key *k)
 {
 	const br_ec_private_key *ec = br_skey_decoder_get_ec(&k->decoder);
 	const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&k->decoder);
-	size_t i = 0, n;
+	const struct key_type *type = key_types;
+	const struct key_type *end = type + COUNT(key_types);
 
+	if (!ec && !rsa)
+		return S("it cannot be decoded");
+	while (type < end && type->curve != (ec ? ec->curve : 0))
+		type++;
+	if (type == end)
+		return S("its curve is not supported");
+	k->type = type;
 	if (rsa) {
-		if (rsa->n_bitlen < 2048 || rsa->n_bitlen > 4096)
-			return "RSA keys must have 2048 to 4096 bits";
 		k->rsa = *rsa;
-		k->type = &key_types[2];
-		return NULL;
+		return rsa->n_bitlen < MIN_MODULUS * 8 ||
+		    rsa->n_bitlen > MAX_MODULUS * 8 ?
+		    S("RSA keys must have 2048 to 4096 bits") : NONE;
 	}
-	if (!ec)
-		return "it cannot be decoded";
-	while (i < COUNT(key_types) && key_types[i].curve != ec->curve)
-		i++;
-	if (i == COUNT(key_types))
-		return "its curve is neither P-256 nor P-384";
-	k->type = &key_types[i];
-	n = k->type->size;
-	if (ec->xlen > n)
-		return "its private value is too large for its curve";
-	memcpy(k->secret + n - ec->xlen, ec->x, ec->xlen);
-	k->ec = (br_ec_private_key){ ec->curve, k->secret, n };
-	return NULL;
+	if (ec->xlen > type->size)
+		return S("its private value is too large for its curve");
+	memcpy(k->secret + type->size - ec->xlen, ec->x, ec->xlen);
+	k->ec = (br_ec_private_key){ ec->curve, k->secret, type->size };
+	return NONE;
 }
 
-/* Is an EC key's number one of the curve's (SEC 1 3.2.1): 0 < d < order? */
+/* Is an EC key's private value in its curve's range (SEC 1 3.2.1)? */
 static bool
 in_range(const struct key *k)
 {
@@ -2809,9 +2839,9 @@ in_range(const struct key *k)
 #define ED25519 "\x30\x05\x06\x03\x2b\x65\x70"	/* RFC 8410 3 */
 
 /*
- * Warn of a key that others can read, if its user can change that: not of
- * another's file, or one on a read-only file system, as secrets that are
- * mounted into a container.
+ * Warn of a key that others can read, if our user can change that: not if
+ * the file is another user's, or on a read-only file system, as secrets
+ * mounted into a container are.
  */
 static void
 warn_if_shared(const char *name)
@@ -2826,51 +2856,61 @@ warn_if_shared(const char *name)
 		    str(name), str(name));
 }
 
-/* The first private key in a PEM file, PKCS #8 or of its own kind. */
+/* Decode a private key's DER; the file's name is for messages. */
+static void
+key_decode(struct key *k, Str der, Str name)
+{
+	Str fault;
+	bool valid;
+
+	if (contains(der, S(ED25519)))
+		die(BAD, "% holds an Ed25519 key; use an ec256, ec384 "
+		    "or RSA key", name);
+	if (!key_fits(k, der, false))
+		die(BAD, "the key in % is malformed or of an "
+		    "unsupported type", name);
+	br_skey_decoder_init(&k->decoder);
+	br_skey_decoder_push(&k->decoder, der.p, der.n);
+	fault = key_accept(k);
+	if (fault.n)
+		die(BAD, "cannot use the key in %: %", name, fault);
+	if (k->type->curve)
+		valid = in_range(k) && ec_complete(k);
+	else
+		valid = rsa_works(k);
+	if (!valid)
+		die(BAD, "the key in % is invalid: its values are "
+		    "out of range or do not match", name);
+}
+
+/* Read the first private key in a PEM file, in PKCS #8 or in its own form. */
 static void
 key_read(struct key *k, const char *name)
 {
 	size_t mark = used;
-	Str s = read_file(name), text = s, label, block;
-	const char *fault;
+	Str all = read_file(name), rest = all, label = NONE, block, place;
 	bool bad;
 
 	warn_if_shared(name);
-	while (pem_next(&s, &label, &block, &bad)) {
-		if (label.n < 11 || !is(from(label, label.n - 11),
-		    "PRIVATE KEY"))
+	while (pem_next(&rest, &label, &block, &bad)) {
+		if (!contains(label, S("PRIVATE KEY")))
 			continue;
 		if (begins(label, "ENCRYPTED"))
-			die(BAD, "% is encrypted: decrypt it first",
-			    file_name(name));
-		if (contains(block, S(ED25519)))
-			die(BAD, "% holds an Ed25519 key; use an ec256, ec384 "
-			    "or RSA key", file_name(name));
-		if (!key_fits(k, block, false))
-			die(BAD, "the key in % is malformed or of an "
-			    "unsupported type", file_name(name));
-		br_skey_decoder_init(&k->decoder);
-		br_skey_decoder_push(&k->decoder, block.p, block.n);
-		if ((fault = key_accept(k)))
-			die(BAD, "cannot use the key in %: %",
-			    file_name(name), str(fault));
-		if (k->type->curve ? !in_range(k) || !ec_complete(k) :
-		    !rsa_works(k))
-			die(BAD, "the key in % is invalid: its values are "
-			    "out of range or do not match",
-			    file_name(name));
+			break;
+		key_decode(k, block, file_name(name));
 		wipe(heap + mark, peak - mark);
 		wipe_stack();
 		used = mark;
 		return;
 	}
-	if (bad && contains(text, S("ENCRYPTED")))
+	/* OpenSSL's own form has headers, which are malformed here. */
+	if (contains(bad ? all : label, S("ENCRYPTED")))
 		die(BAD, "% is encrypted: decrypt it first", file_name(name));
-	die(BAD, "no private key in %%", file_name(name),
-	    bad ? S(": malformed PEM") : NONE);
+	place = cat(file_name(name), bad ? S(": malformed PEM") : NONE);
+	die(BAD, "no private key in %", place);
 }
 
-/* As a JWK: exactly the members RFC 7638 3.2 hashes, in its order. */
+/* As a JWK: exactly the members that RFC 7638 3.2 hashes, in its order. */
 static Str
 jwk(const struct key *k)
 {
@@ -2890,20 +2930,13 @@ thumbprint(const struct key *k)
 	return b64(sha256(jwk(k)));
 }
 
-static Str
-key_algorithm(const struct key *k)
-{
-	return !k->type->curve ? RSA_KEY :
-	    k->type->size == 32 ? P256_KEY : P384_KEY;
-}
-
 /* SubjectPublicKeyInfo (RFC 5280 4.1.2.7, RFC 5480 2, RFC 8017 A.1). */
 static Str
 public_key(const struct key *k)
 {
 	Str p = { k->public, k->npublic };
 
-	return seq(key_algorithm(k), bits(k->type->curve ? p :
+	return seq(algorithm_of(k->type->public), bits(k->type->curve ? p :
 	    seq(integer(p), integer(exponent(k)))));
 }
 
@@ -2912,7 +2945,7 @@ static Str
 rsa_private(const struct key *k)
 {
 	const br_rsa_private_key *r = &k->rsa;
-	unsigned char *d = take(512);
+	unsigned char *d = take(MAX_MODULUS);
 	size_t n = br_rsa_i31_compute_privexp(d, r, k->exponent);
 
 	if (n == 0)
@@ -2940,7 +2973,7 @@ ec_private(const struct key *k)
 static Str
 key_pem(const struct key *k)
 {
-	return pem(seq(ZERO, key_algorithm(k),
+	return pem(seq(ZERO, algorithm_of(k->type->public),
 	    der(OCTETS, k->type->curve ? ec_private(k) : rsa_private(k))),
 	    "PRIVATE KEY");
 }
@@ -2953,20 +2986,20 @@ static Str
 sign(const struct key *k, Str s, bool asn1)
 {
 	Str h = hash(k->type->hash, s);
-	unsigned char *o = take(512);
+	unsigned char *o = take(MAX_MODULUS);
 	br_ecdsa_sign ec = asn1 ? br_ecdsa_i31_sign_asn1 :
 	    br_ecdsa_i31_sign_raw;
 	size_t n = k->npublic;
 
 	if (k->type->curve)
 		n = ec(curves, k->type->hash, h.p, &k->ec, o);
-	else if (!br_rsa_i31_pkcs1_sign(BR_HASH_OID_SHA256, h.p, h.n,
+	else if (!br_rsa_i31_pkcs1_sign(k->type->hash_oid, h.p, h.n,
 	    &k->rsa, o))
 		n = 0;
 	if (n == 0)
 		die(FAULT, "cannot sign");
 	wipe_stack();
-	used -= 512 - n;
+	used -= MAX_MODULUS - n;
 	return (Str){ o, n };
 }
 
@@ -3389,10 +3422,9 @@ csr_der(const struct key *k, Str names, Str common_name)
 	            der(SET, seq(seq(SUBJECT_ALT,
 	                common_name.n ? NONE : TRUE,
 	                der(OCTETS, seq(names))))))));
-	Str algorithm = !k->type->curve ? RSA_SHA256 :
-	    k->type->size == 32 ? ECDSA_SHA256 : ECDSA_SHA384;
 
-	return seq(info, algorithm, bits(sign(k, info, true)));
+	return seq(info, algorithm_of(k->type->signature),
+	    bits(sign(k, info, true)));
 }
 
 /* The public key in somebody's request; false if the DER is no request. */
@@ -3526,28 +3558,36 @@ built_in_anchors(void)
 	add_anchor(&x2, BR_X509_TA_CA, &ec);
 }
 
+/* The curve of an AlgorithmIdentifier; 0 for RSA, -1 if not supported. */
+static int
+curve_of(Str algorithm)
+{
+	for (size_t i = 0; i < COUNT(key_types); i++)
+		if (same(algorithm, algorithm_of(key_types[i].public)))
+			return key_types[i].curve;
+	return same(algorithm, S(P521_KEY)) ? BR_EC_secp521r1 : -1;
+}
+
 /*
- * A SubjectPublicKeyInfo (RFC 5280 4.1.2.7) as BearSSL wants it, pointing
- * into the certificate; false where it is of a kind that BearSSL lacks.
+ * A SubjectPublicKeyInfo (RFC 5280 4.1.2.7) in BearSSL's form, pointing into
+ * the certificate; false if it is of a type that BearSSL does not support.
  */
 static bool
 anchor_key(Str spki, br_x509_pkey *key)
 {
 	Str s, algorithm, public, skip, n, e;
-	int tag;
+	int tag, curve;
 
 	if (!der_next(&spki, SEQUENCE, &s) ||
 	    !der_any(&s, &tag, &skip, &algorithm) ||
 	    !der_next(&s, BITS, &public) || public.n < 2)
 		return false;
 	public = from(public, 1);
-	if (!same(algorithm, RSA_KEY)) {
-		*key = (br_x509_pkey){ BR_KEYTYPE_EC, { .ec = {
-		    same(algorithm, P256_KEY) ? BR_EC_secp256r1 :
-		    same(algorithm, P384_KEY) ? BR_EC_secp384r1 :
-		    same(algorithm, P521_KEY) ? BR_EC_secp521r1 : 0,
+	curve = curve_of(algorithm);
+	if (curve) {
+		*key = (br_x509_pkey){ BR_KEYTYPE_EC, { .ec = { curve,
 		    (unsigned char *)public.p, public.n } } };
-		return key->key.ec.curve != 0;
+		return curve > 0;
 	}
 	if (!der_next(&public, SEQUENCE, &s) || !der_next(&s, INTEGER, &n) ||
 	    !der_next(&s, INTEGER, &e))
@@ -8832,7 +8872,7 @@ validation_certificate(const struct challenge *c)
 	Str info = seq(
 	    der(VERSION_0, TWO),
 	    ONE,
-	    ECDSA_SHA256,
+	    S(ECDSA_SHA256),
 	    name,
 	    seq(der(UTC_TIME, S("700101000000Z")),
 	        der(UTC_TIME, S("491231235959Z"))),
@@ -8843,7 +8883,7 @@ validation_certificate(const struct challenge *c)
 	        seq(ACME_IDENTIFIER, TRUE,
 	            der(OCTETS, der(OCTETS, unhex(c->content)))))));
 
-	return seq(info, ECDSA_SHA256, bits(sign(k, info, true)));
+	return seq(info, S(ECDSA_SHA256), bits(sign(k, info, true)));
 }
 
 static void
