@@ -119,6 +119,7 @@ enum {
 	REMEDY   = 300,		/* of these, for the remedy at its end */
 	LIST     = 1000,	/* bytes of a list in a message */
 	DETAIL   = 500,		/* of a problem; Boulder's have up to 400 */
+	BRIEF    = 200,		/* of any other value in a message */
 	CONNECT  = 10,		/* seconds for each address of a name */
 	ADDRESSES = 16,		/* of a name and family; more are not tried */
 	ATTEMPTS = 8,		/* connections tried at once */
@@ -131,7 +132,7 @@ enum {
 
 enum { EXPONENT = 65537 };	/* of the RSA keys that we make */
 
-/* When the program was released: no true clock shows an earlier time. */
+/* When the program was released: a clock that shows less is wrong. */
 #define RELEASED 1795478400LL	/* 2026-11-24T00:00:00Z */
 
 enum {			/* exit statuses; most are those of sysexits.h */
@@ -153,7 +154,7 @@ enum {			/* exit statuses; most are those of sysexits.h */
 
 /* ------------------------------------------------------------ 1. Text -- */
 
-/* Bytes with a length: the one type of all data. They never change. */
+/* Bytes with a length: the one type of all data; they never change. */
 typedef struct {
 	const unsigned char *p;
 	size_t n;
@@ -165,9 +166,9 @@ typedef struct {
 #define STRS(...) (const Str[]){ __VA_ARGS__ }, COUNT(((Str[]){ __VA_ARGS__ }))
 
 /*
- * Texts with gaps: each % of a template is filled with the next of the
- * strings that follow it.  The macros around such functions let the
- * compiler see that they are strings; test.sh counts them.
+ * Each gap, "%", of a template is filled with the next of the strings that
+ * follow it.  The macros around such functions let the compiler check that
+ * every argument is a Str.
  */
 #define ALL_STR(template, ...)  ((void)sizeof((Str[]){ __VA_ARGS__ }))
 
@@ -177,14 +178,14 @@ str(const char *s)
 	return (Str){ (const unsigned char *)s, s ? strlen(s) : 0 };
 }
 
-/* What errno says. */
+/* The meaning of errno. */
 static Str
 why(void)
 {
 	return str(strerror(errno));
 }
 
-/* Write all of it, or say false and why in errno. */
+/* Write all of s; false, with errno, on failure. */
 static bool
 write_all(int fd, Str s)
 {
@@ -205,9 +206,10 @@ static size_t
 utf8(Str s)
 {
 	unsigned c = s.p[0], d = s.n > 1 ? s.p[1] : 0;
-	size_t n = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 :
-	    c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
+	size_t n = 1U + (c >= 0xc0) + (c >= 0xe0) + (c >= 0xf0);
 
+	if ((c >= 0x80 && c < 0xc2) || c > 0xf4)
+		return 0;
 	if (n > s.n || (c == 0xe0 && d < 0xa0) || (c == 0xed && d > 0x9f) ||
 	    (c == 0xf0 && d < 0x90) || (c == 0xf4 && d > 0x8f))
 		return 0;
@@ -218,8 +220,8 @@ utf8(Str s)
 }
 
 /*
- * The same, but 0 too for what could move a terminal's cursor or turn its
- * text around: controls, line separators, marks of direction.
+ * The same, but 0 also for characters that could move a terminal's cursor
+ * or reverse its text: controls, line separators, direction marks.
  */
 static size_t
 harmless(Str s)
@@ -240,12 +242,12 @@ harmless(Str s)
 
 static Str step;		/* the command, for messages */
 static Str preamble, remedy;	/* of the message of a failure */
-static bool on_record_pipe;	/* our output is a pipe for a record */
+static bool on_record_pipe;	/* standard output is a pipe for a record */
 
-/* A line of text on its way out, in a buffer that needs no heap. */
+/* A line being written, in a buffer that needs no heap. */
 static struct {
 	int fd;
-	size_t n, room;		/* bytes in b; bytes that may still come */
+	size_t n, room;		/* bytes in b; bytes that may be added */
 	unsigned char b[512];
 } line;
 
@@ -256,7 +258,7 @@ line_flush(void)
 	line.n = 0;
 }
 
-/* Add a text; "..." stands for what would make the line too long. */
+/* Add a text; "..." takes the place of what would exceed the line's room. */
 static void
 line_add(Str s)
 {
@@ -294,8 +296,8 @@ line_end(void)
 }
 
 /*
- * The next piece of a filled template: words, or the string that stands
- * for a %.  False at its end.
+ * The next piece of a filled template: the text up to a gap, or the string
+ * that fills the gap.  False at the end.
  */
 static bool
 piece(const char **template, va_list *ap, Str *s)
@@ -322,7 +324,7 @@ line_fill(const char *template, va_list *ap)
 		line_add(s);
 }
 
-/* One line on standard error: whatever is in it stays on that line. */
+/* Print one line on standard error; nothing in it can begin another. */
 #define warn(...)  (ALL_STR(__VA_ARGS__, NONE), say(__VA_ARGS__))
 
 static void
@@ -346,26 +348,28 @@ say(const char *template, ...)
 	va_end(ap);
 }
 
-/* A decimal number in the caller's 20 bytes. */
+enum { DIGITS = 20 };		/* of the largest 64-bit number */
+
+/* A decimal number, in the caller's buffer. */
 static Str
-digits(unsigned long long n, unsigned char b[20])
+digits(unsigned long long n, unsigned char b[DIGITS])
 {
-	size_t i = 20;
+	size_t i = DIGITS;
 
 	do
 		b[--i] = (unsigned char)('0' + n % 10);
 	while (n /= 10);
-	return (Str){ b + i, 20 - i };
+	return (Str){ b + i, DIGITS - i };
 }
 
 /*
- * Begin to tell the next step of the pipe that this one failed; false
- * where there is no next one.
+ * Begin the line that tells the pipeline's next step that this one failed;
+ * false if there is no next step.
  */
 static bool
 begin_failed_line(int status, Str name)
 {
-	unsigned char b[20];
+	unsigned char b[DIGITS];
 	struct stat st;
 
 	if (!on_record_pipe || fstat(1, &st) != 0 ||
@@ -383,21 +387,22 @@ begin_failed_line(int status, Str name)
 /* -------------------------------------------------------- 3. Clean-up -- */
 
 /*
- * What must not outlive the step, last first: unfinished or published
- * files, what a hook has published, other processes.  The first place is
- * for the process behind the connection, which comes and goes.
+ * Clean-up actions, run in reverse order at the end of the step: they
+ * remove unfinished or published files, call hooks, end other processes.
+ * The first place is for the process that carries the connection (-P),
+ * since that can be replaced.
  */
 static struct cleanup {
-	void (*end)(const struct cleanup *);
+	void (*end)(const struct cleanup *);	/* NULL: none */
 	int n;			/* a directory or a process */
 	const void *p;		/* a file's name or a hook */
 } cleanup[NAMES + 8];
 static volatile size_t ncleanup = 1;
 
 static unsigned char heap[HEAP];	/* secrets can be anywhere in it */
-static size_t used, peak;		/* bytes of it; the most there were */
+static size_t used, peak;		/* bytes in use; the most so far */
 
-/* Other memory that must not outlive the process readable. */
+/* Other memory with secrets, which are wiped when the process exits. */
 static struct {
 	void *p;
 	size_t n;
@@ -414,7 +419,10 @@ hold_signals(sigset_t *old)
 	sigprocmask(SIG_BLOCK, &all, old);
 }
 
-/* A signal sees all of it, or nothing. */
+/*
+ * Register a clean-up action, with signals blocked so that no handler sees
+ * half of it.  The caller sees to it that there is a place.
+ */
 static void
 add_cleanup(void (*end)(const struct cleanup *), int n, const void *p)
 {
@@ -429,7 +437,7 @@ add_cleanup(void (*end)(const struct cleanup *), int n, const void *p)
 }
 
 /*
- * What could not be undone.  The warnings wait until signals are open again:
+ * Clean-up that failed.  The warnings wait until signals are unblocked:
  * writing them can block, since standard error can be a full pipe.
  */
 static struct {
@@ -455,20 +463,20 @@ warn_now(void)
 	nlate_warning = 0;
 }
 
-/* End what was cleanup since there were n of it; signals are held. */
+/* Run the newest actions until n are left; signals must be blocked. */
 static void
 run_cleanup(size_t n)
 {
 	while (ncleanup > n) {
-		struct cleanup d = cleanup[ncleanup - 1];
+		struct cleanup newest = cleanup[ncleanup - 1];
 
 		ncleanup--;
-		if (d.end)
-			d.end(&d);
+		if (newest.end)
+			newest.end(&newest);
 	}
 }
 
-/* The same; no signal comes between. */
+/* The same from where signals are not blocked. */
 static void
 clean_up_to(size_t n)
 {
@@ -480,7 +488,7 @@ clean_up_to(size_t n)
 	warn_now();
 }
 
-/* What was cleanup last is as it should be. */
+/* Cancel the newest clean-up action: its object is finished. */
 static void
 forget_cleanup(void)
 {
@@ -488,10 +496,10 @@ forget_cleanup(void)
 }
 
 static void
-remove_file(const struct cleanup *d)
+remove_file(const struct cleanup *c)
 {
-	if (unlinkat(d->n, d->p, 0) != 0 && errno != ENOENT)
-		warn_later("cannot remove %: %", str(d->p), why());
+	if (unlinkat(c->n, c->p, 0) != 0 && errno != ENOENT)
+		warn_later("cannot remove %: %", str(c->p), why());
 }
 
 static void
@@ -544,16 +552,16 @@ static void fail(int, const char *, ...) __attribute__((noreturn));
 
 enum { LAST_WORDS = 3 };	/* seconds that the last messages may take */
 
-/* How far the step is with its end, for on_signal(). */
-enum { NOT_YET, UNDOING, UNDONE };
+/* The end of the step, for on_signal(). */
+enum { NOT_BEGUN, CLEANING_UP, CLEANED_UP };
 static struct {
-	volatile sig_atomic_t part;
-	volatile int status;		/* of the step, once it is UNDONE */
-} over;
+	volatile sig_atomic_t phase;
+	volatile int status;		/* of the step, once CLEANED_UP */
+} leaving;
 
 /*
- * Undo what must not stay.  The messages that follow may block: LAST_WORDS
- * or a signal ends the step then, but not a signal that came before.
+ * Run all clean-up actions.  The messages that follow can block: LAST_WORDS
+ * or a signal ends the step then, but a signal that came before does not.
  */
 static void
 finish(int status)
@@ -561,21 +569,21 @@ finish(int status)
 	sigset_t none;
 
 	hold_signals(NULL);
-	over.part = UNDOING;
+	leaving.phase = CLEANING_UP;
 	run_cleanup(0);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
-	over.status = status;
-	over.part = UNDONE;
+	leaving.status = status;
+	leaving.phase = CLEANED_UP;
 	alarm(LAST_WORDS);
 	warn_now();
 }
 
-/* The only way out: nothing half-made and nothing secret stays behind. */
+/* The only way to exit: nothing unfinished and nothing secret is left. */
 static void
 leave(int status)
 {
-	if (over.part != UNDONE)
+	if (leaving.phase != CLEANED_UP)
 		finish(status);
 	hold_signals(NULL);
 	wipe_secrets();
@@ -583,24 +591,25 @@ leave(int status)
 	wipe_and_exit(status);
 }
 
+/* However long the message is, there is room for its remedy. */
 static void
 line_message(const char *template, va_list *ap)
 {
-	size_t kept = 1 + (remedy.n < REMEDY ? remedy.n : REMEDY);
+	size_t reserve = 1 + (remedy.n < REMEDY ? remedy.n : REMEDY);
 
-	line.room -= kept;
+	line.room -= reserve;
 	line_add(preamble);
 	line_fill(template, ap);
-	line.room += kept;
+	line.room += reserve;
 	line_add(remedy);
 	line_end();
 }
 
-/* End the step with a message: what was being done, to what, and why not. */
+/* End the step with a message: action, object, cause. */
 #define die(status, ...) \
     (ALL_STR(__VA_ARGS__, NONE), fail(status, __VA_ARGS__))
 
-/* The next step is told first: it reads, and standard error may be stuck. */
+/* The next step is told first: it reads, but standard error can be stuck. */
 static void
 fail(int status, const char *template, ...)
 {
@@ -623,7 +632,10 @@ fail(int status, const char *template, ...)
 
 static struct rlimit core_limit;	/* as the step was started with */
 
-/* What the step is at, and its status if time runs out there. */
+/*
+ * What the step is doing, and its exit status if the time limit is reached
+ * meanwhile.
+ */
 static struct {
 	const char *volatile what;
 	volatile int status;
@@ -640,10 +652,10 @@ doing(int status, const char *what, const char *object)
 	activity.object = object;
 }
 
-/* Has respond told the CA to look at what it publishes, and still waits? */
+/* Is respond waiting for the CA to validate what is published? */
 static volatile sig_atomic_t promised;
 
-/* What it means for the order if the time limit ends that, or NONE. */
+/* The remedy if the time limit ends that wait, or NONE. */
 static Str
 limit_hint(void)
 {
@@ -653,26 +665,29 @@ limit_hint(void)
 }
 
 /*
- * Signals end the step from wherever it is; SIGALRM is the step's time
- * limit, the one bound on all that can block.  Only functions that may be
- * called from a handler (POSIX.1-2008 XSH 2.4.3) lie below fail().
+ * Signals end the step at any point; SIGALRM is its time limit, which bounds
+ * everything that can block.  Below fail() are only functions that may be
+ * called from a handler (POSIX.1-2008 XSH 2.4.3).
  */
 static void
 on_signal(int sig)
 {
-	unsigned char b[20];
+	unsigned char b[DIGITS];
 
-	if (over.part == UNDOING)
+	if (leaving.phase == CLEANING_UP)
 		return;
-	if (over.part == UNDONE)
-		leave(over.status);
-	preamble = NONE;	/* a failure that did not get so far */
-	if (sig == SIGALRM)
-		die(activity.status, "time limit of % s reached while %%%",
-		    digits(activity.limit, b), str(activity.what),
-		    str(activity.object),
-		    limit_hint());
-	die(SIGNAL + sig, "ended by signal %", digits((unsigned)sig, b));
+	if (leaving.phase == CLEANED_UP)
+		leave(leaving.status);
+	preamble = NONE;	/* it is for a failure that has not happened */
+	if (sig != SIGALRM)
+		die(SIGNAL + sig, "ended by signal %",
+		    digits((unsigned)sig, b));
+	if (promised)
+		remedy = limit_hint();
+	/* No cat(): the handler may have interrupted one. */
+	die(activity.status, "time limit of % s reached while %%",
+	    digits(activity.limit, b), str(activity.what),
+	    str(activity.object));
 }
 
 static void
@@ -687,20 +702,23 @@ catch_signals(void)
 		if (sigaction(caught[i], NULL, &old) == 0 &&
 		    (old.sa_handler != SIG_IGN || caught[i] == SIGALRM))
 			sigaction(caught[i], &act, NULL);
-	/* Who starts us may have blocked them: -T would have no effect. */
+	/* Our parent may have blocked them: -T would have no effect. */
 	sigemptyset(&act.sa_mask);
 	for (size_t i = 0; i < COUNT(caught); i++)
 		sigaddset(&act.sa_mask, caught[i]);
 	sigprocmask(SIG_UNBLOCK, &act.sa_mask, NULL);
 	act.sa_handler = SIG_IGN;
 	sigaction(SIGPIPE, &act, NULL);
-	act.sa_handler = SIG_DFL;	/* or nobody could be waited for */
+	act.sa_handler = SIG_DFL;	/* SIG_IGN would make wait() fail */
 	sigaction(SIGCHLD, &act, NULL);
 }
 
 /* ---------------------------------------------------------- 5. Memory -- */
 
-/* Take n bytes.  A step lives for a second: they are never given back. */
+/*
+ * Allocate n bytes.  Nothing is freed one by one; keep() and resetting
+ * `used` drop all that is newer than a mark.
+ */
 static unsigned char *
 take(size_t n)
 {
@@ -712,7 +730,7 @@ take(size_t n)
 	return heap + used - n;
 }
 
-/* Forget all that was taken since mark was used, but s. */
+/* Free all that is newer than mark, except s, which moves there. */
 static Str
 keep(size_t mark, Str s)
 {
@@ -722,7 +740,7 @@ keep(size_t mark, Str s)
 	return (Str){ heap + mark, s.n };
 }
 
-/* Let the exit wipe what a pointer shows. */
+/* Let the exit wipe n bytes that are not on the heap; 8 calls at most. */
 static void
 wipe_at_end(void *p, size_t n)
 {
@@ -732,13 +750,13 @@ wipe_at_end(void *p, size_t n)
 
 /* --------------------------------------------------------- 6. Strings -- */
 
-/* Join any number of strings. */
+/*
+ * Join any number of strings.  If the first is the newest on the heap, it
+ * grows in place, so that a string built piece by piece is not copied again
+ * each time; cat(NONE, ...) always makes a new string.
+ */
 #define cat(...)  join(STRS(__VA_ARGS__))
 
-/*
- * When the first string is the newest on the heap it grows in place, so
- * that a string built piece by piece is not copied again and again.
- */
 static Str
 join(const Str *v, size_t nv)
 {
@@ -751,7 +769,7 @@ join(const Str *v, size_t nv)
 	return s;
 }
 
-/* Fill a template. */
+/* Fill a template, as a new string on the heap. */
 #define text(...)  (ALL_STR(__VA_ARGS__, NONE), make_text(__VA_ARGS__))
 
 static Str
@@ -768,14 +786,15 @@ make_text(const char *template, ...)
 	return all;
 }
 
-/* End the step for the way it was called. */
+/* End the step because of the way it was called. */
 #define usage(...)  (see_help(), die(USAGE, __VA_ARGS__))
 
 static void
 see_help(void)
 {
-	remedy = text(" (see acme-step help%%)", step.n ? S(" ") : NONE,
-	    step);
+	Str call = step.n ? cat(S("help "), step) : S("help");
+
+	remedy = text(" (see acme-step %)", call);
 }
 
 static bool
@@ -785,9 +804,9 @@ same(Str a, Str b)
 }
 
 static bool
-starts(Str s, Str with)
+starts(Str s, Str prefix)
 {
-	return s.n >= with.n && same((Str){ s.p, with.n }, with);
+	return s.n >= prefix.n && same((Str){ s.p, prefix.n }, prefix);
 }
 
 static bool
@@ -799,17 +818,18 @@ contains(Str s, Str part)
 	return false;
 }
 
-/* The same with a text of our own. */
+/* Is s this constant? */
 static bool
-is(Str a, const char *b)
+is(Str s, const char *constant)
 {
-	return same(a, str(b));
+	return same(s, str(constant));
 }
 
+/* Does s begin with this constant? */
 static bool
-begins(Str s, const char *with)
+begins(Str s, const char *constant)
 {
-	return starts(s, str(with));
+	return starts(s, str(constant));
 }
 
 /* All but the first n bytes. */
@@ -819,7 +839,7 @@ from(Str s, size_t n)
 	return n < s.n ? (Str){ s.p + n, s.n - n } : (Str){ s.p + s.n, 0 };
 }
 
-/* Take what is before the first c off the front of s, and drop that c. */
+/* Take what is before the first c off the front of s, and remove that c. */
 static Str
 cut(Str *s, int c)
 {
@@ -830,7 +850,7 @@ cut(Str *s, int c)
 	return head;
 }
 
-/* The same, but for what stands in quotes (RFC 9110 5.6.4). */
+/* The same, except that a c in quotes does not count (RFC 9110 5.6.4). */
 static Str
 cut_unquoted(Str *s, int c)
 {
@@ -854,7 +874,7 @@ lower_case(unsigned char c)
 	return (unsigned char)(c >= 'A' && c <= 'Z' ? c + 'a' - 'A' : c);
 }
 
-/* The first n bytes, at a character's end; "..." stands for the rest. */
+/* The first n bytes or less, to the end of a character, and "...". */
 static Str
 shorten(Str s, size_t n)
 {
@@ -865,16 +885,16 @@ shorten(Str s, size_t n)
 	return text("%...", (Str){ s.p, n });
 }
 
-/* At most 200 bytes of a value, for a message. */
+/* The beginning of a value, for a message. */
 static Str
 brief(Str s)
 {
-	return shorten(s, 200);
+	return shorten(s, BRIEF);
 }
 
 /*
- * A text as a message would show it, for what print() writes: a byte that
- * is not harmless() becomes "?".
+ * A text as a message would show it, for print(): a byte that is not
+ * harmless() becomes "?".
  */
 static Str
 shown(Str s)
@@ -891,7 +911,7 @@ shown(Str s)
 	return (Str){ p, s.n };
 }
 
-/* In lower case, of ASCII alone: names and header fields have no other. */
+/* In lower case, if ASCII: names and header fields are nothing else. */
 static Str
 lower(Str s)
 {
@@ -902,6 +922,7 @@ lower(Str s)
 	return (Str){ p, s.n };
 }
 
+/* Case-insensitively. */
 static bool
 same_word(Str a, Str b)
 {
@@ -926,7 +947,7 @@ trim(Str s)
 
 /*
  * A variable of the environment, NONE if it is not set.  White space around
- * its value is ignored: secrets that come from files end with a newline.
+ * its value is ignored: secrets read from files end with a newline.
  */
 static Str
 variable(const char *name)
@@ -940,7 +961,7 @@ variable(const char *name)
 	return s;
 }
 
-/* Does s, which must not be empty, hold only characters of a set? */
+/* Does s have only characters of a set, and at least one? */
 static bool
 made_of(Str s, const char *set)
 {
@@ -953,7 +974,7 @@ made_of(Str s, const char *set)
 #define DIGIT "0123456789"
 #define ALPHA "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-/* A decimal number up to max; false if it is none, or too big. */
+/* Read a decimal number; false if it is malformed or larger than max. */
 static bool
 number(Str s, unsigned long max, unsigned long *n)
 {
@@ -972,12 +993,12 @@ number(Str s, unsigned long max, unsigned long *n)
 static Str
 num(unsigned long long n)
 {
-	return digits(n, take(20));
+	return digits(n, take(DIGITS));
 }
 
 /*
- * A list in the making, on the heap.  list_begin() comes before all that
- * items are made of, since adding one frees what was taken since then.
+ * A list being built on the heap.  Call list_begin() before anything that
+ * items are made of is allocated: list_add() frees all that is newer.
  * Once a list in a message has LIST bytes, further items are only counted.
  */
 struct list {
@@ -993,7 +1014,7 @@ list_begin(void)
 	return (struct list){ .mark = used, .limit = LIST };
 }
 
-/* One without a limit: it is not for a message. */
+/* A list that is not for a message: it has no limit. */
 static struct list
 text_begin(void)
 {
@@ -1028,7 +1049,7 @@ list_text(const struct list *l)
 	return l->more ? text("%, and % more", all, num(l->more)) : all;
 }
 
-/* For system calls; s holds no NUL where it was checked before. */
+/* For system calls; s must have no NUL in it. */
 static const char *
 c_str(Str s)
 {
