@@ -1061,47 +1061,61 @@ c_str(Str s)
 static const char BASE64URL[] =
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
-/* Digits of `bits` bits each, most significant first (RFC 4648). */
+/*
+ * Encode in characters of `width` bits each, most significant first, without
+ * padding (RFC 4648).
+ */
 static Str
-digits_of(Str s, const char *digit, int bits)
+encode(Str s, const char *alphabet, int width)
 {
-	unsigned char *out = take((s.n * 8 + (size_t)bits - 1) / (size_t)bits);
-	unsigned acc = 0, mask = (1U << bits) - 1;
+	unsigned char *to = take((s.n * 8 + (size_t)width - 1) /
+	    (size_t)width);
+	unsigned acc = 0, mask = (1U << width) - 1;
 	size_t n = 0;
 	int have = 0;
 
 	for (size_t i = 0; i < s.n; i++) {
 		acc = (acc << 8 | s.p[i]) & 0xffff;
-		for (have += 8; have >= bits; have -= bits)
-			out[n++] = (unsigned char)
-			    digit[acc >> (have - bits) & mask];
+		for (have += 8; have >= width; have -= width)
+			to[n++] = (unsigned char)
+			    alphabet[acc >> (have - width) & mask];
 	}
 	if (have)
-		out[n++] = (unsigned char)digit[acc << (bits - have) & mask];
-	return (Str){ out, n };
+		to[n++] = (unsigned char)
+		    alphabet[acc << (width - have) & mask];
+	return (Str){ to, n };
 }
 
-/* Without padding, as everywhere in ACME (RFC 8555 6.1, RFC 4648 5). */
+/* Base64url without padding (RFC 4648 5), which ACME uses (RFC 8555 6.1). */
 static Str
 b64(Str s)
 {
-	return digits_of(s, BASE64URL, 6);
+	return encode(s, BASE64URL, 6);
 }
 
-/* Base64 with its padding (RFC 4648 4), as HTTP wants it. */
+/* A copy with two characters in place of two others. */
+static Str
+translate(Str s, const char *from, const char *to)
+{
+	unsigned char *p = take(s.n);
+
+	for (size_t i = 0; i < s.n; i++) {
+		p[i] = s.p[i];
+		if (p[i] == from[0] || p[i] == from[1])
+			p[i] = (unsigned char)to[p[i] == from[1]];
+	}
+	return (Str){ p, s.n };
+}
+
+/* Base64 with padding (RFC 4648 4), as in PEM and HTTP. */
 static Str
 base64(Str s)
 {
-	Str url = b64(s);
-	unsigned char *p = take(url.n + 2);
-	size_t n = 0;
+	Str all = translate(b64(s), "-_", "+/");
 
-	for (; n < url.n; n++)
-		p[n] = url.p[n] == '-' ? '+' : url.p[n] == '_' ? '/' :
-		    url.p[n];
-	while (n % 4)
-		p[n++] = '=';
-	return (Str){ p, n };
+	while (all.n % 4)
+		all = cat(all, S("="));
+	return all;
 }
 
 static const char HEX[] = "0123456789abcdef";
@@ -1109,34 +1123,34 @@ static const char HEX[] = "0123456789abcdef";
 static Str
 hex(Str s)
 {
-	return digits_of(s, HEX, 4);
+	return encode(s, HEX, 4);
 }
 
-/* Lower-case digits to bytes, two to one. */
+/* Decode lower-case hexadecimal digits; s must have no others. */
 static Str
 unhex(Str s)
 {
-	unsigned char *out = take(s.n / 2);
+	unsigned char *to = take(s.n / 2);
 
 	for (size_t i = 0; i + 1 < s.n; i += 2)
-		out[i / 2] = (unsigned char)
+		to[i / 2] = (unsigned char)
 		    ((strchr(HEX, s.p[i]) - HEX) << 4 |
 		    (strchr(HEX, s.p[i + 1]) - HEX));
-	return (Str){ out, s.n / 2 };
+	return (Str){ to, s.n / 2 };
 }
 
-/* RFC 8555 8: a token that is anything else is no token. */
+/* Has s only characters of base64url, as a token must (RFC 8555 8)? */
 static bool
 is_b64(Str s)
 {
 	return made_of(s, BASE64URL);
 }
 
-/* Base64url to bytes; only for what is_b64(). */
+/* Decode base64url; s must pass is_b64(). */
 static Str
 unb64(Str s)
 {
-	unsigned char *out = take(s.n * 6 / 8);
+	unsigned char *to = take(s.n * 6 / 8);
 	unsigned acc = 0;
 	size_t n = 0;
 	int have = 0;
@@ -1145,22 +1159,21 @@ unb64(Str s)
 		acc = (acc << 6 | (unsigned)(strchr(BASE64URL, s.p[i]) -
 		    BASE64URL)) & 0xffff;
 		if ((have += 6) >= 8)
-			out[n++] = (unsigned char)(acc >> (have -= 8));
+			to[n++] = (unsigned char)(acc >> (have -= 8));
 	}
-	return (Str){ out, n };
+	return (Str){ to, n };
 }
 
-/* A shared secret as CAs hand it out: also in RFC 4648's other alphabet. */
+/*
+ * Decode base64 in either alphabet (RFC 4648 4 and 5), padded or not; NONE
+ * if it is malformed.  CAs hand out shared secrets in both.
+ */
 static Str
 unb64_any(Str s)
 {
-	unsigned char *p = take(s.n);
-
 	while (s.n && s.p[s.n - 1] == '=')
 		s.n--;
-	for (size_t i = 0; i < s.n; i++)
-		p[i] = s.p[i] == '+' ? '-' : s.p[i] == '/' ? '_' : s.p[i];
-	s = (Str){ p, s.n };
+	s = translate(s, "+/", "-_");
 	return is_b64(s) ? unb64(s) : NONE;
 }
 
@@ -1168,17 +1181,17 @@ unb64_any(Str s)
 static Str
 base32(Str s)
 {
-	return digits_of(s, "abcdefghijklmnopqrstuvwxyz234567", 5);
+	return encode(s, "abcdefghijklmnopqrstuvwxyz234567", 5);
 }
 
 /* ------------------------------------------------------------ 8. JSON -- */
 
-/* Any string as a JSON string (RFC 8259 7). */
+/* A JSON string (RFC 8259 7); the bytes of s must be UTF-8. */
 static Str
 quote(Str s)
 {
-	unsigned char *out = take(6 * s.n + 2), *o = out;
-	size_t mark = (size_t)(out - heap);
+	unsigned char *to = take(6 * s.n + 2), *o = to;
+	size_t mark = (size_t)(to - heap);
 
 	*o++ = '"';
 	for (size_t i = 0; i < s.n; i++) {
@@ -1187,7 +1200,7 @@ quote(Str s)
 		if (c < 0x20) {
 			memcpy(o, "\\u00", 4);
 			o[4] = (unsigned char)('0' + (c >> 4));
-			o[5] = (unsigned char)"0123456789abcdef"[c & 15];
+			o[5] = (unsigned char)HEX[c & 15];
 			o += 6;
 			continue;
 		}
@@ -1196,18 +1209,19 @@ quote(Str s)
 		*o++ = c;
 	}
 	*o++ = '"';
-	return keep(mark, (Str){ out, (size_t)(o - out) });
+	return keep(mark, (Str){ to, (size_t)(o - to) });
 }
 
 /*
- * One more member for an object in the making, which has no braces yet.
- * Without a value there is none: no null goes out.
+ * Add a member to an object that is being built, still without braces.  A
+ * value that is NONE adds nothing: ACME never sends null.
  */
 static Str
 with(Str o, const char *name, Str value)
 {
-	return value.n ? text("%%%:%", o, o.n ? S(",") : NONE,
-	    quote(str(name)), value) : o;
+	if (!value.n)
+		return o;
+	return cat(o, o.n ? S(",") : NONE, quote(str(name)), S(":"), value);
 }
 
 static Str
@@ -1217,8 +1231,8 @@ braces(Str o)
 }
 
 /*
- * A JSON value is the Str of its text.  json_read() makes sure once that
- * a text is JSON; what follows walks such text and cannot fail.
+ * A JSON value is the Str of its text.  json_read() checks once that a text
+ * is JSON; the functions after it take such values alone, and cannot fail.
  */
 struct scan {
 	const unsigned char *p, *end;
@@ -1227,6 +1241,7 @@ struct scan {
 
 static bool json_value(struct scan *);
 
+/* The next character after white space, -1 at the end. */
 static int
 peek(struct scan *j)
 {
@@ -1244,9 +1259,9 @@ eat(struct scan *j, int c)
 	return true;
 }
 
-/* Step over one character of a set. */
+/* Skip one character of a set; no white space before it. */
 static bool
-one(struct scan *j, const char *set)
+eat_one(struct scan *j, const char *set)
 {
 	if (j->p == j->end || *j->p == 0 || !strchr(set, *j->p))
 		return false;
@@ -1255,60 +1270,61 @@ one(struct scan *j, const char *set)
 }
 
 static bool
-many(struct scan *j, const char *set)
+eat_many(struct scan *j, const char *set)
 {
-	if (!one(j, set))
+	if (!eat_one(j, set))
 		return false;
-	while (one(j, set))
+	while (eat_one(j, set))
 		continue;
 	return true;
 }
 
 static bool
-json_word(struct scan *j, Str w)
+eat_name(struct scan *j, Str name)
 {
-	if (!starts((Str){ j->p, (size_t)(j->end - j->p) }, w))
+	if (!starts((Str){ j->p, (size_t)(j->end - j->p) }, name))
 		return false;
-	j->p += w.n;
+	j->p += name.n;
 	return true;
 }
 
 static bool
 json_number(struct scan *j)
 {
-	one(j, "-");
-	if (!one(j, "0") && !many(j, DIGIT))
+	eat_one(j, "-");
+	if (!eat_one(j, "0") && !eat_many(j, DIGIT))
 		return false;
-	if (one(j, ".") && !many(j, DIGIT))
+	if (eat_one(j, ".") && !eat_many(j, DIGIT))
 		return false;
-	if (!one(j, "eE"))
+	if (!eat_one(j, "eE"))
 		return true;
-	one(j, "+-");
-	return many(j, DIGIT);
+	eat_one(j, "+-");
+	return eat_many(j, DIGIT);
 }
 
 static bool
 json_string(struct scan *j)
 {
 	for (j->p++; j->p < j->end && *j->p >= 0x20; ) {
-		if (one(j, "\""))
+		if (eat_one(j, "\""))
 			return true;
-		if (!one(j, "\\")) {
+		if (!eat_one(j, "\\")) {
 			size_t n = utf8((Str){ j->p, (size_t)(j->end - j->p) });
 
 			if (n == 0)
 				return false;
 			j->p += n;
-		} else if (one(j, "u")) {
+		} else if (eat_one(j, "u")) {
 			for (int i = 0; i < 4; i++)
-				if (!one(j, DIGIT "abcdefABCDEF"))
+				if (!eat_one(j, DIGIT "abcdefABCDEF"))
 					return false;
-		} else if (!one(j, "\"\\/bfnrt"))
+		} else if (!eat_one(j, "\"\\/bfnrt"))
 			return false;
 	}
 	return false;
 }
 
+/* An object or an array, by the character that ends it. */
 static bool
 json_list(struct scan *j, int close)
 {
@@ -1325,7 +1341,7 @@ json_list(struct scan *j, int close)
 	return eat(j, close);
 }
 
-/* One value of any kind (RFC 8259 3), strictly. */
+/* Skip one value of any kind; false if it breaks a rule of RFC 8259. */
 static bool
 json_value(struct scan *j)
 {
@@ -1337,20 +1353,20 @@ json_value(struct scan *j)
 	case '"': ok = json_string(j);		break;
 	case '{': ok = json_list(j, '}');	break;
 	case '[': ok = json_list(j, ']');	break;
-	case 't': ok = json_word(j, S("true"));	break;
-	case 'f': ok = json_word(j, S("false"));	break;
-	case 'n': ok = json_word(j, S("null"));	break;
+	case 't': ok = eat_name(j, S("true"));	break;
+	case 'f': ok = eat_name(j, S("false"));	break;
+	case 'n': ok = eat_name(j, S("null"));	break;
 	default:  ok = json_number(j);		break;
 	}
 	j->depth--;
 	return ok;
 }
 
-/* The one value in a text; false when the text is not JSON. */
+/* The value that is all of s; false if s is not JSON. */
 static bool
-json_read(Str text, Str *value)
+json_read(Str s, Str *value)
 {
-	struct scan j = { text.p, text.p + text.n, 0 };
+	struct scan j = { s.p, s.p + s.n, 0 };
 
 	peek(&j);
 	value->p = j.p;
@@ -1360,7 +1376,7 @@ json_read(Str text, Str *value)
 	return peek(&j) < 0;
 }
 
-/* '{', '[', '"', or the first character of what else there can be. */
+/* The first character of a value, which shows its kind; 0 for NONE. */
 static int
 json_kind(Str v)
 {
@@ -1368,8 +1384,9 @@ json_kind(Str v)
 }
 
 /*
- * The next member of an object or element of an array; `in` begins as
- * the whole of it and becomes the rest.
+ * Take the next member of an object, or element of an array, off `in`, which
+ * is the whole of it at first; false at its end.  The name is a JSON string,
+ * or NONE in an array.
  */
 static bool
 json_each(Str *in, Str *name, Str *value)
@@ -1395,7 +1412,7 @@ json_each(Str *in, Str *name, Str *value)
 	return true;
 }
 
-/* The code unit in four hexadecimal digits. */
+/* The UTF-16 code unit in four hexadecimal digits. */
 static unsigned
 json_unit(const unsigned char *p)
 {
@@ -1407,12 +1424,12 @@ json_unit(const unsigned char *p)
 	return u;
 }
 
-/* Write a character in UTF-8 (RFC 3629 3); returns its length. */
+/* Write a character in UTF-8 (RFC 3629 3); returns its length, up to 4. */
 static size_t
 utf8_put(unsigned char *o, unsigned u)
 {
 	static const unsigned char lead[] = { 0, 0, 0xc0, 0xe0, 0xf0 };
-	size_t n = u < 0x80 ? 1 : u < 0x800 ? 2 : u < 0x10000 ? 3 : 4;
+	size_t n = 1U + (u >= 0x80) + (u >= 0x800) + (u >= 0x10000);
 
 	for (size_t i = n; i-- > 1; u >>= 6)
 		o[i] = (unsigned char)(0x80 | (u & 0x3f));
@@ -1420,70 +1437,78 @@ utf8_put(unsigned char *o, unsigned u)
 	return n;
 }
 
-/* One escape, from after its backslash; half a pair becomes U+FFFD. */
+enum {			/* code points: surrogates (RFC 3629 3), U+FFFD */
+	HIGH_SURROGATE = 0xd800,
+	LOW_SURROGATE  = 0xdc00,
+	LAST_SURROGATE = 0xdfff,
+	REPLACEMENT    = 0xfffd
+};
+
+/*
+ * Take an escape off s, which begins after the backslash.  Half a surrogate
+ * pair becomes U+FFFD.
+ */
 static unsigned
 json_escape(Str *s)
 {
-	static const char plain[] = "bfnrt", to[] = "\b\f\n\r\t";
-	unsigned c = s->p[0], u;
-	const char *at = strchr(plain, (int)c);
+	static const char letters[] = "bfnrt", controls[] = "\b\f\n\r\t";
+	unsigned c = s->p[0], u, v;
+	const char *at = strchr(letters, (int)c);
 
 	*s = from(*s, 1);
 	if (c != 'u')
-		return at ? (unsigned char)to[at - plain] : c;
+		return at ? (unsigned char)controls[at - letters] : c;
 	u = json_unit(s->p);
 	*s = from(*s, 4);
-	if (u < 0xd800 || u > 0xdfff)
+	if (u < HIGH_SURROGATE || u > LAST_SURROGATE)
 		return u;
-	if (u < 0xdc00 && begins(*s, "\\u")) {
-		unsigned v = json_unit(s->p + 2);
-
-		if (v >= 0xdc00 && v <= 0xdfff) {
-			*s = from(*s, 6);
-			return 0x10000 + ((u - 0xd800) << 10) + (v - 0xdc00);
-		}
-	}
-	return 0xfffd;
+	if (u >= LOW_SURROGATE || !begins(*s, "\\u"))
+		return REPLACEMENT;
+	v = json_unit(s->p + 2);
+	if (v < LOW_SURROGATE || v > LAST_SURROGATE)
+		return REPLACEMENT;
+	*s = from(*s, 6);
+	return 0x10000 + ((u - HIGH_SURROGATE) << 10) + (v - LOW_SURROGATE);
 }
 
-/* What a string says, without its quotes and escapes. */
+/* The text of a JSON string, without its quotes and escapes. */
 static Str
 json_text(Str v)
 {
 	size_t mark = used, n = 0;
-	unsigned char *out;
+	unsigned char *to;
 
 	v = (Str){ v.p + 1, v.n - 2 };
 	if (v.n == 0 || !memchr(v.p, '\\', v.n))
 		return v;
-	out = take(v.n + 3);
+	to = take(v.n + 3);
 	while (v.n > 0) {
 		unsigned char c = v.p[0];
 
 		v = from(v, 1);
 		if (c == '\\')
-			n += utf8_put(out + n, json_escape(&v));
+			n += utf8_put(to + n, json_escape(&v));
 		else
-			out[n++] = c;
+			to[n++] = c;
 	}
-	return keep(mark, (Str){ out, n });
+	return keep(mark, (Str){ to, n });
 }
 
-/* A member's value; NONE where it is absent or null: ACME means the same. */
+/* A member's value; NONE if it is absent or null, which ACME equates. */
 static Str
 json_member(Str o, const char *name)
 {
-	Str key, value, want = str(name);
+	Str key, value;
 
 	if (json_kind(o) != '{')
 		return NONE;
 	while (json_each(&o, &key, &value))
-		if (same(json_text(key), want))
+		if (is(json_text(key), name))
 			return json_kind(value) == 'n' ? NONE : value;
 	return NONE;
 }
 
-/* A string of an object, in a message; nothing where it has none. */
+/* The text of a member that is a string, else NONE. */
 static Str
 text_of(Str o, const char *name)
 {
@@ -1492,7 +1517,7 @@ text_of(Str o, const char *name)
 	return json_kind(v) == '"' ? json_text(v) : NONE;
 }
 
-/* An array of an object; nothing where it has none. */
+/* A member that is an array, else NONE. */
 static Str
 list_of(Str o, const char *name)
 {
