@@ -1580,7 +1580,7 @@ bits(Str s)
 	return der(BITS, S("\0"), s);
 }
 
-/* A number that is not negative, from big-endian bytes (X.690 8.3). */
+/* A non-negative INTEGER from big-endian bytes (X.690 8.3). */
 static Str
 integer(Str s)
 {
@@ -1589,7 +1589,7 @@ integer(Str s)
 	return der(INTEGER, s.n && s.p[0] & 0x80 ? S("\0") : NONE, s);
 }
 
-/* Constant elements, whole: numbers, a yes, and object identifiers. */
+/* Constant elements: numbers, TRUE, and object identifiers. */
 #define ZERO            S("\x02\x01\x00")
 #define ONE             S("\x02\x01\x01")
 #define TWO             S("\x02\x01\x02")
@@ -1600,7 +1600,7 @@ integer(Str s)
 #define COMMON_NAME     S("\x06\x03\x55\x04\x03")
 
 /*
- * AlgorithmIdentifiers, whole: a sequence of an identifier and, where the
+ * AlgorithmIdentifiers: a sequence of an object identifier and, if the
  * algorithm has one, a parameter (RFC 5480 2.1.1, RFC 3279 2.3.1, RFC 5758
  * 3.2, RFC 4055 5).
  */
@@ -1625,8 +1625,8 @@ algorithm_of(const char *constant)
 }
 
 /*
- * Take the element at the front of `in`: its contents, and all of it with
- * its head.  False where it is not one of DER's (X.690 10.1), or ends late.
+ * Take the element at the front of `in`: its contents, and the whole with its
+ * head.  False if that is not DER (X.690 10.1), or longer than `in`.
  */
 static bool
 der_any(Str *in, int *tag, Str *body, Str *whole)
@@ -1655,7 +1655,7 @@ der_any(Str *in, int *tag, Str *body, Str *whole)
 	return true;
 }
 
-/* The same for an element of one kind; if it is another, nothing changes. */
+/* The same for an element with this tag; false, and no change, if another. */
 static bool
 der_next(Str *in, int tag, Str *body)
 {
@@ -1671,11 +1671,11 @@ der_next(Str *in, int tag, Str *body)
 
 /* ----------------------------------------------------------- 10. Time -- */
 
-/* Seconds since 1970 of a date in the Gregorian calendar, UTC. */
+/* The seconds since 1970 of a date and time in UTC. */
 static long long
 moment(int y, int mon, int d, int h, int min, int s)
 {
-	/* Years begin in March, so that a leap day is a year's last day. */
+	/* Years begin in March here, so that a leap day is the last day. */
 	long long m = (mon + 9) % 12, n = y - (mon < 3);
 	long long day = 365 * n + n / 4 - n / 100 + n / 400 +
 	    (153 * m + 2) / 5 + d - 1 - 719468;
@@ -1685,7 +1685,7 @@ moment(int y, int mon, int d, int h, int min, int s)
 
 /* Take n digits off the front as a number, -1 if they are not digits. */
 static int
-digits_off(Str *s, size_t n)
+cut_digits(Str *s, size_t n)
 {
 	unsigned long v;
 
@@ -1695,7 +1695,7 @@ digits_off(Str *s, size_t n)
 	return (int)v;
 }
 
-/* hh:mm:ss with any separator, or none where sep is 0; -1 if it is not. */
+/* Take hh:mm:ss off, as seconds; sep 0: without separators; -1: malformed. */
 static long long
 time_of_day(Str *s, char sep)
 {
@@ -1706,7 +1706,7 @@ time_of_day(Str *s, char sep)
 			return -1;
 		if (i && sep)
 			*s = from(*s, 1);
-		if ((part[i] = digits_off(s, 2)) < 0)
+		if ((part[i] = cut_digits(s, 2)) < 0)
 			return -1;
 	}
 	if (part[0] > 23 || part[1] > 59 || part[2] > 60)
@@ -1714,102 +1714,109 @@ time_of_day(Str *s, char sep)
 	return part[0] * 3600LL + part[1] * 60LL + part[2];
 }
 
-/* UTCTime or GeneralizedTime (RFC 5280 4.1.2.5), false if malformed. */
+/* Read a UTCTime or GeneralizedTime (RFC 5280 4.1.2.5); false: malformed. */
 static bool
 x509_time(int tag, Str s, long long *t)
 {
-	int y = digits_off(&s, tag == UTC_TIME ? 2 : 4);
-	int m = digits_off(&s, 2), d = digits_off(&s, 2);
-	long long clock = time_of_day(&s, 0);
+	int y = cut_digits(&s, tag == UTC_TIME ? 2 : 4);
+	int m = cut_digits(&s, 2), d = cut_digits(&s, 2);
+	long long seconds = time_of_day(&s, 0);
 
 	if (tag != UTC_TIME && tag != TIME)
 		return false;
-	if (y < 0 || m < 1 || m > 12 || d < 1 || d > 31 || clock < 0 ||
+	if (y < 0 || m < 1 || m > 12 || d < 1 || d > 31 || seconds < 0 ||
 	    !is(s, "Z"))
 		return false;
 	if (tag == UTC_TIME)
 		y += y < 50 ? 2000 : 1900;
-	*t = moment(y, m, d, 0, 0, 0) + clock;
+	*t = moment(y, m, d, 0, 0, 0) + seconds;
 	return true;
 }
 
-/* Sun, 06 Nov 1994 08:49:37 GMT (RFC 9110 5.6.7), false if malformed. */
+/* Read Sun, 06 Nov 1994 08:49:37 GMT (RFC 9110 5.6.7); false: malformed. */
 static bool
 http_date(Str s, long long *t)
 {
 	static const char month[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	int d, y, m = 0;
-	long long clock;
+	long long seconds;
 
 	cut(&s, ' ');
-	d = digits_off(&s, 2);
+	d = cut_digits(&s, 2);
 	if (d < 1 || d > 31 || s.n < 5 || s.p[0] != ' ')
 		return false;
 	while (m < 12 && memcmp(month + 3 * m, s.p + 1, 3) != 0)
 		m++;
 	s = from(s, 5);
-	y = digits_off(&s, 4);
+	y = cut_digits(&s, 4);
 	s = from(s, 1);
-	clock = time_of_day(&s, ':');
-	if (m == 12 || y < 0 || clock < 0 || !is(s, " GMT"))
+	seconds = time_of_day(&s, ':');
+	if (m == 12 || y < 0 || seconds < 0 || !is(s, " GMT"))
 		return false;
-	*t = moment(y, m + 1, d, 0, 0, 0) + clock;
+	*t = moment(y, m + 1, d, 0, 0, 0) + seconds;
 	return true;
 }
 
-/* +hh:mm, -hh:mm or Z as seconds; false if malformed or not the end. */
+/* Read all of s, +hh:mm, -hh:mm or Z, as seconds; false if malformed. */
 static bool
 time_offset(Str s, long long *t)
 {
-	int sign, h, m;
+	int unit, h, m;
 
 	*t = 0;
 	if (same_word(s, S("Z")))
 		return true;
 	if (s.n != 6 || (s.p[0] != '+' && s.p[0] != '-') || s.p[3] != ':')
 		return false;
-	sign = s.p[0] == '-' ? -60 : 60;
+	unit = s.p[0] == '-' ? -60 : 60;
 	s = from(s, 1);
-	h = digits_off(&s, 2);
+	h = cut_digits(&s, 2);
 	s = from(s, 1);
-	m = digits_off(&s, 2);
-	*t = sign * (h * 60LL + m);
+	m = cut_digits(&s, 2);
+	*t = unit * (h * 60LL + m);
 	return h >= 0 && h < 24 && m >= 0 && m < 60;
 }
 
+/* Skip a fraction of a second, ".5": a dot and digits (RFC 3339 5.6). */
+static Str
+skip_fraction(Str s)
+{
+	size_t n = 1;
+
+	while (n < s.n && s.p[n] >= '0' && s.p[n] <= '9')
+		n++;
+	return n > 1 && s.p[0] == '.' ? from(s, n) : s;
+}
+
 /*
- * 2026-11-24T01:02:03.5+01:00 (RFC 3339 5.6), false if malformed; what is
- * less than a second does not count.
+ * Read 2026-11-24T01:02:03.5+01:00 (RFC 3339 5.6), without the fraction of
+ * a second; false: malformed.
  */
 static bool
 rfc3339(Str s, long long *t)
 {
-	long long clock, offset;
+	long long seconds, offset;
 	int y, m, d;
 
-	y = digits_off(&s, 4);
+	y = cut_digits(&s, 4);
 	if (y < 0 || s.n < 7 || s.p[0] != '-' || s.p[3] != '-')
 		return false;
 	s = from(s, 1);
-	m = digits_off(&s, 2);
+	m = cut_digits(&s, 2);
 	s = from(s, 1);
-	d = digits_off(&s, 2);
+	d = cut_digits(&s, 2);
 	if (m < 1 || m > 12 || d < 1 || d > 31 ||
 	    !made_of((Str){ s.p, s.n > 0 }, "Tt "))
 		return false;
 	s = from(s, 1);
-	clock = time_of_day(&s, ':');
-	if (s.n > 1 && s.p[0] == '.' && digits_off(&(Str){ s.p + 1, 1 },
-	    1) >= 0)
-		for (s = from(s, 2); s.n && s.p[0] >= '0' && s.p[0] <= '9'; )
-			s = from(s, 1);
-	if (clock < 0 || !time_offset(s, &offset))
+	seconds = time_of_day(&s, ':');
+	if (seconds < 0 || !time_offset(skip_fraction(s), &offset))
 		return false;
-	*t = moment(y, m, d, 0, 0, 0) + clock - offset;
+	*t = moment(y, m, d, 0, 0, 0) + seconds - offset;
 	return true;
 }
 
-/* Milliseconds on a clock that nobody sets. */
+/* Milliseconds on a clock that is never set. */
 static long long
 now_ms(void)
 {
@@ -1819,16 +1826,14 @@ now_ms(void)
 	return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
 }
 
-/* A number from 0 to 99 in two digits. */
+/* A number from 0 to 99. */
 static Str
-two(int n)
+two_digits(int n)
 {
-	Str s = num(100U + (unsigned)n);
-
-	return from(s, 1);
+	return from(num(100U + (unsigned)n), 1);
 }
 
-/* A moment since 1970 as 2026-11-24T00:00:00Z (RFC 3339 5.6). */
+/* Seconds since 1970 as 2026-11-24T00:00:00Z (RFC 3339 5.6). */
 static Str
 date(long long t)
 {
@@ -1841,8 +1846,9 @@ date(long long t)
 	while (m < 12 && moment(y, m + 1, 1, 0, 0, 0) <= t)
 		m++;
 	days -= moment(y, m, 1, 0, 0, 0) / 86400;
-	return text("%-%-%T%:%:%Z", from(num(10000U + (unsigned)y), 1), two(m),
-	    two((int)days + 1), two(s / 3600), two(s / 60 % 60), two(s % 60));
+	return text("%-%-%T%:%:%Z", from(num(10000U + (unsigned)y), 1),
+	    two_digits(m), two_digits((int)days + 1), two_digits(s / 3600),
+	    two_digits(s / 60 % 60), two_digits(s % 60));
 }
 
 static long long deadline;	/* of the step, by now_ms() */
@@ -1854,13 +1860,14 @@ start_clock(void)
 	alarm(activity.limit);
 }
 
+/* The milliseconds until the step's time limit. */
 static long long
 time_left(void)
 {
 	return deadline - now_ms();
 }
 
-/* On a terminal, say what is waited for; an empty line takes it back. */
+/* On a terminal, show what is waited for; NULL clears the line again. */
 static void
 show_wait(const char *what, long long ms)
 {
@@ -1876,13 +1883,13 @@ show_wait(const char *what, long long ms)
 }
 
 /*
- * Where messages are carried by hand (-B) nobody waits: how many ms the
- * CA would want to pass before the next.
+ * With -B requests are written to files, and the step does not wait: it
+ * reports how many ms the CA asks for before the next request.
  */
 static bool boxed;
 static long long carrier_pause;
 
-static long long report_time;	/* ms that its last requests may take */
+static long long report_time;	/* ms that the last requests may take */
 
 /*
  * How many ms the step can wait and still report what it waited for: a
@@ -1898,10 +1905,7 @@ time_to_wait(void)
 	    (report_time < half ? report_time : half);
 }
 
-/*
- * Wait.  Returns false at once where the step's time would end first:
- * the caller knows what to say then.
- */
+/* Wait; false, at once, if the step's time limit would come first. */
 static bool
 pause_for(const char *what, long long ms)
 {
@@ -1946,7 +1950,7 @@ open_input(const char *name)
 	return fd;
 }
 
-/* At most n bytes, 0 at the end. */
+/* Read at most n bytes; 0 at the end of the file. */
 static size_t
 read_some(int fd, void *p, size_t n, const char *name)
 {
@@ -1966,14 +1970,15 @@ read_some(int fd, void *p, size_t n, const char *name)
 static Str
 read_all(int fd, const char *name)
 {
+	enum { PIECE = 4096 };
 	Str s = { heap + used, 0 };
 	size_t n;
 
 	do {
-		unsigned char *p = take(4096);
+		unsigned char *p = take(PIECE);
 
-		n = read_some(fd, p, 4096, name);
-		used -= 4096 - n;
+		n = read_some(fd, p, PIECE, name);
+		used -= PIECE - n;
 		s.n += n;
 		if (s.n > INPUT)
 			die(BAD, "% is larger than % KiB", file_name(name),
@@ -1984,7 +1989,7 @@ read_all(int fd, const char *name)
 
 #define BYTE_ORDER_MARK "\xef\xbb\xbf"	/* RFC 3629 6 */
 
-/* All of a file but its byte order mark; "-" is standard input. */
+/* All of a file except a byte order mark; "-" is standard input. */
 static Str
 read_file(const char *name)
 {
@@ -2006,7 +2011,7 @@ is_missing(const char *name)
 	    errno == ENOTDIR);
 }
 
-/* A file's text; NONE where there is no such file. */
+/* A file's text; NONE if there is no such file. */
 static Str
 read_if_there(const char *name)
 {
@@ -2016,9 +2021,9 @@ read_if_there(const char *name)
 /* -------------------------------------------------- 12. Writing files -- */
 
 /*
- * Where the result goes.  It is complete or absent: a file is written
- * under another name in the same directory, synced, and renamed at the end;
- * only a file that is a mount of its own is written in place.
+ * Where the result goes.  It is complete or absent: a file is written under
+ * a temporary name in the same directory, synced, and renamed at the end.
+ * Only a file that is a mount point is written in place.
  */
 static struct {
 	const char *file;		/* NULL: standard output */
@@ -2029,19 +2034,19 @@ static struct {
 } out = { NULL, NULL, NULL, -1, 1, false, false };
 
 static void
-no_place(Str cause)
+cannot_create(Str cause)
 {
 	die(NO_PLACE, "cannot create %: %", str(out.file), cause);
 }
 
-/* -1 and errno if there is none. */
+/* A descriptor; or -1, with errno. */
 static int
 open_directory(const char *name)
 {
 	return open(name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
-/* The directory part of a path, and the name in it. */
+/* The directory part of a path; *base is the name in it. */
 static const char *
 split_path(const char *path, const char **base)
 {
@@ -2070,19 +2075,19 @@ set_mode(int fd, mode_t mode, mode_t needed, mode_t forbidden)
 }
 
 /*
- * A successor keeps owner and mode, if this user may set the owner.  At
- * least nobody can read or write it who could not do so before.
+ * Give the new file the owner and mode of the old one, if we may set the
+ * owner; the file system must not give group or others more rights then.
  */
 static void
 keep_mode(const struct stat *st)
 {
 	if (fchown(out.fd, st->st_uid, st->st_gid) == 0 &&
 	    !set_mode(out.fd, st->st_mode & 0777, 0, ~st->st_mode & 066))
-		no_place(S("its file system does not keep the mode of the "
+		cannot_create(S("its file system does not keep the mode of the "
 		    "old file"));
 }
 
-/* For kernels without getrandom(2), such as Linux 3.10; or errno. */
+/* For kernels without getrandom(2), such as Linux 3.10; false, with errno. */
 static bool
 read_urandom(unsigned char *p, size_t n)
 {
@@ -2112,8 +2117,8 @@ random_bytes(void *p, size_t n)
 }
 
 /*
- * Create a file that the end of the step removes again, unless it is
- * spared; -1 and errno.  No signal comes between the two.
+ * Create a file that the end of the step removes, unless that is cancelled.
+ * A descriptor; or -1, with errno.
  */
 static int
 create(int dir, const char *name, mode_t mode)
@@ -2139,10 +2144,7 @@ temporary_name(void)
 	return c_str(text(".acme-step.%", hex((Str){ r, sizeof r })));
 }
 
-/*
- * Create the file that will take the name of another in dir: *name is
- * what it is called until then.
- */
+/* The same for a file that is renamed later; *name is its temporary name. */
 static int
 create_temporary(int dir, const char **name, mode_t mode)
 {
@@ -2151,10 +2153,10 @@ create_temporary(int dir, const char **name, mode_t mode)
 }
 
 /*
- * Give a temporary file its name in dir, unless something has that name:
- * false and errno, EEXIST then.  link() does both at once.  Where there are
- * no hard links, what appears between the look and rename() is replaced.
- * After link() the file has both names.
+ * Give a temporary file its name in dir, unless something already has that
+ * name (EEXIST); false, with errno.  link() does both at once, and leaves
+ * the file both names.  On a file system without hard links, a file that
+ * appears between fstatat() and renameat() is replaced.
  */
 static bool
 name_file(int dir, const char *temporary, const char *name)
@@ -2172,7 +2174,7 @@ name_file(int dir, const char *temporary, const char *name)
 	return errno == ENOENT && renameat(dir, temporary, dir, name) == 0;
 }
 
-/* Remove the temporary name, if it is still there; false and errno. */
+/* Remove the temporary name, if it is still there; false, with errno. */
 static bool
 drop_name(int dir, const char *temporary)
 {
@@ -2180,9 +2182,10 @@ drop_name(int dir, const char *temporary)
 }
 
 /*
- * In a sticky directory that others can write, such as /tmp, what belongs
- * neither to us nor to the directory's owner may be there to divert our
- * output.  It is refused, as Linux can refuse what a path leads through.
+ * Could another user have put this file there to divert our output?  So it
+ * is if the directory is sticky and others can write to it, as to /tmp, and
+ * the file belongs neither to us nor to the directory's owner.  Linux can
+ * refuse to open such files too (fs.protected_regular).
  */
 static bool
 is_of_others(const char *file, const struct stat *st)
@@ -2197,45 +2200,46 @@ is_of_others(const char *file, const struct stat *st)
 }
 
 static void
-not_of_others(const char *file, const struct stat *st)
+refuse_file_of_others(const char *file, const struct stat *st)
 {
 	if (is_of_others(file, st))
-		no_place(text("% belongs to another user, in a directory "
+		cannot_create(text("% belongs to another user, in a directory "
 		    "that others can write", str(file)));
 }
 
 /*
- * The file that symbolic links lead to, so that it is replaced and not
- * they; *st is what lstat() reports of it.  It is still a link if that
+ * The file that symbolic links lead to, so that it is replaced and not the
+ * links; *st is what lstat() reports of it.  It is still a link if that
  * leads to something without a path, as those in /proc/self/fd can.
  */
 static const char *
 follow(const char *file, struct stat *st)
 {
+	enum { LINKS = 40 };		/* as many as Linux follows */
 	const char *base, *next;
 
-	for (int i = 0; i < 40; i++, file = next) {
+	for (int i = 0; i < LINKS; i++, file = next) {
 		char *to = (char *)take(PATH_MAX);
 		ssize_t n;
 
 		if (lstat(file, st) != 0)
 			break;
-		not_of_others(file, st);
+		refuse_file_of_others(file, st);
 		if (!S_ISLNK(st->st_mode))
 			return file;
 		if ((n = readlink(file, to, PATH_MAX - 1)) < 0)
-			no_place(why());
+			cannot_create(why());
 		to[n] = 0;
 		next = to[0] == '/' ? to :
 		    c_str(text("%/%", str(split_path(file, &base)), str(to)));
 		if (access(next, F_OK) != 0 && access(file, F_OK) == 0)
 			return file;
 	}
-	no_place(S("the symbolic link does not lead to a file"));
+	cannot_create(S("the symbolic link does not lead to a file"));
 	return file;
 }
 
-/* Is it what standard output is, as /dev/stdout?  Then it stays that. */
+/* Is the file standard output, such as /dev/stdout?  Then it is written to. */
 static bool
 is_output(const struct stat *st)
 {
@@ -2245,9 +2249,9 @@ is_output(const struct stat *st)
 	    own.st_ino == st->st_ino;
 }
 
-/* Remove a key that did not get its name, once it is overwritten. */
+/* Overwrite and remove a key that was not given its final name. */
 static void
-remove_key(const struct cleanup *d)
+remove_key(const struct cleanup *c)
 {
 	static const unsigned char zeros[512];
 	struct stat st;
@@ -2257,16 +2261,15 @@ remove_key(const struct cleanup *d)
 		gone = write_all(out.fd, (Str){ zeros, sizeof zeros });
 	fsync(out.fd);
 	if (ftruncate(out.fd, 0) != 0 || !gone)
-		warn_later("cannot overwrite the key in %: %", str(d->p),
+		warn_later("cannot overwrite the key in %: %", str(c->p),
 		    why());
-	remove_file(d);
+	remove_file(c);
 }
 
 /*
- * Is the file a mount of its own, as "docker run -v FILE:FILE" makes it?
- * Then no other can take its name.  A link to it from its directory, which
- * is tried, fails with EXDEV then; or with EROFS, where all around it is
- * read-only.
+ * Is the file a mount point, as "docker run -v FILE:FILE" makes it?  Then no
+ * other file can be renamed to it.  A hard link to it in its directory fails
+ * with EXDEV then, or with EROFS if the directory is read-only.
  */
 static bool
 is_mount(void)
@@ -2287,31 +2290,32 @@ is_mount(void)
 	return false;
 }
 
-/* Open a file that is written where it is, and not replaced. */
+/* Open a file that is written in place; a FIFO needs a reader. */
 static void
-open_there(const char *file, int flags)
+open_in_place(const char *file, int flags)
 {
 	doing(NO_PLACE, "waiting for a reader to open ", file);
 	out.fd = open(file, O_WRONLY | O_NOCTTY | O_CLOEXEC | flags);
 	if (out.fd < 0)
-		no_place(why());
+		cannot_create(why());
 }
 
-/* Create what takes the file's name in the end. */
+/* Create the file that is renamed at the end. */
 static void
 open_temporary(void)
 {
 	out.fd = create_temporary(out.dir, &out.temporary,
 	    out.key ? 0600 : 0666);
 	if (out.fd < 0)
-		no_place(why());
+		cannot_create(why());
 	if (out.key && !set_mode(out.fd, 0600, 0, 077))
-		no_place(S("its file system would let others read the key"));
+		cannot_create(S("its file system would let others read the "
+		    "key"));
 	if (out.key)
 		cleanup[ncleanup - 1].end = remove_key;
 }
 
-/* Make ready, before the first request, to write the result to a file. */
+/* Prepare, before the first request, to write the result to a file. */
 static void
 out_open(const char *file, bool key)
 {
@@ -2322,26 +2326,26 @@ out_open(const char *file, bool key)
 	out.key = key;
 	old = lstat(file, &st) == 0;
 	if (old && key)
-		no_place(S("it exists, and keys are never replaced"));
+		cannot_create(S("it exists, and keys are never replaced"));
 	if (old)
-		not_of_others(file, &st);
+		refuse_file_of_others(file, &st);
 	if (old && stat(file, &st) == 0 && is_output(&st))
 		return;
 	if (old)
 		file = follow(file, &st);
 	if (old && !S_ISREG(st.st_mode)) {
-		open_there(file, S_ISLNK(st.st_mode) ? 0 : O_NOFOLLOW);
+		open_in_place(file, S_ISLNK(st.st_mode) ? 0 : O_NOFOLLOW);
 		return;
 	}
 	out.dir = open_directory(split_path(file, &out.base));
 	if (out.dir < 0)
-		no_place(why());
+		cannot_create(why());
 	if (!*out.base)
 		die(NO_PLACE, "cannot create '%': the file name is empty",
 		    str(file));
 	out.in_place = old && is_mount();
 	if (out.in_place) {
-		open_there(file, O_NOFOLLOW);
+		open_in_place(file, O_NOFOLLOW);
 		return;
 	}
 	open_temporary();
@@ -2358,7 +2362,7 @@ not_written(const char *what)
 	    out.file ? str(out.file) : S("standard output"), cause);
 }
 
-/* Some file systems cannot sync some files; that is no failure of ours. */
+/* Sync a file; false, with errno, unless its file system cannot do it. */
 static bool
 synced(int fd)
 {
@@ -2366,10 +2370,7 @@ synced(int fd)
 	    errno == EROFS;
 }
 
-/*
- * Give a key its name.  From then on it stays, whatever happens; without
- * it the key is overwritten and removed.
- */
+/* Give a key its name.  From then on it is not removed, even on failure. */
 static void
 name_key(void)
 {
@@ -2383,7 +2384,7 @@ name_key(void)
 	alone = named && drop_name(out.dir, out.temporary);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	if (!named && errno == EEXIST)
-		no_place(S("it exists, and keys are never replaced"));
+		cannot_create(S("it exists, and keys are never replaced"));
 	if (!named)
 		not_written("rename");
 	if (!alone)
@@ -2400,7 +2401,7 @@ out_rename(void)
 	forget_cleanup();
 }
 
-/* Write the result, all at once; nothing else ever writes it. */
+/* Write the result, all at once.  Nothing else writes to it. */
 static void
 print(Str s)
 {
@@ -2411,7 +2412,10 @@ print(Str s)
 		not_written("write");
 	if ((out.temporary || out.in_place) && !synced(out.fd))
 		not_written("sync");
-	/* A key may have to be overwritten yet; NFS writes at any close. */
+	/*
+	 * A key keeps a descriptor, for remove_key(); NFS reports errors of
+	 * writing when any descriptor of the file is closed.
+	 */
 	if (close(out.key ? dup(out.fd) : out.fd) != 0)
 		not_written("close");
 	if (!out.temporary)
