@@ -105,7 +105,8 @@ enum {
 	ANCHORS  = 16,		/* trust anchors whose names are in a chain */
 	HOSTNAME = 255,		/* RFC 1035 2.3.4 */
 	COMMON   = 64,		/* characters of -N: RFC 5280 A.1 */
-	PORT     = 5,		/* digits of a port number */
+	PORT     = 5,		/* digits of a port number, ... */
+	MAX_PORT = 65535,	/* ... and the largest one */
 	TOKEN    = 200,		/* of a challenge; it becomes a file name */
 	NONCE    = 250,		/* RFC 8555 has no limit; Boulder's have 43 */
 	WINDOW   = 32,		/* requests under way at once */
@@ -1539,6 +1540,7 @@ enum {			/* identifier octets (X.690 8.1.2) */
 	TIME      = 0x18,
 	SEQUENCE  = 0x30,
 	SET       = 0x31,
+	KEY_ID    = 0x80,	/* [0] of RFC 5280 4.2.1.1 */
 	DNS_NAME  = 0x82,	/* GeneralName [2], RFC 5280 4.2.1.6 */
 	IP_NAME   = 0x87,	/* GeneralName [7] */
 	VERSION_0 = 0xa0,	/* [0] of RFC 5280 4.1 */
@@ -2431,27 +2433,30 @@ print(Str s)
 
 /* ------------------------------------------------------------ 13. PEM -- */
 
-enum { PEM_LINE = 256 };	/* bytes of a BEGIN or END line, RFC 7468 2 */
+enum {
+	PEM_LINE  = 256,	/* bytes of a BEGIN or END line, RFC 7468 2 */
+	PEM_BYTES = 48		/* that we write to a line, in 64 digits */
+};
 
 /*
  * A reader of RFC 7468 blocks, fed piece by piece.  Files come from editors
- * and systems of all kinds: a byte order mark before a line, white space in
- * it and any line end are ignored.
+ * and systems of all kinds: a byte order mark before a line and white space
+ * in it are ignored, and lines can end with CR, LF or both.
  */
 struct pem {
 	size_t digits, padding;	/* of the block so far; RFC 4648 4 */
 	unsigned bits;		/* the last `nbits` are of the next byte */
 	int nbits;
-	size_t mark;		/* the heap above it is the block's */
-	Str der;		/* of the block, on top of the heap */
+	size_t mark;		/* of the heap, where the block begins */
+	Str der;		/* the block, decoded, on top of the heap */
 	Str label;		/* of its BEGIN line, in label_bytes */
-	bool open, bad;		/* in a block; it is malformed */
-	bool part;		/* the line has more than is in `buf` */
+	bool open, bad;		/* in a block; the block is malformed */
+	bool part;		/* `buf` continues a line longer than that */
 	size_t nbuf;
 	unsigned char buf[PEM_LINE], label_bytes[PEM_LINE];
 };
 
-/* The only one; it holds the last bytes that it read and decoded. */
+/* The only one; each use of it ends with wiping it: it can hold a key. */
 static struct pem reader;
 
 static void
@@ -2462,19 +2467,19 @@ pem_begin(struct pem *r)
 	r->open = r->bad = r->part = false;
 }
 
-/* The label of a line that begins so, NONE for another line. */
+/* The label of a line that begins with this prefix, NONE for another line. */
 static Str
-pem_label(Str s, Str begin)
+pem_label(Str s, Str prefix)
 {
-	Str label = from(s, begin.n);
+	Str label = from(s, prefix.n), end = S("-----");
 
-	if (!starts(s, begin) || label.n < 5 ||
-	    !is(from(label, label.n - 5), "-----"))
+	if (!starts(s, prefix) || label.n < end.n ||
+	    !same(from(label, label.n - end.n), end))
 		return NONE;
-	return (Str){ label.p, label.n - 5 };
+	return (Str){ label.p, label.n - end.n };
 }
 
-/* The value of a digit of base64 (RFC 4648 4); 64 for what is not one. */
+/* The value of a digit of base64 (RFC 4648 4); 64 if it is not a digit. */
 static unsigned
 base64_value(unsigned char c)
 {
@@ -2489,10 +2494,7 @@ base64_value(unsigned char c)
 	return c == '/' ? 63 : 64;
 }
 
-/*
- * Decode a line of base64, or a part of one, in the place where it is: in
- * r->buf.  Returns whether it is malformed.
- */
+/* Decode s, in r->buf, which is base64; true if it is malformed. */
 static bool
 pem_body(struct pem *r, Str s)
 {
@@ -2521,6 +2523,7 @@ pem_body(struct pem *r, Str s)
 	return false;
 }
 
+/* Begin a block; true, malformed, if one is open. */
 static bool
 pem_open(struct pem *r, Str label)
 {
@@ -2535,7 +2538,10 @@ pem_open(struct pem *r, Str label)
 	return r->bad;
 }
 
-/* The padding fills the last group of four, in which no byte is left over. */
+/*
+ * End a block: the padding fills its last group of four digits, and no digit
+ * is left over (RFC 4648 4).
+ */
 static bool
 pem_close(struct pem *r, Str label)
 {
@@ -2545,7 +2551,7 @@ pem_close(struct pem *r, Str label)
 	return true;
 }
 
-/* Read a line, or a part of it; does a block end here, or is it bad? */
+/* Read a line, or a part of one; true if a block ends, good or bad. */
 static bool
 pem_line(struct pem *r, Str s)
 {
@@ -2562,7 +2568,10 @@ pem_line(struct pem *r, Str s)
 	return r->open && pem_body(r, s);
 }
 
-/* Read on, to the end of the next block; false at the end of the input. */
+/*
+ * Read up to the end of the next block, good or bad; false at the end of the
+ * input.
+ */
 static bool
 pem_push(struct pem *r, Str *in)
 {
@@ -2585,22 +2594,22 @@ pem_push(struct pem *r, Str *in)
 }
 
 /*
- * The next block of a text that is all there.  `name` is its label.  False
- * at the end; then `bad` says whether it was a good one.
+ * Take the next block, and all before it, off a whole file.  False at its
+ * end, or if the block is malformed: *bad tells which.
  */
 static bool
-pem_next(Str *text, Str *name, Str *block, bool *bad)
+pem_next(Str *in, Str *label, Str *block, bool *bad)
 {
 	struct pem *r = &reader;
-	Str end = S("\n");	/* the text's last line may lack its own */
+	Str end = S("\n");	/* the last line may lack it */
 	bool have, ok;
 
 	pem_begin(r);
-	have = pem_push(r, text) || pem_push(r, &end);
+	have = pem_push(r, in) || pem_push(r, &end);
 	*bad = r->bad || (!have && r->open);
 	ok = have && !r->bad;
 	if (ok) {
-		*name = cat(NONE, r->label);
+		*label = cat(NONE, r->label);
 		*block = r->der;
 	}
 	wipe(r, sizeof *r);
@@ -2613,9 +2622,12 @@ pem(Str block, const char *label)
 	struct list all = text_begin();
 
 	list_add(&all, "", text("-----BEGIN %-----\n", str(label)));
-	for (; block.n; block = from(block, 48))
-		list_add(&all, "", text("%\n", base64((Str){ block.p,
-		    block.n < 48 ? block.n : 48 })));
+	for (; block.n; block = from(block, PEM_BYTES)) {
+		Str part = { block.p, block.n < PEM_BYTES ? block.n :
+		    PEM_BYTES };
+
+		list_add(&all, "", text("%\n", base64(part)));
+	}
 	list_add(&all, "", text("-----END %-----\n", str(label)));
 	return list_text(&all);
 }
@@ -2674,9 +2686,9 @@ struct key {
 static struct key account_key, other_key;
 
 /*
- * All elliptic curves of the program: X25519, P-256, P-384 and P-521, in
- * portable code that takes constant time if multiplication does.  P-256 has
- * code of its own, which takes half the time of the generic one.
+ * BearSSL's code for X25519, P-256, P-384 and P-521: portable, and constant
+ * in time if multiplication is.  P-256 has code of its own, which takes half
+ * the time of the generic one.
  */
 static const br_ec_impl *const curves = &br_ec_all_m31;
 
@@ -2684,13 +2696,13 @@ static Str
 hash(const br_hash_class *h, Str s)
 {
 	size_t n = h->desc >> BR_HASHDESC_OUT_OFF & BR_HASHDESC_OUT_MASK;
-	unsigned char *o = take(n);
+	unsigned char *p = take(n);
 	br_hash_compat_context c;
 
 	h->init(&c.vtable);
 	h->update(&c.vtable, s.p, s.n);
-	h->out(&c.vtable, o);
-	return (Str){ o, n };
+	h->out(&c.vtable, p);
+	return (Str){ p, n };
 }
 
 static Str
@@ -2739,7 +2751,7 @@ rsa_public(struct key *k, Str n, Str e)
 		k->exponent = k->exponent << 8 | e.p[0];
 }
 
-/* The exponent, big-endian. */
+/* The public exponent of RSA, big-endian, without leading zeros. */
 static Str
 exponent(const struct key *k)
 {
@@ -2768,6 +2780,7 @@ rsa_works(const struct key *k)
 	    same(h, (Str){ got, sizeof got });
 }
 
+/* Make a new private key. */
 static void
 key_make(struct key *k, const struct key_type *type)
 {
@@ -2974,6 +2987,7 @@ jwk(const struct key *k)
 	    str(k->type->crv), b64(x), b64(y));
 }
 
+/* RFC 7638 3. */
 static Str
 thumbprint(const struct key *k)
 {
@@ -3019,7 +3033,7 @@ ec_private(const struct key *k)
 	    der(EC_PUBLIC, bits((Str){ k->public, k->npublic })));
 }
 
-/* PKCS #8 (RFC 5208 5). */
+/* A private key's file: PKCS #8 (RFC 5208 5). */
 static Str
 key_pem(const struct key *k)
 {
@@ -3057,8 +3071,8 @@ sign(const struct key *k, Str s, bool asn1)
 
 /*
  * An identifier (RFC 8555 9.7.7, RFC 8738 3).  Its value is canonical: a
- * name in lower case, perhaps with "*." before it, or an address in the form
- * of ip_text().
+ * name in lower case, with "*." before it if it is a wildcard, or an address
+ * in the form of ip_text().
  */
 struct identifier {
 	Str type, value;
@@ -3072,22 +3086,22 @@ is_ip(Str type)
 
 /* The 4 or 16 bytes of an IP address in text, else NONE. */
 static Str
-ip_bytes(Str text)
+ip_bytes(Str s)
 {
 	unsigned char *p = take(16);
-	const char *s;
+	const char *address;
 
-	if (!text.n || text.n > 45 || memchr(text.p, 0, text.n))
+	if (!s.n || s.n >= INET6_ADDRSTRLEN || memchr(s.p, 0, s.n))
 		return NONE;
-	s = c_str(text);
-	if (inet_pton(AF_INET, s, p) == 1)
+	address = c_str(s);
+	if (inet_pton(AF_INET, address, p) == 1)
 		return (Str){ p, 4 };
-	if (inet_pton(AF_INET6, s, p) == 1)
+	if (inet_pton(AF_INET6, address, p) == 1)
 		return (Str){ p, 16 };
 	return NONE;
 }
 
-/* A number in hexadecimal, without leading zeros. */
+/* A number below 65536 in hexadecimal, without leading zeros. */
 static Str
 hex_number(unsigned n)
 {
@@ -3099,12 +3113,12 @@ hex_number(unsigned n)
 	return s;
 }
 
-/* The text of an address's bytes, as RFC 5952 4 has it. */
+/* The text of an address's bytes, in its canonical form (RFC 5952 4). */
 static Str
 ip_text(Str b)
 {
 	unsigned part[8];
-	size_t i, at = 8, most = 1, run;
+	size_t i, at = 8, most = 1, zeros;
 	Str s = NONE;
 
 	if (b.n == 4)
@@ -3113,10 +3127,10 @@ ip_text(Str b)
 	for (i = 0; i < 8; i++)
 		part[i] = b.p[2 * i] * 256U + b.p[2 * i + 1];
 	for (i = 0; i < 8; i++) {	/* "::" is the longest run of zeros */
-		for (run = 0; i + run < 8 && part[i + run] == 0; run++)
+		for (zeros = 0; i + zeros < 8 && !part[i + zeros]; zeros++)
 			continue;
-		if (run > most) {
-			most = run;
+		if (zeros > most) {
+			most = zeros;
 			at = i;
 		}
 	}
@@ -3130,7 +3144,7 @@ ip_text(Str b)
 	return s;
 }
 
-/* A URL taken apart (RFC 3986 3); only https, as RFC 8555 6.1 wants. */
+/* The parts of a URL (RFC 3986 3); only https, as RFC 8555 6.1 requires. */
 struct url {
 	Str host, port, path;		/* the path with its query */
 	Str origin;			/* https://host:port as written */
@@ -3138,7 +3152,7 @@ struct url {
 
 /*
  * Take a host off the front of s, with the colon that follows it; an IPv6
- * address is in brackets (RFC 3986 3.2.2).  NONE where it is malformed.
+ * address is in brackets (RFC 3986 3.2.2).  NONE if it is malformed.
  */
 static Str
 take_host(Str *s)
@@ -3156,8 +3170,8 @@ take_host(Str *s)
 }
 
 /*
- * HOST[:PORT], all of s; without a port *port stays as it is.  Behind -P a
- * dash at the front would make an option of the host.
+ * Read HOST[:PORT], all of s; without a port *port is not changed.  A host
+ * cannot begin with a dash: the command of -P would take it for an option.
  */
 static bool
 host_port(Str s, Str *host, Str *port)
@@ -3169,28 +3183,29 @@ host_port(Str s, Str *host, Str *port)
 		*port = s;
 	return host->n <= HOSTNAME && !begins(*host, "-") &&
 	    (made_of(*host, ALPHA DIGIT "-._") || ip_bytes(*host).n) &&
-	    port->n <= PORT && number(*port, 65535, &n) && n > 0;
+	    port->n <= PORT && number(*port, MAX_PORT, &n) && n > 0;
 }
 
+/* Read a URL; false unless it is https and has no forbidden character. */
 static bool
 url_read(Str s, struct url *u)
 {
-	Str rest, authority;
+	Str scheme = S("https://"), rest, authority;
 	size_t n = 0;
 
 	for (size_t i = 0; i < s.n; i++)
 		if (s.p[i] <= ' ' || s.p[i] >= 0x7f || strchr("#\"<>\\^`{|}",
 		    s.p[i]))
 			return false;
-	if (s.n > WORD || s.n < 8 || !same_word((Str){ s.p, 8 },
-	    S("https://")))
+	if (s.n > WORD || s.n < scheme.n ||
+	    !same_word((Str){ s.p, scheme.n }, scheme))
 		return false;
-	rest = from(s, 8);
+	rest = from(s, scheme.n);
 	while (n < rest.n && rest.p[n] != '/' && rest.p[n] != '?')
 		n++;
 	authority = (Str){ rest.p, n };
 	u->path = from(rest, n);
-	u->origin = (Str){ s.p, 8 + n };
+	u->origin = (Str){ s.p, scheme.n + n };
 	u->port = S("443");
 	return host_port(authority, &u->host, &u->port);
 }
@@ -3208,10 +3223,11 @@ same_origin(Str a, Str b)
 	ip = ip_bytes(u.host);
 	return (same_word(u.host, v.host) ||
 	    (ip.n && same(ip, ip_bytes(v.host)))) &&
-	    number(u.port, 65535, &m) && number(v.port, 65535, &n) && m == n;
+	    number(u.port, MAX_PORT, &m) && number(v.port, MAX_PORT, &n) &&
+	    m == n;
 }
 
-/* The origin of a URL, as it is written there; for messages. */
+/* The origin of a URL as the URL has it, for messages. */
 static Str
 origin(Str url)
 {
@@ -3233,18 +3249,18 @@ is_url(Str s)
 
 /* --------------------------------------------------- 16. Certificates -- */
 
-/* What we read of a certificate (RFC 5280 4.1); all point into der. */
+/* The parts of a certificate (RFC 5280 4.1) that we use, all within der. */
 struct cert {
 	Str der, serial, issuer, subject, public_key;
 	Str extensions;			/* Extension, one after another */
 	Str alt_names;			/* GeneralNames, or NONE */
 	Str key_id;			/* authority key identifier, or NONE */
 	bool v3;			/* its version is 3 */
-	bool issues;			/* others: cA of basicConstraints */
+	bool issues;			/* cA of basicConstraints is true */
 	long long not_before, not_after;
 };
 
-/* Times, notBefore and notAfter. */
+/* Read notBefore and notAfter (RFC 5280 4.1.2.5). */
 static bool
 cert_validity(Str s, struct cert *c)
 {
@@ -3257,7 +3273,7 @@ cert_validity(Str s, struct cert *c)
 	    x509_time(tag, body, &c->not_after) && s.n == 0;
 }
 
-/* The extensions that we use (RFC 5280 4.2.1), by their OIDs' contents. */
+/* The extensions that we use (RFC 5280 4.2.1): the contents of their OIDs. */
 #define ALT_NAMES        S("\x55\x1d\x11")
 #define BASIC            S("\x55\x1d\x13")
 #define NAME_CONSTRAINTS S("\x55\x1d\x1e")
@@ -3269,7 +3285,7 @@ struct extension {
 	bool critical;
 };
 
-/* Take the next extension off a list; false at its end or at a fault. */
+/* Take the next extension off a list; false at its end, or if malformed. */
 static bool
 next_extension(Str *list, struct extension *e)
 {
@@ -3293,7 +3309,7 @@ find_extension(const struct cert *c, Str id, struct extension *e)
 	return false;
 }
 
-/* An extension's sequence: its elements, NONE if absent or malformed. */
+/* The contents of an extension's sequence; NONE if absent or malformed. */
 static Str
 extension_list(const struct cert *c, Str id)
 {
@@ -3304,7 +3320,7 @@ extension_list(const struct cert *c, Str id)
 	    e.value.n == 0 ? s : NONE;
 }
 
-/* Does a certificate have an extension twice (RFC 5280 4.2 forbids it)? */
+/* Does a certificate have an extension twice, against RFC 5280 4.2? */
 static bool
 has_twice(const struct cert *c)
 {
@@ -3318,7 +3334,7 @@ has_twice(const struct cert *c)
 	return false;
 }
 
-/* Is it a tag of a GeneralName (RFC 5280 4.2.1.6)? */
+/* Can a GeneralName have this tag (RFC 5280 4.2.1.6)? */
 static bool
 is_name_tag(int tag)
 {
@@ -3327,7 +3343,7 @@ is_name_tag(int tag)
 	return memchr(tags.p, tag, tags.n) != NULL;
 }
 
-/* Are these GeneralNames, each well-formed, to the end? */
+/* Is a list one of well-formed GeneralNames? */
 static bool
 are_names(Str list)
 {
@@ -3343,9 +3359,9 @@ are_names(Str list)
 }
 
 /*
- * Take over what we use of the extensions; false if they are malformed.
- * A list of names that is malformed, or is not the only one, counts as
- * absent: nothing can be said of the names that it hides.
+ * Read the extensions that we use; false if the list is malformed.  A
+ * subjectAltName that is malformed, or not the only one, counts as absent:
+ * not all of its names can be known.
  */
 static bool
 cert_extensions(Str list, struct cert *c)
@@ -3364,11 +3380,11 @@ cert_extensions(Str list, struct cert *c)
 	c->issues = der_next(&s, BOOLEAN, &issues) && issues.n == 1 &&
 	    issues.p[0];
 	s = extension_list(c, AUTHORITY_KEY_ID);
-	der_next(&s, 0x80, &c->key_id);
+	der_next(&s, KEY_ID, &c->key_id);
 	return true;
 }
 
-/* Read a certificate's DER; false if it is none. */
+/* Read a certificate's DER; false if it is malformed. */
 static bool
 cert_read(Str der, struct cert *c)
 {
@@ -3399,9 +3415,9 @@ cert_read(Str der, struct cert *c)
 }
 
 /*
- * Take the next name off a certificate's alternative names.  Names that are
- * neither DNS names nor addresses have a type of their own, or an e-mail
- * address "192.0.2.1" would pass for one of the others.
+ * Take the next name off a list of GeneralNames.  A name that is neither a
+ * DNS name nor an address gets the type "other": an e-mail address must not
+ * pass for one of them.
  */
 static bool
 cert_name(Str *list, struct identifier *name)
@@ -3411,15 +3427,14 @@ cert_name(Str *list, struct identifier *name)
 
 	if (!der_any(list, &tag, &body, &whole))
 		return false;
+	name->type = tag == DNS_NAME ? S("dns") : S("other");
+	name->value = lower(body);
 	if (tag == IP_NAME && (body.n == 4 || body.n == 16))
 		*name = (struct identifier){ S("ip"), ip_text(body) };
-	else
-		*name = (struct identifier){ tag == DNS_NAME ? S("dns") :
-		    S("other"), lower(body) };
 	return true;
 }
 
-/* The last common name in a distinguished name, or NONE. */
+/* The last common name of a distinguished name (RFC 5280 4.1.2.4), or NONE. */
 static Str
 common_name(Str dn)
 {
@@ -3432,7 +3447,7 @@ common_name(Str dn)
 		while (der_next(&set, SEQUENCE, &pair))
 			if (der_next(&pair, OID, &id) &&
 			    der_any(&pair, &tag, &value, &whole) &&
-			    is(id, "\x55\x04\x03"))
+			    same(id, from(COMMON_NAME, 2)))
 				cn = value;
 	return cn;
 }
@@ -3453,16 +3468,15 @@ general_name(const struct identifier *id)
  *	SEQUENCE { version 0, subject, SubjectPublicKeyInfo,
  *	           [0] { extensionRequest { subjectAltName } } }
  *
- * The subject is empty, but for a common name where one is given: a CA
- * reads the names from subjectAltName (RFC 8555 7.4), which is critical
- * where the subject is empty (RFC 5280 4.2.1.6).  `names` are
- * GeneralNames.
+ * The subject is empty, except for a common name if one is given: a CA
+ * reads the names from subjectAltName (RFC 8555 7.4), which is critical if
+ * the subject is empty (RFC 5280 4.2.1.6).  `names` are GeneralNames.
  */
 static Str
-csr_der(const struct key *k, Str names, Str common_name)
+csr_der(const struct key *k, Str names, Str cn)
 {
-	Str subject = common_name.n ? seq(der(SET, seq(COMMON_NAME,
-	    der(UTF8, common_name)))) : seq(NONE);
+	Str subject = cn.n ? seq(der(SET, seq(COMMON_NAME, der(UTF8, cn)))) :
+	    seq(NONE);
 	Str info = seq(
 	    ZERO,
 	    subject,
@@ -3470,14 +3484,14 @@ csr_der(const struct key *k, Str names, Str common_name)
 	    der(ATTRS,
 	        seq(EXTENSIONS,
 	            der(SET, seq(seq(SUBJECT_ALT,
-	                common_name.n ? NONE : TRUE,
+	                cn.n ? NONE : TRUE,
 	                der(OCTETS, seq(names))))))));
 
 	return seq(info, algorithm_of(k->type->signature),
 	    bits(sign(k, info, true)));
 }
 
-/* The public key in somebody's request; false if the DER is no request. */
+/* The public key in a CSR; false if the DER is not a CSR. */
 static bool
 csr_key(Str der, Str *key)
 {
@@ -4717,7 +4731,7 @@ read_resolved(Str s, Str *host, Str *port, Str *address)
 	if (begins(s, "[") && s.p[s.n - 1] == ']')
 		s = (Str){ s.p + 1, s.n - 2 };
 	*address = s;
-	return host->n && number(*port, 65535, &n) && ip_bytes(s).n;
+	return host->n && number(*port, MAX_PORT, &n) && ip_bytes(s).n;
 }
 
 static void
@@ -5267,7 +5281,7 @@ dial_tcp(const char *name, const char *port)
 	int fd, on = 1;
 
 	begin_way();
-	number(str(port), 65535, &n);
+	number(str(port), MAX_PORT, &n);
 	doing(CA_DOWN, "looking up the address of ", name);
 	if (!add_resolved_addresses(str(name), str(port)))
 		find_addresses(name);
@@ -9632,7 +9646,7 @@ listen_at(const struct responder *how, const char *where)
 
 	for (size_t i = 0; i < LISTENERS; i++)
 		listeners[i] = (struct pollfd){ -1, POLLIN, 0 };
-	if (host.n > HOSTNAME || !number(port, 65535, &n) || n == 0)
+	if (host.n > HOSTNAME || !number(port, MAX_PORT, &n) || n == 0)
 		usage("-l needs [HOST:]PORT, not %", str(where));
 	find_own_addresses(host);
 	if (!has_untried())
