@@ -686,7 +686,10 @@ on_signal(int sig)
 	if (promised)
 		remedy = limit_hint();
 	/* No cat(): the handler may have interrupted one. */
-	die(activity.status, "time limit of % s reached while %%",
+	if (!*activity.object)
+		die(activity.status, "time limit of % s reached while %",
+		    digits(activity.limit, b), str(activity.what));
+	die(activity.status, "time limit of % s reached while % %",
 	    digits(activity.limit, b), str(activity.what),
 	    str(activity.object));
 }
@@ -1903,7 +1906,9 @@ time_to_wait(void)
 {
 	long long tenth = activity.limit * 100LL, half = 5 * tenth;
 
-	return time_left() - (tenth < 1000 ? tenth : 1000) -
+	if (tenth > 1000)
+		tenth = 1000;
+	return time_left() - tenth -
 	    (report_time < half ? report_time : half);
 }
 
@@ -2296,7 +2301,7 @@ is_mount(void)
 static void
 open_in_place(const char *file, int flags)
 {
-	doing(NO_PLACE, "waiting for a reader to open ", file);
+	doing(NO_PLACE, "waiting for a reader to open", file);
 	out.fd = open(file, O_WRONLY | O_NOCTTY | O_CLOEXEC | flags);
 	if (out.fd < 0)
 		cannot_create(why());
@@ -2408,7 +2413,7 @@ static void
 print(Str s)
 {
 	on_record_pipe = on_record_pipe && out.fd != 1;
-	doing(IO, "writing ", out.file ? out.file : "standard output");
+	doing(IO, "writing", out.file ? out.file : "standard output");
 	if (!write_all(out.fd, s) ||
 	    (out.in_place && ftruncate(out.fd, (off_t)s.n) != 0))
 		not_written("write");
@@ -5282,7 +5287,7 @@ dial_tcp(const char *name, const char *port)
 
 	begin_way();
 	number(str(port), MAX_PORT, &n);
-	doing(CA_DOWN, "looking up the address of ", name);
+	doing(CA_DOWN, "looking up the address of", name);
 	if (!add_resolved_addresses(str(name), str(port)))
 		find_addresses(name);
 	if (!has_untried()) {
@@ -5291,7 +5296,7 @@ dial_tcp(const char *name, const char *port)
 		die(CA_DOWN, "cannot find the address of %: %", str(name),
 		    no_address());
 	}
-	doing(CA_DOWN, "connecting to ", name);
+	doing(CA_DOWN, "connecting to", name);
 	if (!(winner = race(htons((in_port_t)n))))
 		die(CA_DOWN, "cannot connect to % port %: %", str(name),
 		    str(port), str(strerror(way.error)));
@@ -5393,7 +5398,7 @@ dial_command(const char *host, const char *port)
 	sigset_t old;
 	int fds[2];
 
-	doing(CA_DOWN, "connecting through ", c_str(command_name()));
+	doing(CA_DOWN, "connecting through", c_str(command_name()));
 	hold_signals(&old);
 	if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds) != 0 ||
 	    (conn.command = fork()) < 0)
@@ -5429,11 +5434,11 @@ in_network(Str ip, Str network)
 {
 	Str base = ip_bytes(cut(&network, '/'));
 	unsigned char mask[16] = { 0 };
-	unsigned long bits;
+	unsigned long prefix;
 
-	if (!ip.n || ip.n != base.n || !number(network, 8 * ip.n, &bits))
+	if (!ip.n || ip.n != base.n || !number(network, 8 * ip.n, &prefix))
 		return false;
-	for (size_t i = 0; i < bits; i++)
+	for (size_t i = 0; i < prefix; i++)
 		mask[i / 8] |= (unsigned char)(0x80 >> i % 8);
 	return ip_within(ip, cat(NONE, base, (Str){ mask, ip.n }));
 }
@@ -5665,7 +5670,7 @@ dial_proxy(Str url, const char *host, const char *port)
 	read_proxy(url, &p);
 	basic = credentials(&p);
 	fd = dial_tcp(c_str(p.host), c_str(p.port));
-	doing(CA_DOWN, "waiting for the proxy ", c_str(p.host));
+	doing(CA_DOWN, "waiting for the proxy", c_str(p.host));
 	if (!write_all(fd, cat(text("CONNECT % HTTP/1.1\r\n", target),
 	    header("Host", target), header("Proxy-Authorization", basic),
 	    S("\r\n"))))
@@ -5762,7 +5767,7 @@ conn_open(const struct url *u)
 	memcpy(conn.port, c_str(u->port), u->port.n + 1);
 	conn.at = conn.have = 0;
 	conn.fd = dial(conn.host, conn.port);
-	doing(CA_DOWN, "negotiating TLS with ", conn.host);
+	doing(CA_DOWN, "negotiating TLS with", conn.host);
 	if (!tls_open(conn.fd, conn.host))
 		conn_failed();
 }
@@ -6058,7 +6063,7 @@ http_receive(const struct request *q, struct response *r)
 	int c;
 
 	*r = (struct response){ .url = q->url, .retry_after = -1 };
-	doing(CA_DOWN, "waiting for a response from ", conn.host);
+	doing(CA_DOWN, "waiting for a response from", conn.host);
 	if (!http_head(r, &f))
 		return false;
 	r->body = (Str){ heap + used, 0 };
@@ -6139,7 +6144,7 @@ pipeline(const struct request *q, struct response *r, size_t n)
 		all = keep(mark, cat(NONE, all, http_text(&q[m], &v,
 		    url_target(&v))));
 	} while (++m < n);
-	doing(CA_DOWN, "sending to ", conn.host);
+	doing(CA_DOWN, "sending to", conn.host);
 	if (!tls_write(all))
 		m = 0;
 	used = mark;
@@ -9589,7 +9594,7 @@ find_own_addresses(Str host)
 	family = AF_UNSPEC;
 	begin_way();
 	if (host.n) {
-		doing(NO_PLACE, "looking up the address of ", c_str(host));
+		doing(NO_PLACE, "looking up the address of", c_str(host));
 		find_addresses(c_str(host));
 	} else {
 		add_ip((Str){ any, 16 });
@@ -9978,7 +9983,7 @@ hook_clean_up(const struct cleanup *d)
 
 	if (validated && hook_style->may_decline)
 		hooks[h - hooks].call[1][1] = "done";
-	doing(LATER, "running the hook ", h->call[1][0]);
+	doing(LATER, "running the hook", h->call[1][0]);
 	pid = hook_start(h, h->call[1], 2);
 	while (pid > 0 && waitpid(pid, &status, WNOHANG) == 0) {
 		if (now_ms() > until) {
@@ -10055,7 +10060,7 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 	pid_t pid;
 
 	hook_make(h, c, token);
-	doing(LATER, "running the hook ", hook_program);
+	doing(LATER, "running the hook", hook_program);
 	if (hook_style->passes_output && pipe(fds) != 0)
 		die(FAULT, "cannot make a pipe: %", why());
 	if (fds[0] >= 0) {
