@@ -9439,7 +9439,7 @@ forget_step(void)
 		list_add(&lines, "\n", challenge_text(c));
 	all = keep(0, list_text(&lines));
 	wipe(heap + used, peak - used);
-	wipe(&order, sizeof order);
+	order.nchallenge = 0;
 	while (all.n)
 		set_value(keyword(S("challenge")), cut(&all, '\n'));
 	wipe_environment();
