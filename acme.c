@@ -1345,7 +1345,7 @@ json_list(struct scan *j, int close)
 	return eat(j, close);
 }
 
-/* Skip one value of any kind; false if it breaks a rule of RFC 8259. */
+/* Skip one value of any kind (RFC 8259 3); false if it is malformed. */
 static bool
 json_value(struct scan *j)
 {
@@ -1543,7 +1543,7 @@ enum {			/* identifier octets (X.690 8.1.2) */
 	TIME      = 0x18,
 	SEQUENCE  = 0x30,
 	SET       = 0x31,
-	KEY_ID    = 0x80,	/* [0] of RFC 5280 4.2.1.1 */
+	KEY_ID    = 0x80,	/* [0] of AuthorityKeyIdentifier */
 	DNS_NAME  = 0x82,	/* GeneralName [2], RFC 5280 4.2.1.6 */
 	IP_NAME   = 0x87,	/* GeneralName [7] */
 	VERSION_0 = 0xa0,	/* [0] of RFC 5280 4.1 */
@@ -2992,7 +2992,7 @@ jwk(const struct key *k)
 	    str(k->type->crv), b64(x), b64(y));
 }
 
-/* RFC 7638 3. */
+/* The SHA-256 thumbprint of its JWK (RFC 7638 3.2). */
 static Str
 thumbprint(const struct key *k)
 {
@@ -3439,7 +3439,7 @@ cert_name(Str *list, struct identifier *name)
 	return true;
 }
 
-/* The last common name of a distinguished name (RFC 5280 4.1.2.4), or NONE. */
+/* The last common name of a distinguished name, or NONE. */
 static Str
 common_name(Str dn)
 {
@@ -3517,10 +3517,10 @@ csr_key(Str der, Str *key)
 /* The file of trust anchors; NULL: the two that are built in. */
 static const char *anchor_file;
 static br_x509_trust_anchor anchor[ANCHORS];
-static struct cert anchor_cert[ANCHORS]; /* built in: a subject alone */
+static struct cert anchor_cert[ANCHORS]; /* built in: only a subject */
 static size_t nanchor;
 
-/* Where systems keep their bundle. */
+/* Where systems have their file of trust anchors. */
 static const char *const bundle[] = {
 	"/etc/ssl/certs/ca-certificates.crt",	/* Debian, Alpine, Arch */
 	"/etc/pki/tls/certs/ca-bundle.crt",	/* Fedora, RHEL */
@@ -3530,8 +3530,8 @@ static const char *const bundle[] = {
 };
 
 /*
- * The roots of Let's Encrypt: ISRG Root X1 (RSA, its modulus) and X2
- * (P-384, its point).
+ * The roots of Let's Encrypt: the modulus of ISRG Root X1 (RSA), and the
+ * point of ISRG Root X2 (P-384).
  */
 static const unsigned char isrg_x1[] = {
 	0xad, 0xe8, 0x24, 0x73, 0xf4, 0x14, 0x37, 0xf3, 0x9b, 0x9e, 0x2b,
@@ -3605,7 +3605,7 @@ add_anchor(const struct cert *c, unsigned flags, const br_x509_pkey *key)
 	    { (unsigned char *)c->subject.p, c->subject.n }, flags, *key };
 }
 
-/* Their names: C=US, O=Internet Security Research Group, CN. */
+/* Their names up to the common name: C=US, O=Internet ..., CN= */
 #define ISRG_NAME \
     "\x30\x4f\x31\x0b\x30\x09\x06\x03\x55\x04\x06\x13\x02" "US" \
     "\x31\x29\x30\x27\x06\x03\x55\x04\x0a\x13\x20" \
@@ -3667,8 +3667,8 @@ anchor_key(Str spki, br_x509_pkey *key)
 }
 
 /*
- * A certificate of the bundle becomes an anchor, if its key is usable, and
- * if it is clear which name constraints it has.
+ * Make a certificate of the file an anchor, if its key is usable, and if no
+ * extension, such as its name constraints, is in it twice.
  */
 static bool
 decode_anchor(const struct cert *c)
@@ -3682,61 +3682,64 @@ decode_anchor(const struct cert *c)
 }
 
 /*
- * Can an anchor be what a certificate of a chain needs?  One that is not a
- * CA's counts only as the server's very certificate: BearSSL compares the
- * name and the key, so that its holder could make another for any host.
+ * Can any of the n certificates of a server's chain need this anchor?  An
+ * anchor that is not a CA must be the server's certificate itself: BearSSL
+ * compares only name and key, so that the anchor's owner could make a
+ * certificate for any host.
  */
 static bool
-is_named(const struct cert *a, const struct cert *c, bool server)
+is_needed(const struct cert *a, const struct cert *certs, size_t n)
 {
 	if (!a->issues)
-		return server && same(a->der, c->der);
-	return same(a->subject, c->issuer) || same(a->subject, c->subject);
+		return n > 0 && same(a->der, certs[0].der);
+	for (size_t i = 0; i < n; i++)
+		if (same(a->subject, certs[i].issuer) ||
+		    same(a->subject, certs[i].subject))
+			return true;
+	return false;
+}
+
+/* Read a block of the file of anchors; false if it is not a certificate. */
+static bool
+read_anchor(struct pem *r, const struct cert *certs, size_t n)
+{
+	struct cert c;
+	bool good = !r->bad && r->der.n <= CERT && cert_read(r->der, &c);
+
+	if (!good || !is_needed(&c, certs, n) || !decode_anchor(&c))
+		used = r->mark;
+	r->mark = used;
+	return good;
 }
 
 /*
- * Read the file of anchors.  A bundle has 150, a chain can need few: only
- * those are decoded whose name is one of a chain's; the others are
- * forgotten at once.  Without a chain, just see that there are some: false
- * if there is none.
+ * Read the file of anchors.  It can have 150, and a chain of n certificates
+ * needs few: only those are kept whose name is in the chain.  Without a
+ * chain, read up to the first certificate; false if there is none.
  */
 static bool
-read_anchors(const struct cert *chain, size_t n)
+read_anchors(const struct cert *certs, size_t n)
 {
 	struct pem *r = &reader;
 	unsigned char buf[4096];
 	int fd = open_input(anchor_file);
-	struct cert c;
 	bool any = false;
 	Str in;
 
 	pem_begin(r);
-	while ((in.n = read_some(fd, buf, sizeof buf, anchor_file)) > 0) {
+	while ((n || !any) &&
+	    (in.n = read_some(fd, buf, sizeof buf, anchor_file)) > 0) {
 		in.p = buf;
-		while (pem_push(r, &in)) {
-			bool wanted = false;
-
-			if (!r->bad && r->der.n <= CERT &&
-			    cert_read(r->der, &c)) {
-				any = true;
-				for (size_t i = 0; i < n; i++)
-					wanted |= is_named(&c, &chain[i],
-					    i == 0);
-			}
-			if (!wanted || !decode_anchor(&c))
-				used = r->mark;
-			r->mark = used;
-		}
-		if (!n && any)
-			break;
+		while (pem_push(r, &in))
+			any |= read_anchor(r, certs, n);
 	}
 	close(fd);
-	wipe(r, sizeof *r);	/* a bundle can have a key in it, too */
+	wipe(r, sizeof *r);	/* the file can have a key in it, too */
 	wipe(buf, sizeof buf);
 	return any;
 }
 
-/* Take the first bundle of the system that holds a certificate, if any. */
+/* Use the system's first file that has a certificate, if there is one. */
 static void
 find_bundle(void)
 {
@@ -3752,18 +3755,24 @@ find_bundle(void)
 	anchor_file = NULL;
 }
 
-/* Choose the anchors' file, and see that it is one, before any request. */
+/*
+ * Choose the file of anchors, by the argument of -C or NULL, and check before
+ * any request that it has a certificate.
+ */
 static void
-find_anchors(const char *option)
+find_anchors(const char *name)
 {
 	Str file = variable("SSL_CERT_FILE");
 
-	if (option && strcmp(option, "builtin") == 0)
+	if (name && strcmp(name, "builtin") == 0)
 		return;
-	if (option && is_std(option))
+	if (name && is_std(name))
 		usage("trust anchors cannot come from standard input; use "
 		    "-C FILE");
-	anchor_file = option ? option : file.n ? c_str(file) : NULL;
+	if (name)
+		anchor_file = name;
+	else if (file.n)
+		anchor_file = c_str(file);
 	if (!anchor_file)
 		find_bundle();
 	else if (!read_anchors(NULL, 0))
@@ -3772,7 +3781,7 @@ find_anchors(const char *option)
 
 /* ----------------------------------------------- 19. Name constraints -- */
 
-/* Labels with single dots between them: no other DNS name ever matches. */
+/* Is s made of labels, with single dots between?  No other name matches. */
 static bool
 is_labels(Str s)
 {
@@ -3780,7 +3789,7 @@ is_labels(Str s)
 	    s.p[0] != '.' && s.p[s.n - 1] != '.' && !contains(s, S(".."));
 }
 
-/* The wildcard of a dNSName is all of its first label (RFC 9525 6.3). */
+/* A wildcard is all of a dNSName's first label (RFC 9525 6.3). */
 static bool
 is_wildcard(Str name)
 {
@@ -3793,6 +3802,7 @@ is_dns_name(Str name)
 	return is_labels(from(name, is_wildcard(name) ? 2 : 0));
 }
 
+/* Does a dNSName match a host name? */
 static bool
 names_host(Str name, Str host)
 {
@@ -3802,9 +3812,9 @@ names_host(Str name, Str host)
 }
 
 /*
- * Name constraints (RFC 5280 4.2.1.10), of DNS names and addresses alone.
- * A base that begins with a dot is in no standard, but in use: it permits
- * what is below it, and excludes what is below it and the name itself.
+ * Name constraints (RFC 5280 4.2.1.10); those of DNS names and addresses are
+ * applied.  A base that begins with a dot is in no standard, but in use: it
+ * permits what is below it, and excludes that and the name itself.
  */
 struct constraints {
 	Str permitted, excluded;	/* GeneralSubtree, one after another */
@@ -3816,7 +3826,7 @@ is_dns_base(Str base)
 	return base.n == 0 || is_labels(from(base, begins(base, ".")));
 }
 
-/* An address and a mask, whose ones come first. */
+/* Is a base an address and a mask, in which all ones come first? */
 static bool
 is_ip_base(Str base)
 {
@@ -3831,7 +3841,7 @@ is_ip_base(Str base)
 	return base.n == 8 || base.n == 32;
 }
 
-/* Take the next subtree off a list; false at its end or at a fault. */
+/* Take the next subtree off a list; false at its end, or if malformed. */
 static bool
 next_subtree(Str *list, int *tag, Str *base)
 {
@@ -3841,7 +3851,7 @@ next_subtree(Str *list, int *tag, Str *base)
 	    der_any(&s, tag, base, &whole) && s.n == 0;
 }
 
-/* Is each subtree of a list well-formed, and of a known kind? */
+/* Is a list one of well-formed subtrees of known kinds? */
 static bool
 are_subtrees(Str list)
 {
@@ -3856,7 +3866,7 @@ are_subtrees(Str list)
 	return true;
 }
 
-/* A CA's constraints, if it has some; false if they are malformed. */
+/* Read a CA's constraints, empty if it has none; false if malformed. */
 static bool
 read_constraints(const struct cert *c, struct constraints *k)
 {
@@ -3885,7 +3895,7 @@ ip_within(Str ip, Str base)
 	return true;
 }
 
-/* Is all that a dNSName can match within a base? */
+/* Is every name that a dNSName can match within a base? */
 static bool
 dns_within(Str name, Str base)
 {
@@ -3901,7 +3911,7 @@ dns_within(Str name, Str base)
 	return name.p[dot] == '.' && same_word(from(name, dot + 1), base);
 }
 
-/* Is anything that a dNSName can match, or may mean, within a base? */
+/* Can a dNSName match a name within a base?  A malformed one might. */
 static bool
 dns_touches(Str name, Str base)
 {
@@ -3923,15 +3933,15 @@ allows(const struct constraints *k, int kind, Str name)
 	bool (*within)(Str, Str) = kind == IP_NAME ? ip_within : dns_within;
 	bool (*touches)(Str, Str) = kind == IP_NAME ? ip_within : dns_touches;
 	bool restricted = false, permitted = false;
-	Str list, base;
+	Str subtrees, base;
 	int tag;
 
-	for (list = k->permitted; next_subtree(&list, &tag, &base); )
+	for (subtrees = k->permitted; next_subtree(&subtrees, &tag, &base); )
 		if (tag == kind) {
 			restricted = true;
 			permitted |= within(name, base);
 		}
-	for (list = k->excluded; next_subtree(&list, &tag, &base); )
+	for (subtrees = k->excluded; next_subtree(&subtrees, &tag, &base); )
 		if (tag == kind && touches(name, base))
 			return false;
 	return permitted || !restricted;
@@ -3955,20 +3965,21 @@ forbidden_name(const struct constraints *k, const struct cert *c)
 /* ----------------------------------------------------- 20. Validation -- */
 
 /*
- * BearSSL's X.509 engine wants its anchors before it sees the chain, and
- * checks less of it than it should.  So this one, around it, first
- * collects the server's chain, then finds the anchors for it, lets BearSSL
- * validate, and applies rules of its own to the path that BearSSL found.
+ * BearSSL's X.509 engine needs its anchors before it sees the chain, and
+ * checks less than it should.  So this engine, around it, collects the
+ * server's chain, reads the anchors for it, lets BearSSL validate it, and
+ * applies further rules to the path that BearSSL found.
  */
 static struct {
 	const br_x509_class *vtable;
 	br_x509_minimal_context inner;
-	const char *name;		/* of the server, for BearSSL to find */
+	const char *name;		/* of the server, for BearSSL to check */
 	Str ip;				/* or its address's bytes, for us */
 	Str der[CERTS];
 	struct cert cert[CERTS];
-	size_t n, lost;			/* lost: certificates too many or big */
-	Str fault;			/* against our own rules, or NONE */
+	size_t n;
+	size_t lost;			/* certificates over a limit */
+	Str fault;			/* by our own rules, or NONE */
 } chain;
 
 static void
@@ -4007,9 +4018,9 @@ chain_end_cert(const br_x509_class **self)
 }
 
 /*
- * Validate the chain by some of the anchors: 0, or BearSSL's error.  *n is
- * the number of certificates on the path, which ends where an anchor has
- * issued the last of them, or is the first; the others do not matter.
+ * Validate the chain with some of the anchors: 0, or BearSSL's error.  *n is
+ * the number of certificates on the path, which ends with one that an anchor
+ * issued, or with the server's if that is an anchor; the rest is ignored.
  */
 static unsigned
 chain_validate(br_x509_minimal_context *x, const br_x509_trust_anchor *a,
@@ -4023,9 +4034,9 @@ chain_validate(br_x509_minimal_context *x, const br_x509_trust_anchor *a,
 	br_x509_minimal_set_hash(x, br_sha256_ID, &br_sha256_vtable);
 	br_x509_minimal_set_hash(x, br_sha384_ID, &br_sha384_vtable);
 	br_x509_minimal_set_hash(x, br_sha512_ID, &br_sha512_vtable);
-	br_x509_minimal_set_minrsa(x, 2048 / 8);
+	br_x509_minimal_set_minrsa(x, MIN_MODULUS);
 	(*v)->start_chain(v, chain.name);
-	/* There is a key once the path has reached an anchor. */
+	/* get_pkey() returns a key once the path has reached an anchor. */
 	for (*n = 0; *n < chain.n && !(*v)->get_pkey(v, NULL); ++*n) {
 		(*v)->start_cert(v, (uint32_t)chain.der[*n].n);
 		(*v)->append(v, chain.der[*n].p, chain.der[*n].n);
@@ -4034,7 +4045,16 @@ chain_validate(br_x509_minimal_context *x, const br_x509_trust_anchor *a,
 	return (*v)->end_chain(v);
 }
 
-/* Does the server's certificate have the URL's host name or address? */
+/* Is a GeneralName the URL's host, an address or a name? */
+static bool
+matches_host(int tag, Str name)
+{
+	if (chain.ip.n)
+		return tag == IP_NAME && same(name, chain.ip);
+	return tag == DNS_NAME && is_dns_name(name) &&
+	    names_host(name, str(chain.name));
+}
+
 static bool
 has_host(const struct cert *c)
 {
@@ -4042,16 +4062,15 @@ has_host(const struct cert *c)
 	int tag;
 
 	while (der_any(&list, &tag, &body, &whole))
-		if (chain.ip.n ? tag == IP_NAME && same(body, chain.ip) :
-		    tag == DNS_NAME && is_dns_name(body) &&
-		    names_host(body, str(chain.name)))
+		if (matches_host(tag, body))
 			return true;
 	return false;
 }
 
 /*
- * May a certificate be a TLS server's (RFC 5280 4.2.1.12)?  What a CA's
- * certificate says so binds those that it issues, as in other TLS clients.
+ * May a certificate be used by a TLS server (RFC 5280 4.2.1.12)?  In a CA's
+ * certificate the same extension restricts those that the CA issues, as in
+ * other TLS clients.
  */
 static bool
 is_for_servers(const struct cert *c)
@@ -4094,7 +4113,7 @@ constraints_fault(const struct cert *ca, size_t n)
 	return NONE;
 }
 
-/* Is the server's certificate a trust anchor, by its name and key? */
+/* Is a certificate a trust anchor, by its name and key? */
 static bool
 is_anchor(const struct cert *c)
 {
@@ -4106,9 +4125,8 @@ is_anchor(const struct cert *c)
 }
 
 /*
- * Has an anchor with name constraints issued the last of the n
- * certificates?  Others may have its name: BearSSL tells them apart by the
- * signature.
+ * Does anchor i have name constraints, and did it issue the last certificate
+ * of the path?  Others can have the same name: the signature decides.
  */
 static bool
 constrains(size_t i, size_t n)
@@ -4121,7 +4139,7 @@ constrains(size_t i, size_t n)
 	    chain_validate(&x, &anchor[i], 1, &n) == 0;
 }
 
-/* What no certificate of the path may have, or NONE. */
+/* What is wrong with any certificate of the path, or NONE. */
 static Str
 cert_fault(const struct cert *c)
 {
@@ -4138,7 +4156,7 @@ cert_fault(const struct cert *c)
 	return NONE;
 }
 
-/* What the server's own certificate may not have, or NONE. */
+/* What is wrong with the server's own certificate, or NONE. */
 static Str
 server_fault(const struct cert *c)
 {
@@ -4151,16 +4169,18 @@ server_fault(const struct cert *c)
 	return NONE;
 }
 
-/* What BearSSL does not check in a path of n certificates, or NONE. */
+/* What is wrong with a path of n certificates by our own rules, or NONE. */
 static Str
 path_fault(size_t n)
 {
 	Str fault;
 
-	for (size_t i = 0; i < n; i++)
-		if ((fault = cert_fault(&chain.cert[i])).n)
+	for (size_t i = 0; i < n; i++) {
+		fault = cert_fault(&chain.cert[i]);
+		if (fault.n)
 			return text("% %", i ? S("a CA certificate in its "
 			    "chain") : S("its certificate"), fault);
+	}
 	fault = server_fault(&chain.cert[0]);
 	for (size_t i = 1; i < n && !fault.n; i++)
 		fault = constraints_fault(&chain.cert[i], i);
@@ -4170,6 +4190,7 @@ path_fault(size_t n)
 	return fault;
 }
 
+/* 0 if the chain is trusted, else BearSSL's error: see chain_fault(). */
 static unsigned
 chain_end(const br_x509_class **self)
 {
@@ -4191,9 +4212,9 @@ chain_end(const br_x509_class **self)
 	else
 		built_in_anchors();
 	err = chain_validate(&chain.inner, anchor, nanchor, &n);
-	if (err == 0 && (chain.fault = path_fault(n)).n)
-		err = BR_ERR_X509_NOT_TRUSTED;
-	return err;
+	if (err == 0)
+		chain.fault = path_fault(n);
+	return chain.fault.n ? BR_ERR_X509_NOT_TRUSTED : err;
 }
 
 static const br_x509_pkey *
@@ -4210,7 +4231,7 @@ static const br_x509_class chain_vtable = {
 	chain_end_cert, chain_end, chain_key
 };
 
-/* Of the critical extensions that BearSSL refuses, one has a remedy. */
+/* Of the critical extensions that BearSSL refuses, one has a workaround. */
 static Str
 critical_fault(void)
 {
@@ -4226,27 +4247,28 @@ critical_fault(void)
 	    "is not supported");
 }
 
-/* A certificate that is out of date may be a wrong clock. */
+/* A certificate is out of date, or the clock is wrong. */
 static Str
 time_fault(void)
 {
 	long long now = (long long)time(NULL);
-	const struct cert *c = chain.cert, *end = c + chain.n;
 
 	if (now < RELEASED)
 		return text("the clock here is wrong (it shows %); set it",
 		    date(now));
-	while (c < end && now >= c->not_before && now <= c->not_after)
-		c++;
-	if (c == end)
-		return S("its certificate is out of date");
-	return text("its certificate % % (the clock here shows %)",
-	    now < c->not_before ? S("is not valid before") : S("expired at"),
-	    date(now < c->not_before ? c->not_before : c->not_after),
-	    date(now));
+	for (const struct cert *c = chain.cert; c < chain.cert + chain.n; c++) {
+		if (now < c->not_before)
+			return text("its certificate is not valid before % "
+			    "(the clock here shows %)", date(c->not_before),
+			    date(now));
+		if (now > c->not_after)
+			return text("its certificate expired at % (the clock "
+			    "here shows %)", date(c->not_after), date(now));
+	}
+	return S("its certificate is out of date");
 }
 
-/* Is an error of BearSSL's about the server's certificate? */
+/* Is this error of BearSSL one of the server's chain? */
 static bool
 is_chain_error(int err)
 {
@@ -4254,7 +4276,7 @@ is_chain_error(int err)
 	    err <= BR_ERR_X509_NOT_TRUSTED) || err == BR_ERR_WRONG_KEY_USAGE;
 }
 
-/* BearSSL's reasons that need no look at the chain. */
+/* BearSSL's errors whose message does not depend on the chain. */
 static const struct {
 	int error;
 	const char *words;
@@ -4280,10 +4302,12 @@ static const struct {
 	    "key of less than 2048 bits" },
 };
 
-/* Why the server's chain was refused. */
+/* Why the server's chain was refused, by BearSSL's error. */
 static Str
 chain_fault(int err)
 {
+	Str file = anchor_file ? str(anchor_file) : S("the built-in roots");
+
 	if (chain.fault.n)
 		return chain.fault;
 	if (chain.lost)
@@ -4294,8 +4318,7 @@ chain_fault(int err)
 		return critical_fault();
 	if (err == BR_ERR_X509_NOT_TRUSTED)
 		return text("its certificate does not chain to a trust anchor "
-		    "in %; see -C", anchor_file ? str(anchor_file) :
-		    S("the built-in roots"));
+		    "in %; see -C", file);
 	for (size_t i = 0; i < COUNT(chain_faults); i++)
 		if (err == chain_faults[i].error)
 			return str(chain_faults[i].words);
