@@ -3973,7 +3973,7 @@ forbidden_name(const struct constraints *k, const struct cert *c)
 static struct {
 	const br_x509_class *vtable;
 	br_x509_minimal_context inner;
-	const char *name;		/* of the server, for BearSSL to check */
+	const char *name;		/* of the server, for BearSSL */
 	Str ip;				/* or its address's bytes, for us */
 	Str der[CERTS];
 	struct cert cert[CERTS];
@@ -4329,20 +4329,23 @@ chain_fault(int err)
 /* ------------------------------------------------------------ 21. TLS -- */
 
 /*
- * The only section, with Keys and Validation, that knows BearSSL's engine.
- * To a CA it has five calls: tls_open(), tls_write(), tls_read(), tls_end()
- * and tls_close().  For a peer that validates tls-alpn-01 it has two:
- * tls_accept() and tls_serve().
+ * Of the sections that use BearSSL, this one alone knows its TLS.  For a
+ * connection to a CA it has five calls: tls_open(), tls_write(), tls_read(),
+ * tls_end() and tls_close().  For a peer that validates tls-alpn-01 it has
+ * two: tls_accept() and tls_serve().
  */
 static struct {
 	br_ssl_client_context client;
 	unsigned char buffer[BR_SSL_BUFSIZE_BIDI];
 	int fd;
-	int error;		/* BearSSL's, once it has ended */
-	size_t lent;		/* bytes that tls_read() returned last */
+	int error;		/* BearSSL's, once TLS has ended */
+	size_t unread;		/* bytes that the last tls_read() returned */
 } tls;
 
-/* TLS 1.2 with the suites of RFC 9325 4.2 and RFC 7905 2, and no others. */
+/*
+ * Prepare an engine for TLS 1.2 with the suites of RFC 9325 4.2 and RFC 7905
+ * 2, and no others.
+ */
 static void
 tls_engine(br_ssl_engine_context *e, void *buffer, size_t size, int duplex)
 {
@@ -4381,8 +4384,8 @@ tls_engine(br_ssl_engine_context *e, void *buffer, size_t size, int duplex)
 }
 
 /*
- * Send and receive until the engine has reached one of the states.  False
- * if it never will: tls.error says why, BR_ERR_OK if the peer has closed
+ * Send and receive until the engine is in one of the states.  False if it
+ * cannot get there: tls.error has the reason, BR_ERR_OK if the peer closed
  * TLS, BR_ERR_IO if the connection ended without that.
  */
 static bool
@@ -4414,14 +4417,14 @@ tls_run(unsigned states)
 }
 
 /*
- * Negotiate TLS over a connection with a host, a name or an address, and
- * validate its certificate.  False: see tls_end().
+ * Negotiate TLS over a connection to a host, a name or an address, and
+ * validate its certificate.  False: tls_end() has the reason.
  */
 static bool
 tls_open(int fd, const char *host)
 {
 	tls.fd = fd;
-	tls.lent = 0;
+	tls.unread = 0;
 	chain.ip = ip_bytes(str(host));
 	chain.vtable = &chain_vtable;
 	br_ssl_client_zero(&tls.client);
@@ -4431,7 +4434,7 @@ tls_open(int fd, const char *host)
 	return tls_run(BR_SSL_SENDAPP);
 }
 
-/* Send all of it; false if the connection ends before. */
+/* Send all of s; false if TLS ends before that. */
 static bool
 tls_write(Str s)
 {
@@ -4452,35 +4455,41 @@ tls_write(Str s)
 	return tls_run(BR_SSL_SENDAPP);
 }
 
-/* What comes next, to be used before the next call; NONE at the end. */
+/* The next bytes received, valid until the next call; NONE at the end. */
 static Str
 tls_read(void)
 {
 	br_ssl_engine_context *e = &tls.client.eng;
 	Str s = NONE;
 
-	if (tls.lent)
-		br_ssl_engine_recvapp_ack(e, tls.lent);
+	if (tls.unread)
+		br_ssl_engine_recvapp_ack(e, tls.unread);
 	if (tls_run(BR_SSL_RECVAPP))
 		s.p = br_ssl_engine_recvapp_buf(e, &s.n);
-	tls.lent = s.n;
+	tls.unread = s.n;
 	return s;
 }
 
 enum tls_end {
-	CLOSED,			/* by the peer, as TLS has it */
+	CLOSED,			/* by the peer, with close_notify */
 	CUT_OFF,		/* by the end of the connection */
-	UNTRUSTED,		/* by us: its certificate is refused */
-	FAILED			/* by an error of TLS on one of the sides */
+	UNTRUSTED,		/* by us: the certificate was refused */
+	FAILED			/* by a TLS error of either side */
 };
 
-/* How TLS ended; the words for it are for the last two alone. */
+enum {			/* BearSSL's errors for alerts that the peer sent */
+	ALERT_HANDSHAKE_FAILURE = BR_ERR_RECV_FATAL_ALERT + 40,
+	ALERT_PROTOCOL_VERSION  = BR_ERR_RECV_FATAL_ALERT + 70,
+	ALERT_UNRECOGNIZED_NAME = BR_ERR_RECV_FATAL_ALERT + 112
+};
+
+/* How TLS ended, and the cause if it is one of the last two. */
 static enum tls_end
-tls_end(Str *words)
+tls_end(Str *cause)
 {
-	*words = NONE;
+	*cause = NONE;
 	if (is_chain_error(tls.error)) {
-		*words = chain_fault(tls.error);
+		*cause = chain_fault(tls.error);
 		return UNTRUSTED;
 	}
 	switch (tls.error) {
@@ -4490,26 +4499,25 @@ tls_end(Str *words)
 		return CUT_OFF;
 	case BR_ERR_BAD_VERSION:
 	case BR_ERR_UNKNOWN_TYPE:
-		*words = S("it does not speak TLS");
+		*cause = S("it does not use TLS");
 		break;
 	case BR_ERR_UNSUPPORTED_VERSION:
-	case BR_ERR_RECV_FATAL_ALERT + 70:	/* protocol_version */
-		*words = S("it does not speak TLS 1.2");
+	case ALERT_PROTOCOL_VERSION:
+		*cause = S("it does not support TLS 1.2");
 		break;
-	case BR_ERR_RECV_FATAL_ALERT + 40:	/* handshake_failure */
-		*words = S("it shares no TLS 1.2 cipher suite with us");
+	case ALERT_HANDSHAKE_FAILURE:
+		*cause = S("no TLS 1.2 cipher suite in common");
 		break;
-	case BR_ERR_RECV_FATAL_ALERT + 112:	/* unrecognized_name */
-		*words = S("it does not know that name");
+	case ALERT_UNRECOGNIZED_NAME:
+		*cause = S("it does not serve that name");
 		break;
 	default:
-		*words = text("TLS failed (BearSSL error %)",
-		    num((unsigned)tls.error));
+		*cause = text("BearSSL error %", num((unsigned)tls.error));
 	}
 	return FAILED;
 }
 
-/* Tell the peer that no more comes.  The connection stays open. */
+/* Send close_notify.  The connection stays open. */
 static void
 tls_close(void)
 {
@@ -4523,9 +4531,9 @@ tls_close(void)
 		br_ssl_engine_sendrec_ack(e, n);
 }
 
-/* A peer that validates tls-alpn-01. */
+/* TLS with a peer that validates tls-alpn-01. */
 struct tls_server {
-	const br_ssl_server_policy_class *policy;	/* first, for BearSSL */
+	const br_ssl_server_policy_class *policy;	/* must be first */
 	const struct key *key;
 	Str (*find)(Str sni);	/* the certificate for a name, or NONE */
 	br_x509_certificate certificate;
@@ -4533,9 +4541,15 @@ struct tls_server {
 	br_ssl_server_context context;
 };
 
+enum {
+	BY_SHA256 = 0xff00 + br_sha256_ID,	/* BearSSL's signatures */
+	P256_SIGNATURE = 72	/* bytes at most, in DER (RFC 3279 2.2.3) */
+};
+
 /*
- * The first suite that both sides have for our kind of key, once the name
- * and the protocol are what they must be.
+ * Choose the first suite that both sides have for an EC key; 0, which fails
+ * the handshake, if there is no certificate for the peer's SNI, or the peer
+ * does not name our protocol.
  */
 static int
 alpn_choose(const br_ssl_server_policy_class **policy,
@@ -4558,13 +4572,13 @@ alpn_choose(const br_ssl_server_policy_class **policy,
 	s->certificate.data = (unsigned char *)certificate.p;
 	s->certificate.data_len = certificate.n;
 	choices->cipher_suite = (*suite)[0];
-	choices->algo_id = 0xff00 + br_sha256_ID;	/* as BearSSL has it */
+	choices->algo_id = BY_SHA256;
 	choices->chain = &s->certificate;
 	choices->chain_len = 1;
 	return 1;
 }
 
-/* No suite of ours has a static key for this. */
+/* No suite here exchanges keys with that of the certificate. */
 static uint32_t
 alpn_keyx(const br_ssl_server_policy_class **policy, unsigned char *p,
     size_t *n)
@@ -4575,7 +4589,7 @@ alpn_keyx(const br_ssl_server_policy_class **policy, unsigned char *p,
 	return 0;
 }
 
-/* Sign the hash at p in its place. */
+/* Replace the hash at p with its signature; its length, or 0. */
 static size_t
 alpn_sign(const br_ssl_server_policy_class **policy, unsigned id,
     unsigned char *p, size_t n, size_t room)
@@ -4583,7 +4597,7 @@ alpn_sign(const br_ssl_server_policy_class **policy, unsigned id,
 	const struct tls_server *s = (const struct tls_server *)policy;
 	unsigned char h[br_sha256_SIZE];
 
-	if (id != 0xff00 + br_sha256_ID || n != sizeof h || room < 72)
+	if (id != BY_SHA256 || n != sizeof h || room < P256_SIGNATURE)
 		return 0;
 	memcpy(h, p, n);
 	return br_ecdsa_i31_sign_asn1(curves, &br_sha256_vtable, h,
@@ -4596,8 +4610,8 @@ static const br_ssl_server_policy_class alpn_policy = {
 };
 
 /*
- * Be ready for the handshake of a peer (RFC 8737 3).  `key`, on P-256, is
- * that of all certificates that find() returns.
+ * Prepare for the handshake of a peer (RFC 8737 3).  All certificates that
+ * find() returns are for `key`, which is on P-256.
  */
 static void
 tls_accept(struct tls_server *s, void *buffer, size_t size,
@@ -4618,7 +4632,10 @@ tls_accept(struct tls_server *s, void *buffer, size_t size,
 	br_ssl_server_reset(&s->context);
 }
 
-/* A handshake, and no more (RFC 8737 3); false at the peer's end. */
+/*
+ * Continue the handshake, which is all of the session (RFC 8737 3), as far as
+ * it goes without waiting.  False if the connection is finished.
+ */
 static bool
 tls_serve(struct tls_server *s, int fd)
 {
