@@ -644,6 +644,10 @@ static struct {
 	unsigned limit;			/* -T */
 } activity = { "working", LATER, "", 300 };
 
+/*
+ * Call it before what can block.  The strings must last until the next call;
+ * `what` ends with a space if there is an object.
+ */
 static void
 doing(int status, const char *what, const char *object)
 {
@@ -667,8 +671,8 @@ limit_hint(void)
 
 /*
  * Signals end the step at any point; SIGALRM is its time limit, which bounds
- * everything that can block.  Below fail() are only functions that may be
- * called from a handler (POSIX.1-2008 XSH 2.4.3).
+ * everything that can block.  fail() calls only functions that are safe in a
+ * handler (POSIX.1-2008 XSH 2.4.3).
  */
 static void
 on_signal(int sig)
