@@ -131,7 +131,7 @@ enum {
 	MAX_WAIT = 86400 * 30	/* seconds for -T and -s */
 };
 
-enum { EXPONENT = 65537 };	/* of the RSA keys that we make */
+enum { EXPONENT = 65537 };	/* of RSA keys that we make, public */
 
 /* When the program was released: a clock that shows less is wrong. */
 #define RELEASED 1795478400LL	/* 2026-11-24T00:00:00Z */
@@ -422,7 +422,7 @@ hold_signals(sigset_t *old)
 
 /*
  * Register a clean-up action, with signals blocked so that no handler sees
- * half of it.  The caller sees to it that there is a place.
+ * half of it.
  */
 static void
 add_cleanup(void (*end)(const struct cleanup *), int n, const void *p)
@@ -882,7 +882,7 @@ lower_case(unsigned char c)
 	return (unsigned char)(c >= 'A' && c <= 'Z' ? c + 'a' - 'A' : c);
 }
 
-/* The first n bytes or less, to the end of a character, and "...". */
+/* At most n bytes of s, to a character's end, and "..." if that is less. */
 static Str
 shorten(Str s, size_t n)
 {
@@ -1147,7 +1147,7 @@ unhex(Str s)
 	return (Str){ to, s.n / 2 };
 }
 
-/* Has s only characters of base64url, as a token must (RFC 8555 8)? */
+/* Is s base64url, not empty, as a token must be (RFC 8555 8)? */
 static bool
 is_b64(Str s)
 {
@@ -1222,7 +1222,7 @@ quote(Str s)
 
 /*
  * Add a member to an object that is being built, still without braces.  A
- * value that is NONE adds nothing: ACME never sends null.
+ * value that is NONE adds nothing: null is never sent.
  */
 static Str
 with(Str o, const char *name, Str value)
@@ -1786,7 +1786,7 @@ time_offset(Str s, long long *t)
 	return h >= 0 && h < 24 && m >= 0 && m < 60;
 }
 
-/* Skip a fraction of a second, ".5": a dot and digits (RFC 3339 5.6). */
+/* What follows a fraction of a second, such as ".5" (RFC 3339 5.6). */
 static Str
 skip_fraction(Str s)
 {
@@ -2193,10 +2193,10 @@ drop_name(int dir, const char *temporary)
 }
 
 /*
- * Could another user have put this file there to divert our output?  So it
- * is if the directory is sticky and others can write to it, as to /tmp, and
- * the file belongs neither to us nor to the directory's owner.  Linux can
- * refuse to open such files too (fs.protected_regular).
+ * Could another user have put this file there to divert our output?  Yes if
+ * the directory is sticky and others can write to it, as to /tmp, and the
+ * file belongs neither to us nor to the directory's owner.  Linux can refuse
+ * to open such files too (fs.protected_regular).
  */
 static bool
 is_of_others(const char *file, const struct stat *st)
@@ -2577,10 +2577,7 @@ pem_line(struct pem *r, Str s)
 	return r->open && pem_body(r, s);
 }
 
-/*
- * Read up to the end of the next block, good or bad; false at the end of the
- * input.
- */
+/* Read up to the end of a block, good or bad; false at the end of `in`. */
 static bool
 pem_push(struct pem *r, Str *in)
 {
@@ -2664,8 +2661,8 @@ static const struct key_type {
 	unsigned short size;		/* bytes of a coordinate or modulus */
 	const br_hash_class *hash;	/* for signatures */
 	const unsigned char *hash_oid;	/* the same for RSA's; NULL: EC */
-	char public[24];		/* in SubjectPublicKeyInfo */
-	char signature[16];		/* in what X.509 signs */
+	char public[24];		/* algorithm of SubjectPublicKeyInfo */
+	char signature[16];		/* X.509's signatureAlgorithm */
 } key_types[] = {
 	{ "ec256", "ES256", "P-256", BR_EC_secp256r1, 256 / 8,
 	    &br_sha256_vtable, NULL, P256_KEY, ECDSA_SHA256 },
@@ -2737,7 +2734,7 @@ hmac_sha256(Str key, Str s)
 	return (Str){ o, br_sha256_SIZE };
 }
 
-/* Compute the public point; false if the private value is out of range. */
+/* Compute the public point from the private value; false if that fails. */
 static bool
 ec_complete(struct key *k)
 {
@@ -3219,7 +3216,7 @@ url_read(Str s, struct url *u)
 	return host_port(authority, &u->host, &u->port);
 }
 
-/* Have two URLs the same origin (RFC 6454 4)?  The scheme is https. */
+/* Do two https URLs have the same origin (RFC 6454 4)? */
 static bool
 same_origin(Str a, Str b)
 {
@@ -3352,7 +3349,7 @@ is_name_tag(int tag)
 	return memchr(tags.p, tag, tags.n) != NULL;
 }
 
-/* Is a list one of well-formed GeneralNames? */
+/* Is this a list of well-formed GeneralNames? */
 static bool
 are_names(Str list)
 {
@@ -3855,7 +3852,7 @@ next_subtree(Str *list, int *tag, Str *base)
 	    der_any(&s, tag, base, &whole) && s.n == 0;
 }
 
-/* Is a list one of well-formed subtrees of known kinds? */
+/* Is this a list of well-formed subtrees, all of known kinds? */
 static bool
 are_subtrees(Str list)
 {
@@ -4333,17 +4330,17 @@ chain_fault(int err)
 /* ------------------------------------------------------------ 21. TLS -- */
 
 /*
- * Of the sections that use BearSSL, this one alone knows its TLS.  For a
- * connection to a CA it has five calls: tls_open(), tls_write(), tls_read(),
- * tls_end() and tls_close().  For a peer that validates tls-alpn-01 it has
- * two: tls_accept() and tls_serve().
+ * The only section that uses BearSSL's TLS.  For a connection to a CA it has
+ * five calls: tls_open(), tls_write(), tls_read(), tls_end() and tls_close().
+ * For a peer that validates tls-alpn-01 it has two: tls_accept() and
+ * tls_serve().
  */
 static struct {
 	br_ssl_client_context client;
 	unsigned char buffer[BR_SSL_BUFSIZE_BIDI];
 	int fd;
 	int error;		/* BearSSL's, once TLS has ended */
-	size_t unread;		/* bytes that the last tls_read() returned */
+	size_t returned;	/* bytes, by the last tls_read() */
 } tls;
 
 /*
@@ -4428,7 +4425,7 @@ static bool
 tls_open(int fd, const char *host)
 {
 	tls.fd = fd;
-	tls.unread = 0;
+	tls.returned = 0;
 	chain.ip = ip_bytes(str(host));
 	chain.vtable = &chain_vtable;
 	br_ssl_client_zero(&tls.client);
@@ -4466,11 +4463,11 @@ tls_read(void)
 	br_ssl_engine_context *e = &tls.client.eng;
 	Str s = NONE;
 
-	if (tls.unread)
-		br_ssl_engine_recvapp_ack(e, tls.unread);
+	if (tls.returned)
+		br_ssl_engine_recvapp_ack(e, tls.returned);
 	if (tls_run(BR_SSL_RECVAPP))
 		s.p = br_ssl_engine_recvapp_buf(e, &s.n);
-	tls.unread = s.n;
+	tls.returned = s.n;
 	return s;
 }
 
@@ -4582,7 +4579,7 @@ alpn_choose(const br_ssl_server_policy_class **policy,
 	return 1;
 }
 
-/* No suite here exchanges keys with that of the certificate. */
+/* Not called: no suite here exchanges keys with the certificate's key. */
 static uint32_t
 alpn_keyx(const br_ssl_server_policy_class **policy, unsigned char *p,
     size_t *n)
