@@ -1103,14 +1103,14 @@ b64(Str s)
 
 /* A copy with two characters in place of two others. */
 static Str
-translate(Str s, const char *from, const char *to)
+translate(Str s, const char *set, const char *to)
 {
 	unsigned char *p = take(s.n);
 
 	for (size_t i = 0; i < s.n; i++) {
 		p[i] = s.p[i];
-		if (p[i] == from[0] || p[i] == from[1])
-			p[i] = (unsigned char)to[p[i] == from[1]];
+		if (p[i] == set[0] || p[i] == set[1])
+			p[i] = (unsigned char)to[p[i] == set[1]];
 	}
 	return (Str){ p, s.n };
 }
@@ -2927,19 +2927,19 @@ warn_if_shared(const char *name)
 
 /* Decode a private key's DER; the file's name is for messages. */
 static void
-key_decode(struct key *k, Str der, Str name)
+key_decode(struct key *k, Str whole, Str name)
 {
 	Str fault;
 	bool valid;
 
-	if (contains(der, S(ED25519)))
+	if (contains(whole, S(ED25519)))
 		die(BAD, "% holds an Ed25519 key; use an ec256, ec384 "
 		    "or RSA key", name);
-	if (!key_fits(k, der, false))
+	if (!key_fits(k, whole, false))
 		die(BAD, "the key in % is malformed or of an "
 		    "unsupported type", name);
 	br_skey_decoder_init(&k->decoder);
-	br_skey_decoder_push(&k->decoder, der.p, der.n);
+	br_skey_decoder_push(&k->decoder, whole.p, whole.n);
 	fault = key_accept(k);
 	if (fault.n)
 		die(BAD, "cannot use the key in %: %", name, fault);
@@ -3392,12 +3392,12 @@ cert_extensions(Str list, struct cert *c)
 
 /* Read a certificate's DER; false if it is malformed. */
 static bool
-cert_read(Str der, struct cert *c)
+cert_read(Str whole, struct cert *c)
 {
-	Str rest = der, outer, s, skip, list;
+	Str rest = whole, outer, s, skip, list;
 	int tag;
 
-	*c = (struct cert){ .der = der };
+	*c = (struct cert){ .der = whole };
 	if (!der_next(&rest, SEQUENCE, &outer) || rest.n ||
 	    !der_next(&outer, SEQUENCE, &s))
 		return false;
@@ -3499,9 +3499,9 @@ csr_der(const struct key *k, Str names, Str cn)
 
 /* The public key in a CSR; false if the DER is not a CSR. */
 static bool
-csr_key(Str der, Str *key)
+csr_key(Str whole, Str *key)
 {
-	Str outer, info, skip, rest = der;
+	Str outer, info, skip, rest = whole;
 	int tag;
 
 	return der_next(&rest, SEQUENCE, &outer) && rest.n == 0 &&

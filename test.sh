@@ -144,6 +144,7 @@ needs() {
 	curl				curl
 	dash				dash
 	diff				diffutils
+	ctags				universal-ctags
 	dig				bind9-dnsutils
 	mount				mount
 	openssl				openssl
@@ -8549,7 +8550,8 @@ dies 65 '1.request.*not a request' '
     printf "GET http://localhost/ HTTP/1.1\r\n\r\n" >gap/bad/1.request
     acme-step send gap/bad'
 dies 73 'one.pem/box' 'acme-step directory -B one.pem/box'
-dies 64 'cannot be used with -B' 'isolated acme-step respond -B gap/l -t http-01 -l 8080 \
+dies 64 'cannot be used with -B' \
+    'isolated acme-step respond -B gap/l -t http-01 -l 8080 \
     -k gap/account.pem <gap/record'
 check 'ACME_BOX; commands without network take no notice' '
     ACME_BOX=gap/e isolated acme-step thumbprint -k gap/account.pem &&
@@ -8788,6 +8790,23 @@ check 'no line is over 80 columns' '
     cd "$src" && for file in acme.c Makefile test.sh README; do
 	expand "$file" | not grep -n ".\{81\}" || exit
     done'
+check 'no section of acme.c is over 450 lines' '
+    awk "/^\/\* -.* -- \*\/$/ { name = \$0; first = NR }
+	name && NR - first >= 450 { print name; name = \"\"; bad = 1 }
+	END { exit bad || !first }" "$src/acme.c"'
+check 'no function of acme.c is over 50 lines' '
+    awk "/^{$/ { first = NR }
+	/^}$/ && NR - first > 51 { print NR; bad = 1 }
+	END { exit bad || !first }" "$src/acme.c"'
+check 'in no template two gaps stand side by side' '
+    not grep -n "\"[^\"]*%%[^\"]*\"" "$src/acme.c"'
+# names KINDS: of acme.c; f and d are functions and macros, l and z locals.
+names() {
+	ctags -x --c-kinds="$1" "$src/acme.c" | awk '{ print $1 }' | sort -u
+}
+check 'no local of acme.c hides a function or a macro' '
+    names fd >global && names lz >local && [ -s global ] && [ -s local ] &&
+    comm -12 global local >got && cat got && [ ! -s got ]'
 
 case $acme in
 *-san)	# not what an image is made of
