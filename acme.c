@@ -4384,6 +4384,32 @@ tls_engine(br_ssl_engine_context *e, void *buffer, size_t size, int duplex)
 	br_ssl_engine_inject_entropy(e, seed, sizeof seed);
 }
 
+/* Send the records that the engine has; returns as write() does. */
+static ssize_t
+send_records(br_ssl_engine_context *e, int fd)
+{
+	size_t room;
+	unsigned char *p = br_ssl_engine_sendrec_buf(e, &room);
+	ssize_t n = write(fd, p, room);
+
+	if (n > 0)
+		br_ssl_engine_sendrec_ack(e, (size_t)n);
+	return n;
+}
+
+/* Receive records for the engine; returns as read() does. */
+static ssize_t
+receive_records(br_ssl_engine_context *e, int fd)
+{
+	size_t room;
+	unsigned char *p = br_ssl_engine_recvrec_buf(e, &room);
+	ssize_t n = read(fd, p, room);
+
+	if (n > 0)
+		br_ssl_engine_recvrec_ack(e, (size_t)n);
+	return n;
+}
+
 /*
  * Send and receive until the engine is in one of the states.  False if it
  * cannot get there: tls.error has the reason, BR_ERR_OK if the peer closed
@@ -4393,9 +4419,7 @@ static bool
 tls_run(unsigned states)
 {
 	br_ssl_engine_context *e = &tls.client.eng;
-	unsigned char *p;
 	ssize_t n = 1;
-	size_t room;
 
 	while (n > 0 || (n < 0 && errno == EINTR)) {
 		unsigned now = br_ssl_engine_current_state(e);
@@ -4403,15 +4427,10 @@ tls_run(unsigned states)
 		tls.error = br_ssl_engine_last_error(e);
 		if (now & (states | BR_SSL_CLOSED))
 			return !(now & BR_SSL_CLOSED);
-		if (now & BR_SSL_SENDREC) {
-			p = br_ssl_engine_sendrec_buf(e, &room);
-			if ((n = write(tls.fd, p, room)) > 0)
-				br_ssl_engine_sendrec_ack(e, (size_t)n);
-		} else {
-			p = br_ssl_engine_recvrec_buf(e, &room);
-			if ((n = read(tls.fd, p, room)) > 0)
-				br_ssl_engine_recvrec_ack(e, (size_t)n);
-		}
+		if (now & BR_SSL_SENDREC)
+			n = send_records(e, tls.fd);
+		else
+			n = receive_records(e, tls.fd);
 	}
 	tls.error = BR_ERR_IO;
 	return false;
@@ -4641,28 +4660,22 @@ static bool
 tls_serve(struct tls_server *s, int fd)
 {
 	br_ssl_engine_context *e = &s->context.eng;
-	unsigned char *p;
-	ssize_t done = 1;
-	size_t n;
+	ssize_t n = 1;
 
-	while (done > 0) {
+	while (n > 0) {
 		unsigned state = br_ssl_engine_current_state(e);
 
 		if (state & BR_SSL_SENDREC) {
-			p = br_ssl_engine_sendrec_buf(e, &n);
-			if ((done = write(fd, p, n)) > 0)
-				br_ssl_engine_sendrec_ack(e, (size_t)done);
+			n = send_records(e, fd);
 		} else if (state & BR_SSL_SENDAPP && !s->done) {
 			br_ssl_engine_close(e);
 			s->done = true;
 		} else if (state & BR_SSL_RECVREC) {
-			p = br_ssl_engine_recvrec_buf(e, &n);
-			if ((done = read(fd, p, n)) > 0)
-				br_ssl_engine_recvrec_ack(e, (size_t)done);
+			n = receive_records(e, fd);
 		} else
-			done = 0;
+			n = 0;
 	}
-	return done < 0 && (errno == EAGAIN || errno == EINTR);
+	return n < 0 && (errno == EAGAIN || errno == EINTR);
 }
 
 /* ------------------------------------------------------ 22. Processes -- */
