@@ -2124,7 +2124,8 @@ random_bytes(void *p, size_t n)
 {
 	if (getentropy(p, n) != 0 &&
 	    (errno != ENOSYS || !read_urandom(p, n)))
-		die(FAULT, "no randomness from the system: %", why());
+		die(FAULT, "cannot get random bytes from the system: %",
+		    why());
 }
 
 /*
@@ -4290,14 +4291,14 @@ static const struct {
 	{ BR_ERR_X509_WRONG_KEY_TYPE, "a signature in its chain is not of "
 	    "the type of its issuer's key" },
 	{ BR_ERR_X509_BAD_SIGNATURE, "a signature in its chain is wrong" },
-	{ BR_ERR_X509_DN_MISMATCH, "its chain does not link: a certificate "
-	    "is not followed by that of its issuer" },
+	{ BR_ERR_X509_DN_MISMATCH, "a certificate in its chain is not "
+	    "followed by its issuer's certificate" },
 	{ BR_ERR_X509_BAD_SERVER_NAME, "its certificate is for another name" },
-	{ BR_ERR_X509_NOT_CA, "a certificate in its chain was issued by one "
-	    "that is not a CA's, or below too many CAs" },
+	{ BR_ERR_X509_NOT_CA, "a certificate in its chain was issued by a "
+	    "certificate that is not a CA's, or under too many CAs" },
 	{ BR_ERR_X509_FORBIDDEN_KEY_USAGE, "a CA in its chain may not issue "
 	    "certificates (key usage)" },
-	{ BR_ERR_WRONG_KEY_USAGE, "its certificate may not be used for this "
+	{ BR_ERR_WRONG_KEY_USAGE, "its certificate may not be used for TLS "
 	    "(key usage)" },
 	{ BR_ERR_X509_WEAK_PUBLIC_KEY, "a certificate in its chain has an RSA "
 	    "key of less than 2048 bits" },

@@ -2423,7 +2423,7 @@ check 'a kernel without getrandom: /dev/urandom, and each key is another' '
     faulty "no getrandom" key -o key.pem && mv key.pem ../first.key &&
     openssl pkey -in ../first.key -noout -check && cd .. &&
     faulty "no getrandom" key -o key.pem && ! cmp key.pem ../first.key'
-dies 70 'no randomness from the system' ': > urandom
+dies 70 'cannot get random bytes from the system' ': > urandom
     faulty "" key -o key.pem && FAULT="no getrandom" unshare -m sh -c "
 	mount --bind ../urandom /dev/urandom && ${RUN-} ../faulty key -o k"'
 check 'chmod refused: a key whose mode is right already' '
@@ -2811,7 +2811,7 @@ star for another name
 self does not chain to a trust anchor in .*root.pem; see -C
 strange does not chain to a trust anchor
 deep does not chain to a trust anchor
-forged-chain was issued by one that is not a CA's
+forged-chain was issued by a certificate that is not a CA's
 END
 for name in nameless mail; do
 	serve "$name"
@@ -3007,12 +3007,12 @@ done <<'END'
 by-long-chain has a key or a signature of more than 4096 bits
 by-odd-chain has a key or a signature of an unsupported type
 by-cannot-chain a CA in its chain may not issue certificates (key usage)
-by-last-chain was issued by one that is not a CA's, or below too many CAs
+by-last-chain was issued by a certificate that is not a CA's, or under too
 critical has a critical extension that is not supported
 weak has an RSA key of less than 2048 bits
-use its certificate may not be used for this (key usage)
+use its certificate may not be used for TLS (key usage)
 by-other-key-chain a signature in its chain is wrong
-swapped-chain its chain does not link: a certificate is not followed by
+swapped-chain a certificate in its chain is not followed by its issuer's
 END
 unset OPENSSL_CONF
 # What a CA issued to itself is exempt.
