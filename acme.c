@@ -353,7 +353,7 @@ enum { DIGITS = 20 };		/* of the largest 64-bit number */
 
 /* A decimal number, in the caller's buffer. */
 static Str
-digits(unsigned long long n, unsigned char b[DIGITS])
+decimal(unsigned long long n, unsigned char b[DIGITS])
 {
 	size_t i = DIGITS;
 
@@ -378,7 +378,7 @@ begin_failed_line(int status, Str name)
 		return false;
 	line_begin(1);
 	line_add(S("failed "));
-	line_add(digits((unsigned)status, b));
+	line_add(decimal((unsigned)status, b));
 	line_add(S(" "));
 	line_add(name.n ? name : S("acme-step"));
 	line_add(S(" "));
@@ -412,7 +412,7 @@ static size_t nsecret;
 static unsigned char *stack_end;	/* in main's frame: others are below */
 
 static void
-hold_signals(sigset_t *old)
+block_signals(sigset_t *old)
 {
 	sigset_t all;
 
@@ -429,7 +429,7 @@ add_cleanup(void (*end)(const struct cleanup *), int n, const void *p)
 {
 	sigset_t old;
 
-	hold_signals(&old);
+	block_signals(&old);
 	cleanup[ncleanup].end = end;
 	cleanup[ncleanup].n = n;
 	cleanup[ncleanup].p = p;
@@ -483,7 +483,7 @@ clean_up_to(size_t n)
 {
 	sigset_t old;
 
-	hold_signals(&old);
+	block_signals(&old);
 	run_cleanup(n);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	warn_now();
@@ -491,7 +491,7 @@ clean_up_to(size_t n)
 
 /* Cancel the newest clean-up action: its object is finished. */
 static void
-forget_cleanup(void)
+cancel_cleanup(void)
 {
 	ncleanup--;
 }
@@ -569,7 +569,7 @@ finish(int status)
 {
 	sigset_t none;
 
-	hold_signals(NULL);
+	block_signals(NULL);
 	leaving.phase = CLEANING_UP;
 	run_cleanup(0);
 	sigemptyset(&none);
@@ -586,7 +586,7 @@ leave(int status)
 {
 	if (leaving.phase != CLEANED_UP)
 		finish(status);
-	hold_signals(NULL);
+	block_signals(NULL);
 	wipe_secrets();
 	wipe(heap, peak);
 	wipe_and_exit(status);
@@ -658,13 +658,13 @@ doing(int status, const char *what, const char *object)
 }
 
 /* Is respond waiting for the CA to validate what is published? */
-static volatile sig_atomic_t promised;
+static volatile sig_atomic_t validating;
 
 /* The remedy if the time limit ends that wait, or NONE. */
 static Str
 limit_hint(void)
 {
-	return promised ? S("; what was published is removed now, so the CA "
+	return validating ? S("; what was published is removed now, so the CA "
 	    "may fail to validate: if the order becomes invalid, place a new "
 	    "one and raise -T") : NONE;
 }
@@ -686,15 +686,15 @@ on_signal(int sig)
 	preamble = NONE;	/* it is for a failure that has not happened */
 	if (sig != SIGALRM)
 		die(SIGNAL + sig, "ended by signal %",
-		    digits((unsigned)sig, b));
-	if (promised)
+		    decimal((unsigned)sig, b));
+	if (validating)
 		remedy = limit_hint();
 	/* No cat(): the handler may have interrupted one. */
 	if (!*activity.object)
 		die(activity.status, "time limit of % s reached while %",
-		    digits(activity.limit, b), str(activity.what));
+		    decimal(activity.limit, b), str(activity.what));
 	die(activity.status, "time limit of % s reached while % %",
-	    digits(activity.limit, b), str(activity.what),
+	    decimal(activity.limit, b), str(activity.what),
 	    str(activity.object));
 }
 
@@ -728,7 +728,7 @@ catch_signals(void)
  * `used` drop all that is newer than a mark.
  */
 static unsigned char *
-take(size_t n)
+alloc(size_t n)
 {
 	if (n > sizeof heap - used)
 		die(FAULT, "out of memory: a step has 3 MiB");
@@ -773,7 +773,7 @@ join(const Str *v, size_t nv)
 
 	for (size_t i = grow; i < nv; s.n += v[i++].n)
 		if (v[i].n)
-			memcpy(take(v[i].n), v[i].p, v[i].n);
+			memcpy(alloc(v[i].n), v[i].p, v[i].n);
 	return s;
 }
 
@@ -789,7 +789,7 @@ make_text(const char *template, ...)
 	va_start(ap, template);
 	for (; piece(&template, &ap, &s); all.n += s.n)
 		if (s.n)
-			memcpy(take(s.n), s.p, s.n);
+			memcpy(alloc(s.n), s.p, s.n);
 	va_end(ap);
 	return all;
 }
@@ -812,7 +812,7 @@ same(Str a, Str b)
 }
 
 static bool
-starts(Str s, Str prefix)
+has_prefix(Str s, Str prefix)
 {
 	return s.n >= prefix.n && same((Str){ s.p, prefix.n }, prefix);
 }
@@ -821,7 +821,7 @@ static bool
 contains(Str s, Str part)
 {
 	for (; s.n >= part.n; s = (Str){ s.p + 1, s.n - 1 })
-		if (starts(s, part))
+		if (has_prefix(s, part))
 			return true;
 	return false;
 }
@@ -837,7 +837,7 @@ is(Str s, const char *constant)
 static bool
 begins(Str s, const char *constant)
 {
-	return starts(s, str(constant));
+	return has_prefix(s, str(constant));
 }
 
 /* All but the first n bytes. */
@@ -907,7 +907,7 @@ brief(Str s)
 static Str
 shown(Str s)
 {
-	unsigned char *p = take(s.n);
+	unsigned char *p = alloc(s.n);
 	size_t at = 0;
 
 	while (at < s.n) {
@@ -923,7 +923,7 @@ shown(Str s)
 static Str
 lower(Str s)
 {
-	unsigned char *p = take(s.n);
+	unsigned char *p = alloc(s.n);
 
 	for (size_t i = 0; i < s.n; i++)
 		p[i] = lower_case(s.p[i]);
@@ -932,7 +932,7 @@ lower(Str s)
 
 /* Case-insensitively. */
 static bool
-same_word(Str a, Str b)
+same_nocase(Str a, Str b)
 {
 	size_t i = 0;
 
@@ -1001,7 +1001,7 @@ number(Str s, unsigned long max, unsigned long *n)
 static Str
 num(unsigned long long n)
 {
-	return digits(n, take(DIGITS));
+	return decimal(n, alloc(DIGITS));
 }
 
 /*
@@ -1041,7 +1041,7 @@ list_add(struct list *l, const char *separator, Str item)
 	}
 	item = shorten(item, l->limit);
 	used = l->mark + l->n;
-	end = take(gap.n + item.n);
+	end = alloc(gap.n + item.n);
 	if (item.n)
 		memmove(end + gap.n, item.p, item.n);
 	if (gap.n)
@@ -1076,7 +1076,7 @@ static const char BASE64URL[] =
 static Str
 encode(Str s, const char *alphabet, int width)
 {
-	unsigned char *to = take((s.n * 8 + (size_t)width - 1) /
+	unsigned char *to = alloc((s.n * 8 + (size_t)width - 1) /
 	    (size_t)width);
 	unsigned acc = 0, mask = (1U << width) - 1;
 	size_t n = 0;
@@ -1105,7 +1105,7 @@ b64(Str s)
 static Str
 translate(Str s, const char *set, const char *to)
 {
-	unsigned char *p = take(s.n);
+	unsigned char *p = alloc(s.n);
 
 	for (size_t i = 0; i < s.n; i++) {
 		p[i] = s.p[i];
@@ -1138,7 +1138,7 @@ hex(Str s)
 static Str
 unhex(Str s)
 {
-	unsigned char *to = take(s.n / 2);
+	unsigned char *to = alloc(s.n / 2);
 
 	for (size_t i = 0; i + 1 < s.n; i += 2)
 		to[i / 2] = (unsigned char)
@@ -1158,7 +1158,7 @@ is_b64(Str s)
 static Str
 unb64(Str s)
 {
-	unsigned char *to = take(s.n * 6 / 8);
+	unsigned char *to = alloc(s.n * 6 / 8);
 	unsigned acc = 0;
 	size_t n = 0;
 	int have = 0;
@@ -1198,7 +1198,7 @@ base32(Str s)
 static Str
 quote(Str s)
 {
-	unsigned char *to = take(6 * s.n + 2), *o = to;
+	unsigned char *to = alloc(6 * s.n + 2), *o = to;
 	size_t mark = (size_t)(to - heap);
 
 	*o++ = '"';
@@ -1290,7 +1290,7 @@ eat_many(struct scan *j, const char *set)
 static bool
 eat_name(struct scan *j, Str name)
 {
-	if (!starts((Str){ j->p, (size_t)(j->end - j->p) }, name))
+	if (!has_prefix((Str){ j->p, (size_t)(j->end - j->p) }, name))
 		return false;
 	j->p += name.n;
 	return true;
@@ -1489,7 +1489,7 @@ json_text(Str v)
 	v = (Str){ v.p + 1, v.n - 2 };
 	if (v.n == 0 || !memchr(v.p, '\\', v.n))
 		return v;
-	to = take(v.n + 3);
+	to = alloc(v.n + 3);
 	while (v.n > 0) {
 		unsigned char c = v.p[0];
 
@@ -1773,7 +1773,7 @@ time_offset(Str s, long long *t)
 	int unit, h, m;
 
 	*t = 0;
-	if (same_word(s, S("Z")))
+	if (same_nocase(s, S("Z")))
 		return true;
 	if (s.n != 6 || (s.p[0] != '+' && s.p[0] != '-') || s.p[3] != ':')
 		return false;
@@ -1896,7 +1896,7 @@ show_wait(const char *what, long long ms)
  * reports how many ms the CA asks for before the next request.
  */
 static bool boxed;
-static long long carrier_pause;
+static long long box_pause;
 
 static long long report_time;	/* ms that the last requests may take */
 
@@ -1923,7 +1923,7 @@ pause_for(const char *what, long long ms)
 	struct timespec t = { (time_t)(ms / 1000),
 	    (long)(ms % 1000 * 1000000) };
 
-	carrier_pause = ms;
+	box_pause = ms;
 	if (boxed)
 		return true;
 	if (ms >= time_to_wait())
@@ -1986,7 +1986,7 @@ read_all(int fd, const char *name)
 	size_t n;
 
 	do {
-		unsigned char *p = take(PIECE);
+		unsigned char *p = alloc(PIECE);
 
 		n = read_some(fd, p, PIECE, name);
 		used -= PIECE - n;
@@ -2138,7 +2138,7 @@ create(int dir, const char *name, mode_t mode)
 	sigset_t old;
 	int fd;
 
-	hold_signals(&old);
+	block_signals(&old);
 	fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW |
 	    O_CLOEXEC, mode);
 	if (fd >= 0)
@@ -2231,7 +2231,7 @@ follow(const char *file, struct stat *st)
 	const char *base, *next;
 
 	for (int i = 0; i < LINKS; i++, file = next) {
-		char *to = (char *)take(PATH_MAX);
+		char *to = (char *)alloc(PATH_MAX);
 		ssize_t n;
 
 		if (lstat(file, st) != 0)
@@ -2291,7 +2291,7 @@ is_mount(void)
 	sigset_t old;
 	bool linked;
 
-	hold_signals(&old);
+	block_signals(&old);
 	linked = linkat(out.dir, out.base, out.dir, name, 0) == 0;
 	if (linked)
 		add_cleanup(remove_file, out.dir, name);
@@ -2389,10 +2389,10 @@ name_key(void)
 	sigset_t old;
 	bool named, alone;
 
-	hold_signals(&old);
+	block_signals(&old);
 	named = name_file(out.dir, out.temporary, out.base);
 	if (named)
-		forget_cleanup();
+		cancel_cleanup();
 	alone = named && drop_name(out.dir, out.temporary);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	if (!named && errno == EEXIST)
@@ -2410,7 +2410,7 @@ out_rename(void)
 {
 	if (renameat(out.dir, out.temporary, out.dir, out.base) != 0)
 		not_written("rename");
-	forget_cleanup();
+	cancel_cleanup();
 }
 
 /* Write the result, all at once.  Nothing else writes to it. */
@@ -2483,7 +2483,7 @@ pem_label(Str s, Str prefix)
 {
 	Str label = from(s, prefix.n), end = S("-----");
 
-	if (!starts(s, prefix) || label.n < end.n ||
+	if (!has_prefix(s, prefix) || label.n < end.n ||
 	    !same(from(label, label.n - end.n), end))
 		return NONE;
 	return (Str){ label.p, label.n - end.n };
@@ -2703,7 +2703,7 @@ static Str
 hash(const br_hash_class *h, Str s)
 {
 	size_t n = h->desc >> BR_HASHDESC_OUT_OFF & BR_HASHDESC_OUT_MASK;
-	unsigned char *p = take(n);
+	unsigned char *p = alloc(n);
 	br_hash_compat_context c;
 
 	h->init(&c.vtable);
@@ -2721,7 +2721,7 @@ sha256(Str s)
 static Str
 hmac_sha256(Str key, Str s)
 {
-	unsigned char *o = take(br_sha256_SIZE);
+	unsigned char *o = alloc(br_sha256_SIZE);
 	br_hmac_key_context k;
 	br_hmac_context c;
 
@@ -2762,7 +2762,7 @@ rsa_public(struct key *k, Str n, Str e)
 static Str
 exponent(const struct key *k)
 {
-	unsigned char *p = take(MAX_EXPONENT), *end = p + MAX_EXPONENT;
+	unsigned char *p = alloc(MAX_EXPONENT), *end = p + MAX_EXPONENT;
 
 	for (int shift = 24; shift >= 0; shift -= 8)
 		*p++ = (unsigned char)(k->exponent >> shift);
@@ -3016,7 +3016,7 @@ static Str
 rsa_private(const struct key *k)
 {
 	const br_rsa_private_key *r = &k->rsa;
-	unsigned char *d = take(MAX_MODULUS);
+	unsigned char *d = alloc(MAX_MODULUS);
 	size_t n = br_rsa_i31_compute_privexp(d, r, k->exponent);
 
 	if (n == 0)
@@ -3057,7 +3057,7 @@ static Str
 sign(const struct key *k, Str s, bool asn1)
 {
 	Str h = hash(k->type->hash, s);
-	unsigned char *o = take(MAX_MODULUS);
+	unsigned char *o = alloc(MAX_MODULUS);
 	br_ecdsa_sign ec = asn1 ? br_ecdsa_i31_sign_asn1 :
 	    br_ecdsa_i31_sign_raw;
 	size_t n = k->npublic;
@@ -3095,7 +3095,7 @@ is_ip(Str type)
 static Str
 ip_bytes(Str s)
 {
-	unsigned char *p = take(16);
+	unsigned char *p = alloc(16);
 	const char *address;
 
 	if (!s.n || s.n >= INET6_ADDRSTRLEN || memchr(s.p, 0, s.n))
@@ -3205,7 +3205,7 @@ url_read(Str s, struct url *u)
 		    s.p[i]))
 			return false;
 	if (s.n > WORD || s.n < scheme.n ||
-	    !same_word((Str){ s.p, scheme.n }, scheme))
+	    !same_nocase((Str){ s.p, scheme.n }, scheme))
 		return false;
 	rest = from(s, scheme.n);
 	while (n < rest.n && rest.p[n] != '/' && rest.p[n] != '?')
@@ -3228,7 +3228,7 @@ same_origin(Str a, Str b)
 	if (!url_read(a, &u) || !url_read(b, &v))
 		return false;
 	ip = ip_bytes(u.host);
-	return (same_word(u.host, v.host) ||
+	return (same_nocase(u.host, v.host) ||
 	    (ip.n && same(ip, ip_bytes(v.host)))) &&
 	    number(u.port, MAX_PORT, &m) && number(v.port, MAX_PORT, &n) &&
 	    m == n;
@@ -3810,7 +3810,7 @@ names_host(Str name, Str host)
 {
 	if (is_wildcard(name) && cut(&host, '.').n)
 		name = from(name, 2);
-	return same_word(name, host);
+	return same_nocase(name, host);
 }
 
 /*
@@ -3908,9 +3908,9 @@ dns_within(Str name, Str base)
 	if (!is_dns_name(name))
 		return false;
 	if (base.n == 0 || base.n >= name.n)
-		return base.n == 0 || (!below && same_word(name, base));
+		return base.n == 0 || (!below && same_nocase(name, base));
 	dot = name.n - base.n - 1;
-	return name.p[dot] == '.' && same_word(from(name, dot + 1), base);
+	return name.p[dot] == '.' && same_nocase(from(name, dot + 1), base);
 }
 
 /* Can a dNSName match a name within a base?  A malformed one might. */
@@ -3922,7 +3922,7 @@ dns_touches(Str name, Str base)
 	base = parent = from(base, begins(base, "."));
 	cut(&parent, '.');
 	return !is_dns_name(name) || dns_within(name, base) ||
-	    (is_wildcard(name) && same_word(from(name, 2), parent));
+	    (is_wildcard(name) && same_nocase(from(name, 2), parent));
 }
 
 /*
@@ -5013,7 +5013,7 @@ start_lookup(struct pollfd *p, const char *name, int af)
 	int fds[2];
 	pid_t pid;
 
-	hold_signals(&old);
+	block_signals(&old);
 	if (pipe(fds) != 0 || (pid = fork()) < 0)
 		die(FAULT, "cannot start a process: %", why());
 	if (pid == 0)
@@ -5311,7 +5311,7 @@ add_resolved_addresses(Str name, Str port)
 
 	for (size_t i = 0; i < nresolved; i++) {
 		read_resolved(resolved[i], &host, &at, &address);
-		if (!same_word(host, name) || !same(at, port))
+		if (!same_nocase(host, name) || !same(at, port))
 			continue;
 		add_ip(ip_bytes(address));
 		any = true;
@@ -5454,7 +5454,7 @@ dial_command(const char *host, const char *port)
 	int fds[2];
 
 	doing(CA_DOWN, "connecting through", c_str(command_name()));
-	hold_signals(&old);
+	block_signals(&old);
 	if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds) != 0 ||
 	    (conn.command = fork()) < 0)
 		die(FAULT, "cannot start a process: %", why());
@@ -5514,14 +5514,14 @@ is_entry(Str entry, Str host, Str port)
 		if (s.n && !same(s, port))
 			return false;
 	}
-	if (is(entry, "*") || same_word(entry, host) ||
+	if (is(entry, "*") || same_nocase(entry, host) ||
 	    (ip.n && same(ip_bytes(entry), ip)))
 		return true;
 	if (begins(entry, "."))
 		entry = from(entry, 1);
 	return entry.n && !ip.n && host.n > entry.n &&
 	    host.p[host.n - entry.n - 1] == '.' &&
-	    same_word(from(host, host.n - entry.n), entry);
+	    same_nocase(from(host, host.n - entry.n), entry);
 }
 
 /* Does an entry of no_proxy match the host? */
@@ -5559,7 +5559,7 @@ take_scheme(Str *s)
 	if (!contains(*s, S("://")))
 		return true;
 	*s = from(rest, 2);
-	return same_word(scheme, S("http")) && begins(rest, "//");
+	return same_nocase(scheme, S("http")) && begins(rest, "//");
 }
 
 /*
@@ -5622,7 +5622,7 @@ static Str
 percent_decoded(Str s)
 {
 	size_t mark = used;
-	unsigned char *o = take(s.n);
+	unsigned char *o = alloc(s.n);
 	size_t n = 0;
 
 	for (; s.n; s = from(s, 1)) {
@@ -5654,7 +5654,7 @@ proxy_line(int fd, size_t *room, Str name)
 			    "proxy %", name);
 		if (c == '\n')
 			break;
-		*take(1) = c;
+		*alloc(1) = c;
 		s.n++;
 	}
 	if (s.n && s.p[s.n - 1] == '\r')
@@ -5897,10 +5897,10 @@ http_line(struct response *r, size_t *room, Str *s)
 		if ((*room)-- == 0)
 			die(FAULT, "the header of the response from % is "
 			    "larger than % KiB", r->url, num(HEAD >> 10));
-		*take(1) = (unsigned char)c;
+		*alloc(1) = (unsigned char)c;
 		s->n++;
 	}
-	*take(1) = '\n';
+	*alloc(1) = '\n';
 	if (s->n && s->p[s->n - 1] == '\r')
 		s->n--;
 	for (size_t i = 0; i < s->n; i++)
@@ -5968,29 +5968,29 @@ http_field(struct response *r, struct framing *f, Str name, Str value)
 {
 	unsigned long n;
 
-	if (same_word(name, S("Location")))
+	if (same_nocase(name, S("Location")))
 		r->location = value;
-	else if (same_word(name, S("Replay-Nonce"))) {
+	else if (same_nocase(name, S("Replay-Nonce"))) {
 		/* RFC 8555 6.5.1: what is not base64url is to be ignored. */
 		if (is_b64(value) && value.n <= NONCE)
 			r->nonce = value;
-	} else if (same_word(name, S("Retry-After")))
+	} else if (same_nocase(name, S("Retry-After")))
 		r->retry_after = retry_after(value);
-	else if (same_word(name, S("Content-Length"))) {
+	else if (same_nocase(name, S("Content-Length"))) {
 		if (!number(value, 1UL << 31, &n) ||
 		    (f->has_length && n != f->length))
 			broken(r, "has an invalid or second, different "
 			    "Content-Length: %", brief(value));
 		f->has_length = true;
 		f->length = n;
-	} else if (same_word(name, S("Transfer-Encoding"))) {
-		if (!same_word(value, S("chunked")) || f->chunked)
+	} else if (same_nocase(name, S("Transfer-Encoding"))) {
+		if (!same_nocase(value, S("chunked")) || f->chunked)
 			broken(r, "has an unsupported "
 			    "Transfer-Encoding: %", brief(value));
 		f->chunked = true;
-	} else if (same_word(name, S("Connection")))
+	} else if (same_nocase(name, S("Connection")))
 		while (value.n)
-			if (same_word(trim(cut(&value, ',')), S("close")))
+			if (same_nocase(trim(cut(&value, ',')), S("close")))
 				r->last = true;
 }
 
@@ -6032,7 +6032,7 @@ next_field(Str *head, Str name, Str *value)
 {
 	while (head->n) {
 		*value = cut(head, '\n');
-		if (!same_word(cut(value, ':'), name))
+		if (!same_nocase(cut(value, ':'), name))
 			continue;
 		if (value->n && value->p[value->n - 1] == '\r')
 			value->n--;
@@ -6054,7 +6054,7 @@ http_bytes(struct response *r, unsigned long n)
 
 		if (c < 0)
 			cut_off(r);
-		*take(1) = (unsigned char)c;
+		*alloc(1) = (unsigned char)c;
 		r->body.n++;
 	}
 }
@@ -6265,7 +6265,7 @@ box_write(const char *name, Str s)
 	    renameat(box.dir, temporary, box.dir, name) != 0)
 		die(IO, "cannot write % in %: %", str(name), str(box.name),
 		    why());
-	forget_cleanup();
+	cancel_cleanup();
 }
 
 /* A part of a JWS in plain text, on one line. */
@@ -6273,7 +6273,7 @@ static Str
 jws_part(Str body, const char *name)
 {
 	Str o, s = json_read(body, &o) ? unb64(text_of(o, name)) : NONE;
-	unsigned char *p = take(s.n);
+	unsigned char *p = alloc(s.n);
 
 	for (size_t i = 0; i < s.n; i++)
 		p[i] = s.p[i] < ' ' ? ' ' : s.p[i];
@@ -6399,8 +6399,8 @@ box_batch(const struct request *q, struct response *r, size_t n)
 	die(LATER, "% has % request% without a response; run acme-step send "
 	    "%, then this step again%", str(box.name), num(lack),
 	    lack == 1 ? NONE : S("s"), str(box.name),
-	    carrier_pause < 1000 ? NONE : text("; not before % s have passed",
-	    num((unsigned long long)carrier_pause / 1000)));
+	    box_pause < 1000 ? NONE : text("; not before % s have passed",
+	    num((unsigned long long)box_pause / 1000)));
 }
 
 /* Use a directory as the box; it is created if it does not exist. */
@@ -7415,8 +7415,8 @@ has_relation(Str params, Str relation)
 		value = trim(value);
 		if (value.n > 1 && value.p[0] == '"')
 			value = (Str){ value.p + 1, value.n - 2 };
-		while (same_word(name, S("rel")) && value.n)
-			found |= same_word(cut(&value, ' '), relation);
+		while (same_nocase(name, S("rel")) && value.n)
+			found |= same_nocase(cut(&value, ' '), relation);
 	}
 	return found;
 }
@@ -8715,7 +8715,7 @@ is_leftover(int dir, const char *name, Str content)
 	if (fd >= 0)
 		close(fd);
 	return n >= 0 && n == st.st_size &&
-	    starts(content, (Str){ b, (size_t)n }) &&
+	    has_prefix(content, (Str){ b, (size_t)n }) &&
 	    ((size_t)n == content.n ||
 	    (st.st_uid == geteuid() && strlen(name) >= ENTROPY));
 }
@@ -8753,7 +8753,7 @@ publish_file(int dir, const char *dir_name, const struct challenge *c)
 	if (!write_all(fd, c->content) || !synced(fd) || close(fd) != 0)
 		die(IO, "cannot write % in %: %", c->name, str(dir_name),
 		    why());
-	hold_signals(&old);
+	block_signals(&old);
 	named = name_published(dir, temporary, name, c->content);
 	if (named)
 		cleanup[ncleanup - 1].p = name;
@@ -8968,7 +8968,7 @@ http_serve(struct client *c)
 	method = cut(&s, ' ');
 	path = cut(&s, ' ');
 	if ((is(method, "GET") || is(method, "HEAD")) &&
-	    starts(path, S(well_known)) && begins(s, "HTTP/1."))
+	    has_prefix(path, S(well_known)) && begins(s, "HTTP/1."))
 		content = content_of(from(path, sizeof well_known - 1));
 	client_send(c, text("HTTP/1.1 %\r\nContent-Type: "
 	    "application/octet-stream\r\nContent-Length: %\r\n"
@@ -9031,7 +9031,7 @@ find_validation(Str sni)
 	const struct challenge *c;
 
 	for each(c, challenge)
-		if (same_word(c->name, sni))
+		if (same_nocase(c->name, sni))
 			return validation[c - order.challenge];
 	return NONE;
 }
@@ -9064,7 +9064,7 @@ enum {
 static Str
 u16(size_t n)
 {
-	unsigned char *p = take(2);
+	unsigned char *p = alloc(2);
 
 	p[0] = (unsigned char)(n >> 8);
 	p[1] = (unsigned char)n;
@@ -9162,7 +9162,7 @@ dns_answers(const struct question *q, Str *answers, size_t *zone, size_t *n)
 		size_t above = q->name.n - c->name.n;
 
 		if (c->name.n > q->name.n ||
-		    !same_word(from(q->name, above), c->name) ||
+		    !same_nocase(from(q->name, above), c->name) ||
 		    (above && q->name.p[above - 1] != '.'))
 			continue;
 		ours = true;
@@ -9475,9 +9475,9 @@ on_child(int sig)
 		preamble = NONE;
 		if (WIFSIGNALED(status))
 			die(FAULT, "the responder was ended by signal %",
-			    digits((unsigned)WTERMSIG(status), b));
+			    decimal((unsigned)WTERMSIG(status), b));
 		die(FAULT, "the responder failed with status %",
-		    digits((unsigned)WEXITSTATUS(status), b));
+		    decimal((unsigned)WEXITSTATUS(status), b));
 	}
 	errno = error;
 }
@@ -9586,7 +9586,7 @@ start_responder(const char *where)
 	pid_t pid;
 
 	(void)where;
-	hold_signals(&old);
+	block_signals(&old);
 	sigfillset(&act.sa_mask);
 	sigaction(SIGCHLD, &act, NULL);
 	if (pipe(fds) != 0 || (pid = fork()) < 0)
@@ -10122,7 +10122,7 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 		fcntl(fds[0], F_SETFD, FD_CLOEXEC);
 		fcntl(fds[1], F_SETFD, FD_CLOEXEC);
 	}
-	hold_signals(&old);
+	block_signals(&old);
 	if ((pid = hook_start(h, h->call[0], fds[1])) < 0)
 		die(FAULT, "cannot start a process: %", why());
 	add_cleanup(hook_clean_up, 0, h);
@@ -10135,11 +10135,11 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 	}
 	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
 		continue;
-	forget_cleanup();
+	cancel_cleanup();
 	if (status == 0)
 		return true;
 	if (WIFEXITED(status))
-		forget_cleanup();
+		cancel_cleanup();
 	if (hook_style->may_decline && WIFEXITED(status) &&
 	    WEXITSTATUS(status) < 126)
 		return false;
@@ -10894,7 +10894,7 @@ say_dropped(Str list)
 		bool there = !*contact[i];
 
 		for (all = list; json_each(&all, &none, &v); )
-			there |= same_word(plain(v), str(contact[i]));
+			there |= same_nocase(plain(v), str(contact[i]));
 		if (!there)
 			warn("the CA does not list the contact % for the "
 			    "account", str(contact[i]));
@@ -11487,14 +11487,14 @@ do_respond(char **arg)
 	if (settle && !pause_for("waiting after publishing (-s)",
 	    (long long)settle * 1000))
 		die(LATER, "too little of -T is left for -s; raise -T");
-	promised = how != NULL;
+	validating = how != NULL;
 	ask_to_validate();
 	if (!opt['n'] && order.url.n)
 		order_await(PENDING, "waiting for the CA to validate", 0);
 	else if (!opt['n'])
 		authorizations_await("waiting for the CA to validate");
 	validated = order.status != INVALID;
-	promised = false;
+	validating = false;
 	clean_up_to(before);
 	if (!validated)
 		order_failed();
@@ -11757,7 +11757,7 @@ read_request_file(Str s, struct request *q)
 	cut(&s, '\n');
 	while (s.n && !is(line_text = cut(&s, '\n'), "\r")) {
 		value = line_text;
-		if (same_word(cut(&value, ':'), S("Content-Length")) &&
+		if (same_nocase(cut(&value, ':'), S("Content-Length")) &&
 		    !number(trim(cut(&value, '\r')), INPUT, &length))
 			return false;
 	}
