@@ -14,7 +14,7 @@
 #
 # "not ok" is followed by what the test printed; TRACE=1 in the
 # environment adds the commands of each.
-# shellcheck disable=SC2016	# check and dies evaluate their arguments
+# shellcheck disable=SC2016,SC2034	# check and dies evaluate their arguments
 
 task=check
 case ${1-} in
@@ -587,31 +587,29 @@ names_in() {
 /g' | sort
 }
 
-base64url() {
-	openssl base64 -A | tr +/ -_ | tr -d =
+# oracle KEY: of its JWK (RFC 7638 3), by openssl alone.
+base64url() { openssl base64 -A | tr '+/' '-_' | tr -d =; }
+from_base64url() {
+	tr -- '-_' '+/' | awk '{ while (length % 4) $0 = $0 "="; print }' |
+	    openssl base64 -d -A
 }
-
-# The public key's thumbprint, as RFC 7638 has it.
-thumbprint_of() {
-	case $(openssl pkey -in "$1" -noout -text) in
-	*P-256*)	ec_jwk "$1" P-256 32 ;;
-	*P-384*)	ec_jwk "$1" P-384 48 ;;
-	*)		rsa_jwk "$1" ;;
-	esac | openssl dgst -sha256 -binary | base64url
+jwk() {
+	openssl pkey -in "$1" -pubout -outform DER -out pub.der || return
+	text=$(openssl pkey -in "$1" -noout -text)
+	case $text in
+	*modulus*)
+		n=$(openssl rsa -in "$1" -noout -modulus | cut -d = -f 2 |
+		    xxd -r -p | base64url)
+		printf '{"e":"AQAB","kty":"RSA","n":"%s"}' "$n"
+		return ;;
+	*P-256*) crv=P-256 size=32 ;;
+	*P-384*) crv=P-384 size=48 ;;
+	esac
+	printf '{"crv":"%s","kty":"EC","x":"%s","y":"%s"}' "$crv" \
+	    "$(tail -c $((2 * size)) pub.der | head -c "$size" | base64url)" \
+	    "$(tail -c "$size" pub.der | base64url)"
 }
-
-# The point is at the end of the key's DER: two numbers of that length.
-ec_jwk() {
-	openssl pkey -in "$1" -pubout -outform DER | tail -c $(($3 * 2)) >xy
-	printf '{"crv":"%s","kty":"EC","x":"%s","y":"%s"}' "$2" \
-	    "$(head -c "$3" xy | base64url)" "$(tail -c "$3" xy | base64url)"
-}
-
-rsa_jwk() {
-	printf '{"e":"AQAB","kty":"RSA","n":"%s"}' "$(
-	openssl rsa -in "$1" -noout -modulus | cut -d= -f2 |
-	busybox xxd -r -p | base64url)"
-}
+oracle() { jwk "$1" | openssl dgst -sha256 -binary | base64url; }
 
 # field KEYWORD [RECORD]: the first such line's rest.
 field() {
@@ -1072,9 +1070,9 @@ dies 64 'key: option -o needs a value' '"$acme" key -o'
 dies 64 ': -4 and -6 cannot be combined' '"$acme" directory -4 -6'
 check 'a refused command line makes no file' '[ ! -e none.pem ]'
 
-# stuck FD COMMAND...: run it where this descriptor is a full pipe.
+# clogged FD COMMAND...: run it where this descriptor is a full pipe.
 mkfifo full.pipe
-stuck() {
+clogged() {
 	(
 		fd=$1; shift
 		exec 7<>full.pipe
@@ -1084,18 +1082,18 @@ stuck() {
 	)
 }
 check 'a step that cannot write its message ends, with its own status' '
-	stuck 2 timeout -s KILL 20 "$acme" nonsense; got=$?
+	clogged 2 timeout -s KILL 20 "$acme" nonsense; got=$?
 	echo "$got"; [ "$got" = 64 ] &&
-	{ stuck 2 timeout -s KILL 20 "$acme" thumbprint -k none.pem; got=$?
+	{ clogged 2 timeout -s KILL 20 "$acme" thumbprint -k none.pem; got=$?
 	echo "$got"; [ "$got" = 66 ]; }'
 "$acme" key -o stuck.key
 check 'and the next step is told' '
-	stuck 2 timeout -s KILL 20 "$acme" order -k stuck.key </dev/null |
+	clogged 2 timeout -s KILL 20 "$acme" order -k stuck.key </dev/null |
 	cat >piped
 	cat piped; grep "^failed 65 order " piped'
 check 'nor does a next step that does not read hold it up' '
 	echo "failed 75 new-order some words" >piped
-	stuck 1 timeout -s KILL 20 "$acme" order -k stuck.key <piped; got=$?
+	clogged 1 timeout -s KILL 20 "$acme" order -k stuck.key <piped; got=$?
 	echo "$got"; [ "$got" = 75 ]'
 
 group 'offline: help'
@@ -1132,7 +1130,7 @@ check 'without arguments: a short usage, and what a certificate takes' '
     grep "no command given (see acme-step help)" err &&
     grep "key, new-account, new-order, respond, finalize" err'
 check 'with standard error full too' '
-    stuck 2 timeout -s KILL 20 "$acme"; got=$?
+    clogged 2 timeout -s KILL 20 "$acme"; got=$?
     echo "$got"; [ "$got" = 64 ]'
 
 # Each option that its help lists is one that it accepts.
@@ -1570,30 +1568,6 @@ dies 74 . '"$acme" csr -K ec256.pem a.example >/dev/full'
 dies 74 . '"$acme" json a.b.1 object >/dev/full'
 dies 74 . '"$acme" thumbprint -k ec256.pem >/dev/full'
 
-# oracle KEY: its JWK thumbprint (RFC 7638 3), by openssl alone.
-b64() { openssl base64 -A | tr '+/' '-_' | tr -d =; }
-unb64() {
-	tr -- '-_' '+/' | awk '{ while (length % 4) $0 = $0 "="; print }' |
-	    openssl base64 -d -A
-}
-jwk() {
-	openssl pkey -in "$1" -pubout -outform DER -out pub.der || return
-	text=$(openssl pkey -in "$1" -noout -text)
-	case $text in
-	*modulus*)
-		n=$(openssl rsa -in "$1" -noout -modulus | cut -d = -f 2 |
-		    xxd -r -p | b64)
-		printf '{"e":"AQAB","kty":"RSA","n":"%s"}' "$n"
-		return ;;
-	*P-256*) crv=P-256 size=32 ;;
-	*P-384*) crv=P-384 size=48 ;;
-	esac
-	printf '{"crv":"%s","kty":"EC","x":"%s","y":"%s"}' "$crv" \
-	    "$(tail -c $((2 * size)) pub.der | head -c "$size" | b64)" \
-	    "$(tail -c "$size" pub.der | b64)"
-}
-oracle() { jwk "$1" | openssl dgst -sha256 -binary | b64; }
-
 for type in $types; do
 	check "thumbprint of $type, by openssl" \
 	    "is \"\$(oracle $type.pem)\" '\"\$acme\" thumbprint -k $type.pem'"
@@ -1628,7 +1602,7 @@ ec_key prime256v1 \
 check 'RFC 7515 A.3: the key' 'is "$(printf %s "{\"crv\":\"P-256\"," \
     "\"kty\":\"EC\",\"x\":\"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU\"," \
     "\"y\":\"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0\"}" |
-    openssl dgst -sha256 -binary | b64)" \
+    openssl dgst -sha256 -binary | base64url)" \
     "\"\$acme\" thumbprint -k rfc7515.pem"'
 # RFC 7517 A.2 has the private half of the example in RFC 7638 3.1.
 cat >rfc7638.pem <<'END'
@@ -2434,18 +2408,18 @@ for how in 'chmod refused, all is 0755' 'all is 0755'; do
 	check "there is no key that others could read: $how" '
 	    is "" "ls -A faults"'
 done
-# again FAULTS MODE: what replaces a file that has this mode.
-again() {
+# replaced FAULTS MODE: what replaces a file that has this mode.
+replaced() {
 	faulty '' key -o key.pem && rm kept && echo old >out &&
 	chmod "$2" out &&
 	FAULT=$1 ${RUN-} ../faulty csr -K key.pem -o out a.example
 }
 check 'chmod refused: a file is replaced, unless more can read it then' '
-    again "chmod refused" 644 && grep BEGIN out && cd .. &&
-    again "chmod refused, all is 0755" 755 && grep BEGIN out && cd .. &&
-    again "chmod refused, all is 0755" 644 && grep BEGIN out'
+    replaced "chmod refused" 644 && grep BEGIN out && cd .. &&
+    replaced "chmod refused, all is 0755" 755 && grep BEGIN out && cd .. &&
+    replaced "chmod refused, all is 0755" 644 && grep BEGIN out'
 dies 73 'out: its file system does not keep the mode' \
-    'again "chmod refused" 600'
+    'replaced "chmod refused" 600'
 check 'and the old file stays' 'is old "cat faults/out" &&
     ! ls -A faults | grep -F .acme-step'
 check 'a directory that cannot be synced: a warning' '
@@ -2644,13 +2618,13 @@ group 'JWS: openssl verifies what we sign'
 
 # protected FILE MEMBER: a member of the protected header.
 part() { sed 's/.*"'"$2"'" *: *"\([^"]*\)".*/\1/' "$1"; }
-protected() { part "$1" protected | unb64; }
+protected() { part "$1" protected | from_base64url; }
 # verifies KEY DIGEST FILE: the JWS is one of this key's (RFC 7515 5.2).
 verifies() {
 	printf %s "$(part "$3" protected).$(part "$3" payload)" >input
 	jws=$3 bits=$2
 	[ "$bits" != rsa ] || bits=256
-	part "$jws" signature | unb64 >signature
+	part "$jws" signature | from_base64url >signature
 	openssl pkey -in "$1" -pubout -out public.pem
 	if [ "$2" != rsa ]; then
 		half=$(($(stat -c %s signature) / 2))
@@ -2696,7 +2670,7 @@ check 'each request says its host, length and agent' '
 check 'post signs what it reads' '
 	rm www/requests
 	is hello "echo \"{\\\"a\\\": [1]}\" | step post -a account $ca/it" &&
-	is "{\"a\": [1]}" "part www/body.POST_it.1 payload | unb64" &&
+	is "{\"a\": [1]}" "part www/body.POST_it.1 payload | from_base64url" &&
 	verifies account.key 256 www/body.POST_it.1'
 # The first request is for a nonce.
 check 'a box shows no control characters and marks of direction' '
@@ -2719,7 +2693,7 @@ check 'a new account is signed with its jwk' '
 	protected www/body.POST_newAccount.1 >header &&
 	grep -q "\"jwk\": *$(jwk account.key)" header &&
 	! grep kid header &&
-	part www/body.POST_newAccount.1 payload | unb64 >payload &&
+	part www/body.POST_newAccount.1 payload | from_base64url >payload &&
 	grep -q "\"termsOfServiceAgreed\": *true" payload &&
 	grep -q "\"contact\": *\[\"mailto:a@a.example\"\]" payload'
 
@@ -3411,12 +3385,12 @@ for after in 99999999999999999999 'Sun, 06 Nov 2094 08:49:37 GMT'; do
 done
 group 'the directory'
 
-# redirect CODE URL: the directory is there now.
+# redirect REQUEST CODE URL: this is the response to it.
 redirect() {
-	raw GET_old "HTTP/1.1 $1 X\r\nLocation: $2\r\nContent-Length: 0\r\n\r\n"
+	raw "$1" "HTTP/1.1 $2 X\r\nLocation: $3\r\nContent-Length: 0\r\n\r\n"
 }
 for code in 301 302 307 308; do
-	check "a redirect, $code" "fresh; redirect $code $ca/dir
+	check "a redirect, $code" "fresh; redirect GET_old $code $ca/dir
 	    step directory -d $ca/old >out && grep $ca/newOrder out"
 done
 # The same server at another port: another origin.
@@ -3424,15 +3398,15 @@ serve server
 other=https://localhost:$port
 answer GET_dir2 '200 OK' "$(printf %s "$directory" | sed "s|$ca|$other|g")"
 check 'a redirect to another port' '
-	redirect 302 "$other/dir2"
+	redirect GET_old 302 "$other/dir2"
 	step directory -d "$ca/old" >out && grep "$other/newOrder" out'
 dies 78 'other than an https URL: http:' '
-	redirect 302 "http://localhost:$home/dir"
+	redirect GET_old 302 "http://localhost:$home/dir"
 	step directory -d "$ca/old"'
 dies 78 'HTTP status 302' '
-	redirect 302 "$ca/old"; step directory -d "$ca/old"'
+	redirect GET_old 302 "$ca/old"; step directory -d "$ca/old"'
 dies 78 'other than an https URL' '
-	redirect 302 nonsense; step directory -d "$ca/old"'
+	redirect GET_old 302 nonsense; step directory -d "$ca/old"'
 dies 78 'HTTP status 302' '
 	raw GET_old "HTTP/1.1 302 X\r\nContent-Length: 0\r\n\r\n"
 	step directory -d "$ca/old"'
@@ -4058,7 +4032,7 @@ challenge() {
 }
 fresh
 print=$(oracle account.key)
-digest=$(printf %s "$token.$print" | openssl dgst -sha256 -binary | b64)
+digest=$(printf %s "$token.$print" | openssl dgst -sha256 -binary | base64url)
 hash=$(printf %s "$token.$print" | openssl dgst -sha256 | sed 's/.* //')
 authz '"type":"http-01","status":"pending","token":"'$token'"'
 challenge "http-01 dns a.example $ca/chall $token $token.$print"
@@ -4247,7 +4221,7 @@ check 'an authorization is deactivated' '
 	rm -f www/requests
 	step deactivate-authz <record >out && cat out &&
 	is "{\"status\":\"deactivated\"}" \
-	    "part www/body.POST_authz.2 payload | unb64"'
+	    "part www/body.POST_authz.2 payload | from_base64url"'
 sed "s|^directory .*|directory $other/dir|" record >via
 dies 76 "$other/dir redirects to another origin, $ca" \
     'step deactivate-authz <via'
@@ -4734,7 +4708,7 @@ milliseconds() { echo $(($(date +%s%N) / 1000000)); }
 # is a full pipe, and wait until it has published.
 stuck_respond() {
 	rm -rf w; mkdir w
-	stuck 2 "$acme" respond -C root.pem -k account.key -s 200 -w w \
+	clogged 2 "$acme" respond -C root.pem -k account.key -s 200 -w w \
 	    <http.rec & job=$!
 	await test -e "w/$token" && pid=$(cat stuck.pid)
 }
@@ -4753,7 +4727,7 @@ check 'a full pipe at standard error: what was published goes at once' '
     gone=$?; sleep 0.5; kill -TERM "$pid"; stuck_ends 143 2000 &&
     [ "$gone" = 0 ]'
 check 'a step that is stuck in a message of -v ends at its time limit' '
-    stuck 2 timeout -s KILL 20 "$acme" order -v -T 2 -C root.pem \
+    clogged 2 timeout -s KILL 20 "$acme" order -v -T 2 -C root.pem \
 	-k account.key <record; got=$?
     echo "$got"; [ "$got" = 69 ]'
 check 'and the step ends without a second signal, also after a warning' '
@@ -5764,7 +5738,7 @@ check 'no shell has run anything' '! [ -e ran ] && ! [ -e calls ]'
 for option in '' uacme: dehydrated: lego:; do
 	dies 64 'STYLE:' "hooked '$option' http.rec"
 done
-for option in certbot:./hook certbot: certbot:, certbot:,x certbot:x,; do
+for option in certbot:./hook certbot: 'certbot:,' certbot:,x 'certbot:x,'; do
 	dies 64 'certbot:AUTH,CLEANUP' "hooked '$option' http.rec"
 done
 dies 64 'lego.*DNS' 'hooked lego:./hook http.rec'
@@ -5854,8 +5828,8 @@ chain() { answer POST_certificate '200 OK' "$1
 chain "$(cat chain.pem)"
 check 'a chain' 'finalize >out && diff out chain.pem'
 check 'the request is for the key and the names of the record' '
-	part www/body.POST_finalize.1 payload | unb64 >payload
-	part payload csr | unb64 >csr &&
+	part www/body.POST_finalize.1 payload | from_base64url >payload
+	part payload csr | from_base64url >csr &&
 	openssl req -inform DER -in csr -noout -verify &&
 	openssl req -inform DER -in csr -noout -text |
 	    grep -x " *DNS:a.example" &&
@@ -5897,8 +5871,8 @@ for kind in 'with a byte order mark' 'with white space'; do
 		answer POST_revoke "200 OK" ""; rm -f www/requests
 		{ odd "$kind" deep-leaf.pem; cat middle.pem; } >odd.pem
 		step revoke-cert -a account odd.pem &&
-		part www/body.POST_revoke.1 payload | unb64 >payload &&
-		part payload certificate | unb64 |
+		part www/body.POST_revoke.1 payload | from_base64url >payload &&
+		part payload certificate | from_base64url |
 		openssl x509 -inform DER | diff - deep-leaf.pem'
 done
 
@@ -5974,8 +5948,8 @@ dies 66 none.key 'step finalize -K none.key <record'
 dies 64 . 'step finalize <record'
 
 group 'RFC 9773: the name of a certificate'
-# named EXTENSION SERIAL: a certificate with these, named.pem.
-named() {
+# cert_with EXTENSION SERIAL: a certificate with these, named.pem.
+cert_with() {
 	printf '%s\n' "subjectAltName=DNS:a.example" "$1" >extension
 	openssl req -new -key leaf.key -subj / -out req.pem &&
 	openssl x509 -req -in req.pem -signkey leaf.key -days 9 \
@@ -5990,7 +5964,7 @@ check 'its example, a serial number with a leading zero' '
 	answer GET_aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE "200 OK" \
 	    "{\"suggestedWindow\":{\"start\":\"2025-01-02T04:00:00Z\",
 	    \"end\":\"2025-01-03T04:00:00Z\"}}" "Retry-After: 21600"
-	named "$rfc9773" 0x87654321
+	cert_with "$rfc9773" 0x87654321
 	step renewal-info -d "$ca/dir" named.pem >out; got=$?; cat out
 	[ $got = 0 ] && grep -x "retry-after 21600" out &&
 	grep -x "window 2025-01-02T04:00:00Z 2025-01-03T04:00:00Z" out'
@@ -5999,7 +5973,7 @@ check 'new-order -R sends it' '
 	    "\"replaces\":\"aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE\"")" \
 	    "Location: $ca/order"
 	step new-order -a account -R named.pem a.example >out && cat out &&
-	part www/body.POST_newOrder.1 payload | unb64 |
+	part www/body.POST_newOrder.1 payload | from_base64url |
 	    grep "\"replaces\":\"aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE\"" &&
 	grep -x "replaces aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE" out'
 check 'but not where the CA has no renewalInfo' '
@@ -6007,13 +5981,13 @@ check 'but not where the CA has no renewalInfo' '
 	answer POST_newOrder "201 Created" "$(order ready)" \
 	    "Location: $ca/order"
 	step new-order -a account -R named.pem a.example >out &&
-	part www/body.POST_newOrder.1 payload | unb64 >payload &&
+	part www/body.POST_newOrder.1 payload | from_base64url >payload &&
 	grep identifiers payload && ! grep replaces payload'
 dies 77 renewalInfo 'step renewal-info -d "$ca/dir" named.pem'
 # An authority key identifier of a serial number alone.
 fresh
 meta "\"renewalInfo\":\"$ca/ari\""
-named 2.5.29.35=DER:3003820101 1
+cert_with 2.5.29.35=DER:3003820101 1
 dies 65 'no authority key identifier' \
     'step renewal-info -d "$ca/dir" named.pem'
 
@@ -6030,7 +6004,7 @@ denies() {
 	check "$quirk: dies $want, $words" died
 }
 # payload FILE: what the JWS says.
-payload() { part "$1" payload | unb64; }
+payload() { part "$1" payload | from_base64url; }
 no_body='Content-Length: 0\r\n\r\n'
 error='"error":{"type":"urn:ietf:params:acme:error:connection",
 "detail":"nobody there"}'
@@ -6356,9 +6330,6 @@ auth authz pending "$(one http-01 | sed "s/$token/..%2f$token/")"
 denies 'quirk 16: but a token is base64url' 76 token respond
 check 'quirk 16: and nothing is left of them' '[ -z "$(ls -A webroot)" ]'
 
-redirect() {
-	raw "$1" "HTTP/1.1 $2 X\r\nLocation: $3\r\n$no_body"
-}
 fresh
 redirect GET_old 307 /dir
 check 'quirk 17: the directory redirects, once' '
@@ -6567,7 +6538,7 @@ error newOrder malformed ''
 dies 77 malformed ': 250 long names
     step new-order -a account $(cat long-names)'
 check 'and they were all in it' '
-	is 250 "part www/body.POST_newOrder.1 payload | unb64 |
+	is 250 "part www/body.POST_newOrder.1 payload | from_base64url |
 	    grep -o value | wc -l"'
 error finalize malformed ''
 dies 77 malformed ': 250 long names
@@ -7037,7 +7008,7 @@ for type in '' ec384.account. rsa2048.account.; do
 	check "thumbprint of ${type:-ec256.}key" '
 	    key=${type:-account.}key.pem
 	    [ "$(acme-step thumbprint -k "$key")" = \
-		"$(thumbprint_of "$key")" ]'
+		"$(oracle "$key")" ]'
 done
 check 'get is POST-as-GET' '
     acme-step get "$(field account account)" | acme-step json status |
@@ -8442,29 +8413,29 @@ answers() {
 	    "EXEC:sh proxy.$proxy"
 	up "$proxy"
 }
-through() { https_proxy=http://127.0.0.1:$proxy acme-step directory "$@"; }
+by_proxy() { https_proxy=http://127.0.0.1:$proxy acme-step directory "$@"; }
 answers 'read -r x; echo SSH-2.0-x'
-dies 69 'SSH-2.0-x' through
+dies 69 'SSH-2.0-x' by_proxy
 for answer in 'HTTP/1.1 407 not sesame' sesame 'HTTP/1.1 sesame'; do
 	answers "read -r x; echo '$answer'"
 	hushed 69 'https_proxy=http://user:sesame@127.0.0.1:$proxy \
 	    acme-step directory'
 done
 answers 'read -r x; printf "HTTP/1.1 502 \033[31mno\r\n\r\n"'
-dies 69 '502 ?\[31mno' through
+dies 69 '502 ?\[31mno' by_proxy
 answers 'read -r x; echo "HTTP/1.1 200 OK"'
-dies 69 'no valid response' through
+dies 69 'no valid response' by_proxy
 answers "cr=\$(printf '\\r'); while read -r x && [ \"\$x\" != \"\$cr\" ]; do
     :; done; printf 'HTTP/1.1 100 Continue\\r\\n\\r\\n'
     printf 'HTTP/1.1 102 Wait\\r\\nA: b\\r\\n\\r\\n'
     printf 'HTTP/1.1 200 OK\\r\\n\\r\\n'; exec socat - TCP:127.0.0.1:$pebble"
-check 'interim answers before that of the proxy' 'through | grep ^new-order'
+check 'interim answers before that of the proxy' 'by_proxy | grep ^new-order'
 answers 'yes "HTTP/1.1 200 OK"'
-dies 69 'no valid response' through
+dies 69 'no valid response' by_proxy
 answers 'head -c 100000 /dev/zero | tr "\0" x'
-dies 69 'no valid response' through
+dies 69 'no valid response' by_proxy
 answers 'cat >/dev/null'
-dies 69 'time limit of 2 s' 'through -T 2'
+dies 69 'time limit of 2 s' 'by_proxy -T 2'
 
 group 'the air gap'
 # isolated COMMAND...: where there is no network at all.
@@ -8510,11 +8481,11 @@ check 'a request can be read: the message, and what it says' '
     grep "^# payload: {\"identifiers\":\[{\"type\":\"dns\"" "$1"'
 check 'a key was never in a box' '
     not grep -rl -e "PRIVATE KEY" gap/box.*'
-again() { isolated acme-step new-order -B "$1" -a gap/account \
+order_in() { isolated acme-step new-order -B "$1" -a gap/account \
     -k gap/account.pem gap.test gap2.test; }
 check 'an order in a new box' '
-    again gap/o 2>err; [ $? = 75 ] && acme-step send gap/o &&
-    until again gap/o >gap/record 2>err; do acme-step send gap/o || exit; done
+    order_in gap/o 2>err; [ $? = 75 ] && acme-step send gap/o &&
+    until order_in gap/o >gap/record 2>err; do acme-step send gap/o || exit; done
     grep "^order " gap/record'
 respond_again() { isolated acme-step respond -B gap/r -k gap/account.pem \
     -t http-01 -w "$www" <gap/record; }
@@ -8528,9 +8499,9 @@ cp -r gap/o gap/kept
 # spoil CODE...: the box after that is refused; the good one still works.
 spoil() {
 	rm -rf gap/o && cp -r gap/kept gap/o
-	dies 65 'gap/o' "(cd gap/o; $*); again gap/o"
+	dies 65 'gap/o' "(cd gap/o; $*); order_in gap/o"
 	check 'nothing is lost' 'rm -rf gap/o && cp -r gap/kept gap/o
-	    again gap/o | diff - gap/record'
+	    order_in gap/o | diff - gap/record'
 }
 spoil 'cp 1.response x; mv 2.response 1.response; mv x 2.response'
 spoil 'head -c 100 2.response >x; mv x 2.response'
@@ -8679,11 +8650,11 @@ kill -- "-$container"
 wait "$container"
 pids=${pids% *}
 # again: the container starts, and ends.
-again() { setsid -w sh entry sh -c 'kill -- -$$'; [ $? = 143 ]; }
+restart() { setsid -w sh entry sh -c 'kill -- -$$'; [ $? = 143 ]; }
 check 'it does not issue at the next start' '
-    cp fullchain.pem old.pem && again && cmp old.pem fullchain.pem'
+    cp fullchain.pem old.pem && restart && cmp old.pem fullchain.pem'
 check 'if the account key is lost, key and account are made together' '
-    mv account.pem old.account.pem && cp account old.account && again &&
+    mv account.pem old.account.pem && cp account old.account && restart &&
     acme-step new-order -a account lost.test | grep "^order https://" &&
     not cmp old.account account'
 check 'a CA that cannot be reached ends it with that status' '
@@ -8800,12 +8771,12 @@ check 'no function of acme.c is over 50 lines' '
 	END { exit bad || !first }" "$src/acme.c"'
 check 'in no template two gaps stand side by side' '
     not grep -n "\"[^\"]*%%[^\"]*\"" "$src/acme.c"'
-# names KINDS: of acme.c; f and d are functions and macros, l and z locals.
-names() {
+# tags KINDS: of acme.c; f and d are functions and macros, l and z locals.
+tags() {
 	ctags -x --c-kinds="$1" "$src/acme.c" | awk '{ print $1 }' | sort -u
 }
 check 'no local of acme.c hides a function or a macro' '
-    names fd >global && names lz >local && [ -s global ] && [ -s local ] &&
+    tags fd >global && tags lz >local && [ -s global ] && [ -s local ] &&
     comm -12 global local >got && cat got && [ ! -s got ]'
 
 case $acme in
