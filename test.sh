@@ -14,7 +14,7 @@
 #
 # "not ok" is followed by what the test printed; TRACE=1 in the
 # environment adds the commands of each.
-# shellcheck disable=SC2016,SC2034	# check and dies evaluate their arguments
+# shellcheck disable=SC2016,SC2034	# check evaluates its words
 
 task=check
 case ${1-} in
@@ -8485,7 +8485,9 @@ order_in() { isolated acme-step new-order -B "$1" -a gap/account \
     -k gap/account.pem gap.test gap2.test; }
 check 'an order in a new box' '
     order_in gap/o 2>err; [ $? = 75 ] && acme-step send gap/o &&
-    until order_in gap/o >gap/record 2>err; do acme-step send gap/o || exit; done
+    until order_in gap/o >gap/record 2>err; do
+	acme-step send gap/o || exit
+    done
     grep "^order " gap/record'
 respond_again() { isolated acme-step respond -B gap/r -k gap/account.pem \
     -t http-01 -w "$www" <gap/record; }
