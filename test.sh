@@ -8571,6 +8571,11 @@ check 'its pipeline, as it stands' '
     openssl verify -CAfile root.pem -untrusted fullchain.pem fullchain.pem &&
     issued example.pem fullchain.pem DNS:example.com DNS:www.example.com'
 
+# section TITLE: that part of the README, without its indentation.
+section() {
+	awk -v title="$1" '/^[^ \t]/ { inside = $0 == title; next }
+	    inside && NF { sub(/^[ \t]+/, ""); print }' "$src/README"
+}
 # block TITLE START: the lines below that title from START to an empty one.
 block() {
 	awk -v title="  $1" -v start="$2" '$0 == title { inside = 1; next }
@@ -8578,14 +8583,13 @@ block() {
 	    inside && index($0, "    " start) == 1 { lines = 1 }
 	    lines { sub(/^    /, ""); print }' "$src/README"
 }
-to_real='From the test directory to the real one'
 # The test directory is Pebble by its address, the real one by its name.
 check 'from the test directory to the real one' '
     unset ACME_KEY ACME_ACCOUNT ACME_DIRECTORY
     mkdir real && cd real && cp ../root.pem . &&
     (cd .. && quick_start) >quick &&
-    block "$to_real" staging= >staging &&
-    block "$to_real" "rm " >remove && cat staging remove &&
+    section "TRYING IT" | grep -A 1 ^staging= >staging &&
+    section "TRYING IT" | grep "^rm " >remove && cat staging remove &&
     grep -x "staging=https://[a-z0-9.-]*/directory" staging &&
     sed -i "1s|=.*|=https://127.0.0.1:$pebble/dir|" staging &&
     { sed -n 1,2p quick; cat staging; sed 1,3d quick; } >test &&
@@ -8702,13 +8706,10 @@ pebble_stop
 
 group 'the tree agrees with itself'
 
-# section TITLE: that part of the README, without its indentation.
-section() {
-	awk -v title="$1" '/^[^ \t]/ { inside = $0 == title; next }
-	    inside && NF { sub(/^[ \t]+/, ""); print }' "$src/README"
-}
-check 'the synopses are what help prints' '
-    synopses >a && [ -s a ] && section SYNOPSIS | sort | diff a -'
+check 'the contents of the README are its sections' '
+    awk "/^[A-Z]/ && !/^(NAME|QUICK START|CONTENTS)\$/" "$src/README" >a &&
+    [ -s a ] && section CONTENTS | sed "s/  .*//; s/, */\
+/g" | diff a -'
 check 'the exit statuses are those of the code' '
     sed -n "/^enum/,/^}/s/^[ \t]*[A-Z_]* *= \([67][0-9]\),.*/\1/p" \
 	"$src/acme.c" | sort -u >a && [ -s a ] &&
@@ -8726,6 +8727,15 @@ headings() {
 	    inside && blank && /^    [a-z]/ { print $1 }
 	    { blank = !NF }' "$src/README" | sort
 }
+# rfcs: the numbers of the RFCs that a text names.
+rfcs() {
+	sed 's/^ \* *//' | tr '\n' ' ' | grep -oE 'RFCs? [0-9]+(, [0-9]+)*' |
+	grep -oE '[0-9]+' | sort -u
+}
+check 'STANDARDS names the documents that acme.c follows' '
+    rfcs <"$src/acme.c" >a && [ "$(grep -c . a)" -gt 40 ] &&
+    section STANDARDS | rfcs | diff a - &&
+    grep -q "X\.690" "$src/acme.c" && grep -q "POSIX" "$src/acme.c"'
 check 'each command has its paragraph in the README' '
     commands >a && [ -s a ] && headings | diff a - &&
     section COMMANDS | tr -s " \t\n" " " >words &&
