@@ -8736,6 +8736,76 @@ check 'STANDARDS names the documents that acme.c follows' '
     rfcs <"$src/acme.c" >a && [ "$(grep -c . a)" -gt 40 ] &&
     section STANDARDS | rfcs | diff a - &&
     grep -q "X\.690" "$src/acme.c" && grep -q "POSIX" "$src/acme.c"'
+cat >limits.c <<'END'
+#define main acme_main
+#include "acme.c"
+#undef main
+#define LIMIT(words, n, unit) printf("%s\t%ld%s\n", words, (long)(n), unit)
+int
+main(void)
+{
+	LIMIT("names in an order", NAMES, "");
+	LIMIT("challenges in a record", CHALLENGES, "");
+	LIMIT("contact lines in a record", LISTED, "");
+	LIMIT("origin lines in a record", ORIGINS, "");
+	LIMIT("lines with unknown keywords", OTHERS, "");
+	LIMIT("a field of a record, a URL", WORD, " bytes");
+	LIMIT("a host name", HOSTNAME, " bytes");
+	LIMIT("a common name (-N)", COMMON, " characters");
+	LIMIT("a challenge's token", TOKEN, " characters");
+	LIMIT("contacts (-m)", CONTACTS, "");
+	LIMIT("certificates in a chain", CERTS, "");
+	LIMIT("a certificate of a TLS chain", CERT >> 10, " KiB");
+	LIMIT("trust anchors named in one chain", ANCHORS, "");
+	LIMIT("a file or standard input", INPUT >> 10, " KiB");
+	LIMIT("a response's header", HEAD >> 10, " KiB");
+	LIMIT("a response's body", BODY >> 10, " KiB");
+	LIMIT("depth of nested JSON", DEPTH, "");
+	LIMIT("memory of a step", HEAP >> 20, " MiB");
+	LIMIT("a nonce", NONCE, " characters");
+	LIMIT("requests under way at once", WINDOW, "");
+	LIMIT("nonces requested at once", NONCES, "");
+	LIMIT("tries after server errors", TRIES, "");
+	LIMIT("requests sent again", RESENDS, "");
+	LIMIT("pages of an account's orders", PAGES, "");
+	LIMIT("a message", MESSAGE, " bytes");
+	LIMIT("a list in a message", LIST, " bytes");
+	LIMIT("connecting to one address", CONNECT, " seconds");
+	LIMIT("addresses tried", ADDRESSES, " of each family");
+	LIMIT("addresses tried at once", ATTEMPTS, "");
+	LIMIT("-T and -s", MAX_WAIT / 86400, " days");
+	LIMIT("addresses of -H", RESOLVED, "");
+	LIMIT("peers of respond -l at once", CLIENTS, "");
+	LIMIT("a peer of respond -l", PATIENCE, " seconds");
+	LIMIT("pause if a peer cannot be accepted", RETRY, " ms");
+	LIMIT("a peer's request", REQUEST, " bytes");
+	LIMIT("a DNS response over UDP", DATAGRAM, " bytes");
+	LIMIT("a hook's environment", HOOK_ENV, " variables");
+	LIMIT("a certbot hook's output", HOOK_SAYS, " bytes");
+	LIMIT("hooks that clean up", GRACE, " seconds");
+	LIMIT("writing the last messages", LAST_WORDS, " seconds");
+	LIMIT("-P's command, on a terminal", ENDING, " ms");
+	return 0;
+}
+END
+# The words of a line end where two spaces are; its value, at a comma, a
+# semicolon or a word that tells more.
+check 'the LIMITS of the README are those of acme.c' '
+    ${CC:-cc} -w -I"$src" limits.c -o limits -lbearssl &&
+    ./limits | sort >a && [ -s a ] && section LIMITS |
+    sed -n "s/^\([^ ].*[^ ]\)   *\([0-9].*\)\$/\1\t\2/p" |
+    sed "s/[,;].*//2; s/\t\([0-9]*[^,;]*\)[,;].*/\t\1/
+	s/ with EDNS//; s/ for all//; s/ to end when.*//" | sort | diff a -'
+case $acme in
+*-san) ;;		# its sanitizers bring their own
+*)
+	check 'memory is static, and as much as the README says' '
+    memory=$(size -A "$acme" | awk "/^\.(bss|data)/ { n += \$2 }
+	END { printf \"%.1f\", n / 1048576 }")
+    grep -q "All memory is static: $memory MiB," "$src/README" ||
+	{ echo "$memory"; exit 1; }'
+	;;
+esac
 check 'each command has its paragraph in the README' '
     commands >a && [ -s a ] && headings | diff a - &&
     section COMMANDS | tr -s " \t\n" " " >words &&
