@@ -8708,8 +8708,9 @@ group 'the tree agrees with itself'
 
 check 'the contents of the README are its sections' '
     awk "/^[A-Z]/ && !/^(NAME|QUICK START|CONTENTS)\$/" "$src/README" >a &&
-    [ -s a ] && section CONTENTS | sed "s/  .*//; s/, */\
-/g" | diff a -'
+    [ -s a ] && section CONTENTS | awk "{ sub(/  .*/, \"\")
+	for (n = split(\$0, title, \", \"); i < n; ) print title[++i]
+	i = 0 }" | diff a -'
 check 'the exit statuses are those of the code' '
     sed -n "/^enum/,/^}/s/^[ \t]*[A-Z_]* *= \([67][0-9]\),.*/\1/p" \
 	"$src/acme.c" | sort -u >a && [ -s a ] &&
@@ -8733,7 +8734,7 @@ rfcs() {
 	grep -oE '[0-9]+' | sort -u
 }
 check 'STANDARDS names the documents that acme.c follows' '
-    rfcs <"$src/acme.c" >a && [ "$(grep -c . a)" -gt 40 ] &&
+    rfcs <"$src/acme.c" >a && [ "$(grep -c . a)" -gt 30 ] &&
     section STANDARDS | rfcs | diff a - &&
     grep -q "X\.690" "$src/acme.c" && grep -q "POSIX" "$src/acme.c"'
 cat >limits.c <<'END'
