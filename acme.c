@@ -11817,15 +11817,15 @@ do_version(char **arg)
  * synopses and help all come from its row.
  */
 struct option {
-	char letter;
-	bool required;		/* the command cannot do without it */
-	bool or;		/* an alternative to the one before it */
-	short needs;		/* shared: for commands with one of these */
-	char arg[16];		/* the name of its value; "": it has none */
 	void (*add)(const char *value);	/* if it can be repeated, or NULL */
 	const char *variable;	/* read if the option is not given */
 	Str (*choices)(void);	/* what the value can be */
-	char gist[56];		/* a gap is for the variable */
+	short needs;		/* shared: for commands with one of these */
+	char letter;
+	bool required;		/* the command cannot do without it */
+	bool or;		/* an alternative to the one before it */
+	char arg[15];		/* the name of its value; "": it has none */
+	char gist[51];		/* a gap is for the variable */
 };
 
 enum {			/* what a command needs before it is called */
@@ -11910,7 +11910,7 @@ static const struct command {
 	.gist = "show, update or deactivate the account", .run = do_account,
 	OPTIONS(
 	{ .letter = 'm', .arg = "CONTACT", .add = add_contact,
-	    .gist = "a contact, to replace all present ones; '' for none" },
+	    .gist = "a contact; those given replace all; '' for none" },
 	{ .letter = 'D', .gist = "deactivate it; this cannot be undone" }) },
 { .name = "key-change", .group = ACCOUNT,
 	.needs = RECORD_OUT | NET | KEY | ACCOUNT_RECORD,
@@ -11933,7 +11933,7 @@ static const struct command {
 	{ .letter = 'R', .arg = "CERT",
 	    .gist = "the certificate that this one replaces (none)" },
 	{ .letter = 'b', .arg = "NOTBEFORE",
-	    .gist = "start, such as 2026-11-24T12:00:00Z (the CA's choice)" },
+	    .gist = "start, as in 2026-11-24T12:00:00Z (CA's choice)" },
 	{ .letter = 'u', .arg = "NOTAFTER",
 	    .gist = "end, in the same form (the CA's choice)" }) },
 { .name = "order", .group = DETAILS, .needs = RECORD_OUT | ORDER,
@@ -11954,9 +11954,9 @@ static const struct command {
 	{ .letter = 't', .arg = "TYPE", .choices = challenge_type_names,
 	    .gist = "challenge type, if a name has several" },
 	{ .letter = 'w', .arg = "DIR",
-	    .gist = "publish http-01 as files, which a web server serves" },
+	    .gist = "publish http-01 as files that a web server serves" },
 	{ .letter = 'l', .arg = "ADDR", .or = true,
-	    .gist = "answer on [HOST:]PORT: HTTP 80, TLS-ALPN 443, DNS 53" },
+	    .gist = "answer on [HOST:]PORT: HTTP 80, ALPN 443, DNS 53" },
 	{ .letter = 'x', .arg = "HOOK", .or = true,
 	    .choices = hook_style_names,
 	    .gist = "publish with [STYLE:]PROGRAM (style dehydrated)" },
