@@ -8883,7 +8883,8 @@ enum {
 	CLIENTS   = 256,	/* peers at once; one more ends the oldest */
 	PATIENCE  = 10,		/* seconds for a peer */
 	REQUEST   = 4096,	/* bytes of a peer's request, a TLS record */
-	DATAGRAM  = 1232,	/* of a response over UDP, DNS Flag Day 2020 */
+	PLAIN     = 512,	/* of a UDP response (RFC 1035 4.2.1), ... */
+	DATAGRAM  = 1232,	/* ... and with EDNS, DNS Flag Day 2020 */
 	FACTOR    = 4		/* most that it is longer than its query */
 };
 
@@ -9250,7 +9251,7 @@ dns_datagram(int fd)
 	    .msg_iov = &data, .msg_iovlen = 1, .msg_control = &asked,
 	    .msg_controllen = sizeof asked };
 	ssize_t n = recvmsg(fd, &m, 0);
-	Str s = n > 0 ? dns_answer((Str){ b, (size_t)n }, 512) : NONE;
+	Str s = n > 0 ? dns_answer((Str){ b, (size_t)n }, PLAIN) : NONE;
 
 	data = (struct iovec){ (void *)s.p, s.n };
 	if (s.n)
