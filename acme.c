@@ -9745,7 +9745,7 @@ enum {
 
 static const struct hook_style *hook_style;
 static const char *hook_program, *hook_cleanup;	/* the latter: certbot's */
-static bool validated;		/* for uacme's done or failed */
+static bool validated;		/* all of them, by the CA */
 
 static struct hook {
 	const char *call[2][HOOK_ARGS];	/* to publish and to clean up */
@@ -9831,8 +9831,6 @@ lego_hook(struct hook *h, const struct challenge *c, Str token)
 	Str name = text("%.", c->name);
 
 	(void)token;
-	if (!publishes(c, TXT_RECORD))
-		usage("lego hooks answer only DNS challenges, not %", c->type);
 	set_call(h->call[0], str(hook_program), S("present"), name, c->content);
 	set_call(h->call[1], str(hook_program), S("cleanup"), name, c->content);
 }
@@ -9873,13 +9871,16 @@ static const struct hook_style {
 	const char *name;
 	void (*make)(struct hook *, const struct challenge *, Str token);
 	bool needs_token;	/* of every challenge */
+	bool only_txt;		/* answers only challenges in DNS */
 	bool may_decline;	/* a failure to publish is no error */
 	bool passes_output;	/* of publishing to the clean-up */
+	const char *if_valid;	/* what cleans up once the CA has validated */
 } hook_styles[] = {
-	{ "dehydrated", dehydrated_hook, true, false, false },
-	{ "uacme", uacme_hook, true, true, false },
-	{ "lego", lego_hook, false, false, false },
-	{ "certbot", certbot_hook, false, false, true },
+	{ "dehydrated", dehydrated_hook, .needs_token = true },
+	{ "uacme", uacme_hook, .needs_token = true, .may_decline = true,
+	    .if_valid = "done" },
+	{ "lego", lego_hook, .only_txt = true },
+	{ "certbot", certbot_hook, .passes_output = true },
 };
 
 static Str
@@ -10037,8 +10038,8 @@ hook_clean_up(const struct cleanup *d)
 	pid_t pid;
 	int status = -1;
 
-	if (validated && hook_style->may_decline)
-		hooks[h - hooks].call[1][1] = "done";
+	if (validated && hook_style->if_valid)
+		hooks[h - hooks].call[1][1] = hook_style->if_valid;
 	doing(LATER, "running the hook", h->call[1][0]);
 	pid = hook_start(h, h->call[1], 2);
 	while (pid > 0 && waitpid(pid, &status, WNOHANG) == 0) {
@@ -10096,6 +10097,9 @@ hook_output(int fd, pid_t pid)
 static void
 hook_make(struct hook *h, const struct challenge *c, Str token)
 {
+	if (hook_style->only_txt && !publishes(c, TXT_RECORD))
+		usage("% hooks answer only DNS challenges, not %",
+		    str(hook_style->name), c->type);
 	*h = (struct hook){ .nvars = 0 };
 	hook_var(h, "ACME_TYPE", c->type);
 	hook_var(h, "ACME_IDENTIFIER", c->id.value);
@@ -10211,7 +10215,7 @@ clean_up_by_hooks(const char *type)
 
 	add_validated(type);
 	for each(c, challenge) {
-		if (hook_style->make == lego_hook && !publishes(c, TXT_RECORD))
+		if (hook_style->only_txt && !publishes(c, TXT_RECORD))
 			continue;
 		hook_make(h, c, fetch_token(c));
 		if (hook_style->passes_output)
