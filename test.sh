@@ -12,8 +12,14 @@
 # pebble-challtestsrv, and a web server stands on loopback.  What our
 # program makes is judged by openssl and by what the CA itself says.
 #
-# "not ok" is followed by what the test printed; TRACE=1 in the
-# environment adds the commands of each.
+# There are three kinds of tests: those without a network, those before
+# servers of our own, for what Pebble does not do, and those before Pebble.
+# Groups follow the sections of acme.c; before Pebble, where a group uses
+# what earlier ones issued, they follow the life of a certificate.
+#
+# "not ok" is followed by what the test printed.  In the environment,
+# TRACE=1 adds the commands of each test, and ONLY=REGEX runs the tests of
+# those groups alone whose titles match, with all that prepares them.
 # shellcheck disable=SC2016,SC2034	# check evaluates its words
 
 task=check
@@ -373,11 +379,13 @@ PATH=$tmp/bin:$PATH
 export PATH
 
 group() {
+	wanted=$(printf '%s\n' "$1" | grep -e "${ONLY-}")
 	echo "# $1"
 }
 
 # check NAME CODE...: the code must succeed; it runs in a subshell.
 check() {
+	[ "$wanted" ] || return 0
 	title=$1 n=$((n + 1)); shift
 	if (${TRACE:+set -x}; eval "$*") </dev/null >log 2>&1; then
 		printf 'ok %d - %s\n' "$n" "$title"
@@ -1028,146 +1036,185 @@ is() {
 	return 1
 }
 
-group 'offline: the command line'
+group 'inside: encodings, times, origins and name constraints'
 
-misuse '"$acme"'
-misuse '"$acme" nonsense'
-misuse '"$acme" key'
-misuse '"$acme" key -o'
-misuse '"$acme" key -t dsa -o none.pem'
-misuse '"$acme" key -Z -o none.pem'
-misuse '"$acme" key -o none.pem none'
-misuse '"$acme" csr a.example'
-misuse '"$acme" thumbprint none none'
-misuse '"$acme" json'
-misuse '"$acme" json . /dev/null none'
-misuse '"$acme" get'
-misuse '"$acme" get https://localhost/ https://localhost/'
-misuse '"$acme" new-order -T 5'
-misuse '"$acme" directory none'
-for seconds in 0 -1 x '' 5x 99999999999999999999; do
-	misuse "\"\$acme\" directory -T '$seconds'"
-done
-misuse 'ACME_TIMEOUT=x "$acme" directory'
-misuse '"$acme" directory -d http://localhost/'
-misuse '"$acme" directory -d nonsense'
-misuse '"$acme" directory -d "https://localhost:$(printf %0900d 443)/"'
-misuse '"$acme" directory -d https://-proxy/'
-misuse '"$acme" directory -d "https://[none]/"'
-dies 64 'dsa; there are ec256 ec384 rsa2048 rsa3072 rsa4096 (' \
-    '"$acme" key -t dsa -o none.pem'
-for option in -h --help '-o none.pem -h'; do
-	check "key $option prints the help" "\"\$acme\" key $option >out &&
-	    \"\$acme\" help key | diff - out"
-done
-dies 64 '-v comes before the command; options go after' '"$acme" -v directory'
-dies 64 'no such option: --staging (' '"$acme" --staging directory'
-dies 64 'no such option: --foo; options have one letter' '"$acme" key --foo'
-dies 64 'key: option -o FILE is required (see acme-step help key)' \
-    '"$acme" key -t ec384'
-dies 64 'csr: option -K KEY is required' '"$acme" csr -N none a.example'
-dies 64 'key: option -o needs a value' '"$acme" key -o'
-dies 64 ': -4 and -6 cannot be combined' '"$acme" directory -4 -6'
-check 'a refused command line makes no file' '[ ! -e none.pem ]'
+# In the tests inside, acme.c is included with its main renamed.
 
-# clogged FD COMMAND...: run it where this descriptor is a full pipe.
-mkfifo full.pipe
-clogged() {
-	(
-		fd=$1; shift
-		exec 7<>full.pipe
-		dd if=/dev/zero of=full.pipe bs=4096 oflag=nonblock 2>dd.err
-		eval "exec sh -c 'echo \$\$ >stuck.pid
-		    exec \"\$@\"' sh \"\$@\" $fd>&7"
-	)
+cat >unit.c <<'END'
+#define main acme_main
+#include "acme.c"
+#undef main
+static int bad;
+static void
+equal(Str a, Str b, int line)
+{
+	if (!same(a, b))
+		bad = printf("line %d: %.*s\n", line, (int)a.n, a.p);
 }
-check 'a step that cannot write its message ends, with its own status' '
-	clogged 2 timeout -s KILL 20 "$acme" nonsense; got=$?
-	echo "$got"; [ "$got" = 64 ] &&
-	{ clogged 2 timeout -s KILL 20 "$acme" thumbprint -k none.pem; got=$?
-	echo "$got"; [ "$got" = 66 ]; }'
-"$acme" key -o stuck.key
-check 'and the next step is told' '
-	clogged 2 timeout -s KILL 20 "$acme" order -k stuck.key </dev/null |
-	cat >piped
-	cat piped; grep "^failed 65 order " piped'
-check 'nor does a next step that does not read hold it up' '
-	echo "failed 75 new-order some words" >piped
-	clogged 1 timeout -s KILL 20 "$acme" order -k stuck.key <piped; got=$?
-	echo "$got"; [ "$got" = 75 ]'
+#define IS(a, b) equal(a, S(b), __LINE__)
+/* An address and a mask of so many bits, as a base. */
+static Str
+subnet(const char *address, size_t bits)
+{
+	Str ip = ip_bytes(str(address));
+	unsigned char mask[16] = { 0 };
 
-group 'offline: help'
-
-# commands: the names of all, as help lists them.
-commands() {
-	"$acme" help | sed -n 's/^  \([a-z-]*\)   *.*/\1/p' | sort
+	for (size_t i = 0; i < bits; i++)
+		mask[i / 8] |= (unsigned char)(0x80 >> i % 8);
+	return cat(NONE, ip, (Str){ mask, ip.n });
 }
-
-# synopses: the command lines of all.
-synopses() {
-	commands | while read -r command; do
-		"$acme" help "$command" | sed 1q
-	done | sort
+static Str
+subtree(int tag, Str base)
+{
+	return seq(der(tag, base));
 }
-commands >all-commands
-check 'help lists all commands' '
-    sed -n "s/^{ \.name = \"\([^\"]*\)\".*/\1/p" "$src/acme.c" | sort >a &&
-    [ -s a ] && diff a all-commands'
-check '-h and --help do the same' '
-    "$acme" help >a && grep -c . a && "$acme" -h | diff a - &&
-    "$acme" --help | diff a -'
-check 'help fits on two screens' '
-    "$acme" help | awk "END { print NR; exit NR > 48 }"'
-check 'its exit statuses are those of the code' '
-    sed -n "/^enum/,/^}/s/^[ \t]*[A-Z_]* *= \(0\|1\|[67][0-9]\),.*/\1/p" \
-	"$src/acme.c" | sort -u >a && [ "$(grep -c . a)" -gt 10 ] &&
-    "$acme" help | sed -n "/^Exit status:/,/^$/p" |
-    grep -o "[0-9][0-9]*" | sort | diff a -'
-check 'without arguments: a short usage, and what a certificate takes' '
-    "$acme" >out 2>err; got=$?
-    cat out err; [ "$got" = 64 ] && [ ! -s out ] &&
-    [ "$(grep -c . err)" = 3 ] && grep "^usage: acme-step COMMAND" err &&
-    grep "no command given (see acme-step help)" err &&
-    grep "key, new-account, new-order, respond, finalize" err'
-check 'with standard error full too' '
-    clogged 2 timeout -s KILL 20 "$acme"; got=$?
-    echo "$got"; [ "$got" = 64 ]'
+/* What constraints of these bases say of a name: RFC 5280 4.2.1.10. */
+static void
+judge(int line, const char *permitted, const char *excluded, Str name,
+    bool want)
+{
+	struct constraints k = { NONE, NONE };
 
-# Each option that its help lists is one that it accepts.
-accepted() {
-	grep -o '^  -[^ ].\{15\}' help >listed
-	while read -r option value; do
-		"$acme" "$1" "$option" ${value:+a:1:127.0.0.1} -h >out &&
-		diff help out || return
-	done <listed
+	if (permitted)
+		k.permitted = subtree(DNS_NAME, str(permitted));
+	if (excluded)
+		k.excluded = subtree(DNS_NAME, str(excluded));
+	if (!are_subtrees(k.permitted) || !are_subtrees(k.excluded) ||
+	    allows(&k, DNS_NAME, name) != want)
+		bad = printf("line %d: %.*s\n", line, (int)name.n, name.p);
 }
-while read -r command; do
-	check "help $command, $command -h and $command --help" '
-	    "$acme" help $command >help 2>err && [ ! -s err ] &&
-	    [ "$(grep -c . help)" -gt 3 ] &&
-	    sed 1q help | grep -e "^acme-step $command\( \|\$\)" &&
-	    "$acme" $command -h | diff help - &&
-	    "$acme" $command --help | diff help - &&
-	    not grep ".\{81\}" help && not grep "%" help &&
-	    accepted $command'
-	check "the options of $command are those of its synopsis" '
-	    sed 1q help | grep -o "[ ([]-[A-Za-z0-9]\( [A-Z]*\)\?" |
-	    sed "s/^.//;s/ $//" | sort >a
-	    sed -n "/^options:/,/^$/s/^  \(-. *[A-Z]*\) .*/\1/p" help |
-	    sed "s/ *$//" | sort | diff a -'
-done <all-commands
-for command in key csr thumbprint due json help version; do
-	check "$command has no network: its help has no option for one" '
-	    "$acme" help $command | not grep "^  -[daCHPB46v] "'
-done
-check 'send has no account, nor a directory' '
-    "$acme" help send >help && grep "^  -C" help && not grep "^  -[dkaB]" help'
-dies 64 '^acme-step: no such command: orders (see acme-step help)$' \
-    '"$acme" help orders'
-check 'what the value of an option can be' '
-    "$acme" help key | grep "ec256 ec384 rsa2048 rsa3072 rsa4096" &&
-    "$acme" help respond | grep "http-01 dns-01 tls-alpn-01" &&
-    "$acme" help respond | grep "dehydrated uacme lego certbot"'
+#define ALLOWS(p, x, name) judge(__LINE__, p, x, S(name), true)
+#define FORBIDS(p, x, name) judge(__LINE__, p, x, S(name), false)
+static void
+judge_ip(int line, Str base, const char *address, bool within)
+{
+	struct constraints k = { subtree(IP_NAME, base), NONE };
+	struct constraints x = { NONE, subtree(IP_NAME, base) };
+	Str ip = ip_bytes(str(address));
+
+	if (!are_subtrees(k.permitted) || allows(&k, IP_NAME, ip) != within ||
+	    allows(&x, IP_NAME, ip) == within ||
+	    !allows(&k, DNS_NAME, S("a.example")))
+		bad = printf("line %d: %s\n", line, address);
+}
+static void
+constraints(void)
+{
+	static const char *const odd[] = { ".", "a..b", "a.", "..a", "*.a",
+	    "a b", "\303\244.a" };
+	unsigned char gap[] = { 192, 0, 2, 0, 255, 0, 255, 0 };
+
+	ALLOWS("a.example", NULL, "a.example");
+	ALLOWS("a.example", NULL, "b.a.EXAMPLE");
+	ALLOWS("", NULL, "a.example");
+	ALLOWS("a.example", NULL, "*.a.example");
+	ALLOWS("a.example", "b.a.example", "c.a.example");
+	FORBIDS("a.example", NULL, "ba.example");
+	FORBIDS("a.example", NULL, "example");
+	FORBIDS("a.example", NULL, "*.example");
+	FORBIDS("a.example", NULL, "a.example.");
+	FORBIDS("a.example", NULL, "b..a.example");
+	FORBIDS("a.example", NULL, ".a.example");
+	FORBIDS("a.example", NULL, "b\0.a.example");
+	FORBIDS("a.example", NULL, "\303\244.a.example");
+	FORBIDS("a.example", NULL, "b*.a.example");
+	FORBIDS("a.example", NULL, "");
+	FORBIDS("", NULL, "a.example.");
+	ALLOWS(".a.example", NULL, "b.a.example");
+	FORBIDS(".a.example", NULL, "a.example");
+	FORBIDS(NULL, ".a.example", "a.example");
+	FORBIDS(NULL, ".a.example", "b.a.example");
+	ALLOWS(NULL, "a.example", "b.example");
+	ALLOWS(NULL, "a.example", "ba.example");
+	ALLOWS(NULL, "c.b.a.example", "*.a.example");
+	FORBIDS(NULL, "a.example", "A.example");
+	FORBIDS(NULL, "a.example", "*.a.example");
+	FORBIDS(NULL, "b.a.example", "*.a.example");
+	FORBIDS(NULL, "", "a.example");
+	FORBIDS(NULL, "a.example", "b.example.");
+	FORBIDS(NULL, "a.example", "b\0.example");
+	FORBIDS("a.example", "b.a.example", "c.b.a.example");
+	for (size_t i = 0; i < COUNT(odd); i++)
+		if (are_subtrees(subtree(DNS_NAME, str(odd[i]))))
+			bad = printf("constraint %s\n", odd[i]);
+	judge_ip(__LINE__, subnet("192.0.2.0", 24), "192.0.2.255", true);
+	judge_ip(__LINE__, subnet("192.0.2.9", 24), "192.0.2.255", true);
+	judge_ip(__LINE__, subnet("192.0.2.0", 24), "192.0.3.0", false);
+	judge_ip(__LINE__, subnet("192.0.2.0", 0), "127.0.0.1", true);
+	judge_ip(__LINE__, subnet("192.0.2.1", 32), "192.0.2.1", true);
+	judge_ip(__LINE__, subnet("2001:db8::", 33), "2001:db8:7fff::1", true);
+	judge_ip(__LINE__, subnet("2001:db8::", 33), "2001:db8:8000::", false);
+	judge_ip(__LINE__, subnet("::", 0), "192.0.2.1", false);
+	if (are_subtrees(subtree(IP_NAME, (Str){ gap, 8 })) ||
+	    are_subtrees(subtree(IP_NAME, (Str){ gap, 7 })) ||
+	    are_subtrees(subtree(IP_NAME, (Str){ gap, 4 })) ||
+	    are_subtrees(subtree(IP_NAME, NONE)) ||
+	    are_subtrees(subtree(0xa2, S("a.example"))) ||
+	    are_subtrees(seq(der(DNS_NAME, S("a")), der(0x80, ONE))) ||
+	    are_subtrees(S("\x30\x03\x82\x05" "a")) ||
+	    !are_subtrees(subtree(0x81, S("a.example"))))
+		bad = puts("constraints of other kinds");
+}
+int
+main(void)
+{
+	static const unsigned char ones[300] = { 1 };
+	long long t;
+	Str big;
+
+	IS(b64(S("")), "");				/* RFC 4648 10 */
+	IS(b64(S("f")), "Zg");
+	IS(b64(S("fo")), "Zm8");
+	IS(b64(S("foo")), "Zm9v");
+	IS(b64(S("foob")), "Zm9vYg");
+	IS(b64(S("fooba")), "Zm9vYmE");
+	IS(b64(S("foobar")), "Zm9vYmFy");
+	IS(b64(S("\3\354\377\340\301")), "A-z_4ME");	/* RFC 7515 C */
+	IS(b64(S("{\"alg\":\"ES256\"}")),		/* RFC 7515 A.3 */
+	    "eyJhbGciOiJFUzI1NiJ9");
+	IS(quote(S("")), "\"\"");
+	IS(quote(S("a/b")), "\"a/b\"");
+	IS(quote(S("a\"b\\")), "\"a\\\"b\\\\\"");
+	IS(quote(S("\n\37")), "\"\\u000a\\u001f\"");
+	IS(quote(S("\303\251")), "\"\303\251\"");
+	IS(der(2, S("\1")), "\x02\x01\x01");
+	IS(seq(der(2, S("\1")), der(5, S(""))),
+	    "\x30\x05\x02\x01\x01\x05\x00");
+	big = der(4, (Str){ ones, 127 });
+	IS(((Str){ big.p, 2 }), "\x04\x7f");
+	big = der(4, (Str){ ones, 128 });
+	IS(((Str){ big.p, 3 }), "\x04\x81\x80");
+	big = der(4, (Str){ ones, 256 });
+	IS(((Str){ big.p, 4 }), "\x04\x82\x01\x00");
+	IS(date(-1), "1969-12-31T23:59:59Z");
+	IS(date(0), "1970-01-01T00:00:00Z");
+	IS(date(951782400), "2000-02-29T00:00:00Z");
+	IS(date(-30000000000), "1019-05-04T18:40:00Z");
+	for (int y = -700; y < 8000; y++, used = 0)
+		for (int d = -1; d < 2; d++) {
+			long long u, t = moment(1970 + y, 1, 1, 0, 0, 0) + d;
+
+			if (!rfc3339(date(t), &u) || u != t)
+				bad = printf("%lld\n", t);
+		}
+#define ORIGIN(a, b) same_origin(S("https://" a), S("https://" b))
+	if (!ORIGIN("a.b", "A.B:443/x") || !ORIGIN("a:0443?x", "a/") ||
+	    !ORIGIN("[::1]:5", "[0:0::1]:5/a") || ORIGIN("a", "a.") ||
+	    ORIGIN("a", "b") || ORIGIN("a", "a:444") ||
+	    ORIGIN("a:443", "a.b") || ORIGIN("127.0.0.1", "127.0.0.2") ||
+	    ORIGIN("127.0.0.1", "[::1]") || same_origin(S(""), S("")) ||
+	    same_origin(S("http://a"), S("http://a")))
+		bad = puts("origins");
+	if (rfc3339(S("2026-01-01\00000:00:00Z"), &t) ||
+	    rfc3339(S("2026-01-01T00:00:00\00001:00"), &t))
+		bad = puts("a NUL passed for another character");
+	constraints();
+	return bad != 0;
+}
+END
+check 'base64url, JSON strings, DER, times and name constraints' \
+    '${CC:-cc} -w -I"$src" unit.c -o unit -lbearssl &&
+    ${RUN-} ./unit'
 
 group 'offline: JSON'
 
@@ -1462,6 +1509,8 @@ check 'lone surrogates never become bad UTF-8' '
 		iconv -f UTF-8 -t UTF-8 out >/dev/null || exit
 	done'
 
+group 'offline: the values of JSON'
+
 cat >object <<'END'
 {"a": {"b": [1, "x", {"c": "deep"}], "": "none", "0": "zero"},
  "s": "q\"b\\s\/\u00e9\ud83d\ude39", "n": -1.50e+2, "t": true, "z": null,
@@ -1638,6 +1687,8 @@ check 'RFC 7638 3.1: the thumbprint' \
     'is NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs \
     "\"\$acme\" thumbprint -k rfc7638.pem"'
 
+group 'offline: keys in all forms that are read'
+
 # like NAME FILE: read as the same key as NAME.pem.
 like() {
 	check "$1 as $2" "chmod 600 $2
@@ -1658,6 +1709,8 @@ openssl pkcs8 -topk8 -nocrypt -in ec256.pem >ec256.pkcs8
 like ec256 ec256.pkcs8
 { echo 'Bag Attributes: none'; sed 's/$/\r/' ec256.pem; } >ec256.crlf
 like ec256 ec256.crlf
+
+group 'offline: keys that are refused'
 
 # refused NAME WORDS: NAME.pem is no key that we would use.
 refused() {
@@ -1835,6 +1888,26 @@ misuse '"$acme" csr -K ec256.pem "$long.example"'
 misuse '"$acme" csr -K ec256.pem \
     "$(head -c 260 /dev/zero | tr "\0" a | sed s/aaaa/aaa./g)example"'
 
+group 'offline: names that are refused'
+
+# wrong NAME WORDS: a name that is none, and what is said of it.
+wrong() { dies 64 "'$1' is neither .*address$2" \
+    "\"\$acme\" csr -K ec256.pem '$1'"; }
+wrong http://a.example "; give the host's name alone"
+wrong a.example,b.example '; separate names with spaces'
+wrong "$(printf 'b\303\274cher.example')" '; .*xn--.*idn2'
+wrong a-.example ' ('
+wrong a.example- ' ('
+wrong 192.0.2.256 ' ('
+wrong 7 ' ('
+n64=$(head -c 64 /dev/zero | tr '\0' n)
+check 'a common name of 64 characters' '
+	"$acme" csr -K ec256.pem -N "$n64" a.example >csr.pem &&
+	openssl req -in csr.pem -noout -subject | grep "$n64"'
+dies 64 'at most 64 char' '"$acme" csr -K ec256.pem -N "${n64}n" a.example'
+
+group 'offline: output files'
+
 # The output where others can write, too, and each keeps what is his.
 if [ "$(id -u)" = 0 ]; then
 	mkdir sticky && chmod 1777 sticky
@@ -1899,22 +1972,6 @@ done
 dies 73 'place/other: Read-only' '
     mounted read-only "$acme" csr -K ec256.pem -o place/other a.example \
 	>mounts'
-# wrong NAME WORDS: a name that is none, and what is said of it.
-wrong() { dies 64 "'$1' is neither .*address$2" \
-    "\"\$acme\" csr -K ec256.pem '$1'"; }
-wrong http://a.example "; give the host's name alone"
-wrong a.example,b.example '; separate names with spaces'
-wrong "$(printf 'b\303\274cher.example')" '; .*xn--.*idn2'
-wrong a-.example ' ('
-wrong a.example- ' ('
-wrong 192.0.2.256 ' ('
-wrong 7 ' ('
-n64=$(head -c 64 /dev/zero | tr '\0' n)
-check 'a common name of 64 characters' '
-	"$acme" csr -K ec256.pem -N "$n64" a.example >csr.pem &&
-	openssl req -in csr.pem -noout -subject | grep "$n64"'
-dies 64 'at most 64 char' '"$acme" csr -K ec256.pem -N "${n64}n" a.example'
-
 if [ "$(id -u)" = 0 ]; then
 	rm -rf sticky && mkdir sticky && chmod 1777 sticky
 	for to in /dev/stdout /proc/self/fd/1; do
@@ -1927,6 +1984,200 @@ if [ "$(id -u)" = 0 ]; then
 	    "$acme" directory -B sticky/box'
 	check 'and no request is there' '[ -z "$(ls sticky/box)" ]'
 fi
+
+group 'inside: system calls that fail'
+
+cat >faulty.c <<'END'
+#define _GNU_SOURCE
+#include <sys/stat.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static bool
+fault(const char *name)
+{
+	return getenv("FAULT") && strstr(getenv("FAULT"), name);
+}
+static int
+fail_with(int error)
+{
+	errno = error;
+	return -1;
+}
+/* The file has one more name then, which shows what becomes of it. */
+static int
+faulty_linkat(int a, const char *from, int b, const char *to, int flags)
+{
+	linkat(a, from, AT_FDCWD, "kept", 0);
+	if (fault("appears"))
+		write(openat(b, to, O_WRONLY | O_CREAT | O_EXCL, 0600), "!", 1);
+	return fault("no links") ? fail_with(EPERM) :
+	    linkat(a, from, b, to, flags);
+}
+static int
+faulty_renameat(int a, const char *from, int b, const char *to)
+{
+	return fault("no rename") ? fail_with(EIO) : renameat(a, from, b, to);
+}
+static int
+faulty_unlinkat(int dir, const char *name, int flags)
+{
+	return fault("no unlink") ? fail_with(EACCES) :
+	    unlinkat(dir, name, flags);
+}
+/* The file systems of Windows have modes of their own. */
+static int
+faulty_fchmod(int fd, mode_t mode)
+{
+	if (fault("all is 0755"))
+		fchmod(fd, 0755);
+	return fault("chmod refused") ? fail_with(EPERM) :
+	    fault("all is 0755") ? 0 : fchmod(fd, mode);
+}
+static int
+faulty_fsync(int fd)
+{
+	struct stat st;
+
+	return fault("no sync") && fstat(fd, &st) == 0 &&
+	    S_ISDIR(st.st_mode) ? fail_with(EIO) : fsync(fd);
+}
+static int
+faulty_getentropy(void *p, size_t n)
+{
+	return fault("no getrandom") ? fail_with(ENOSYS) : getentropy(p, n);
+}
+#define getentropy faulty_getentropy
+#define fchmod faulty_fchmod
+#define fsync faulty_fsync
+#define linkat faulty_linkat
+#define renameat faulty_renameat
+#define unlinkat faulty_unlinkat
+#include "acme.c"
+END
+check 'the program with system calls that fail' \
+    '${CC:-cc} -w -I"$src" faulty.c -o faulty -lbearssl'
+# faulty FAULTS COMMAND...: with these, in a directory of its own.
+faulty() {
+	rm -rf faults && mkdir faults && cd faults || return
+	FAULT=$1; shift
+	export FAULT
+	${RUN-} ../faulty "$@"
+}
+# no_key [FILE]: the key went, overwritten, and there is nothing else.
+no_key() {
+	cd faults && ls -lA && [ ! -s kept ] && rm kept && is "${1-}" 'ls -A'
+}
+check 'a key on a file system without hard links' '
+    faulty "no links" key -o key.pem && rm kept && is key.pem "ls -A" &&
+    openssl pkey -in key.pem -noout -check'
+for links in links 'no links'; do
+	dies 73 'key.pem: it exists' "faulty '$links, appears' key -o key.pem"
+	check "where a file of its name appeared the key goes: $links" '
+	    is ! "cat faults/key.pem" && no_key key.pem'
+done
+dies 74 'cannot rename key.pem' 'faulty "no links, no rename" key -o key.pem'
+check 'and a key that cannot be renamed, too' no_key
+dies 74 'the key is in key.pem, but its temporary name .acme-step' \
+    'faulty "no unlink" key -o key.pem'
+check 'the key stays, if it is only its temporary name that stays, too' '
+    cd faults && openssl pkey -in key.pem -noout -check &&
+    cmp key.pem .acme-step.*'
+check 'a kernel without getrandom: /dev/urandom, and each key is another' '
+    faulty "no getrandom" key -o key.pem && mv key.pem ../first.key &&
+    openssl pkey -in ../first.key -noout -check && cd .. &&
+    faulty "no getrandom" key -o key.pem && ! cmp key.pem ../first.key'
+dies 70 'cannot get random bytes from the system' ': > urandom
+    faulty "" key -o key.pem && FAULT="no getrandom" unshare -m sh -c "
+	mount --bind ../urandom /dev/urandom && ${RUN-} ../faulty key -o k"'
+check 'chmod refused: a key whose mode is right already' '
+    faulty "chmod refused" key -o key.pem && is 600 "stat -c %a key.pem"'
+for how in 'chmod refused, all is 0755' 'all is 0755'; do
+	dies 73 'key.pem: its file system would let others read the key' \
+	    "faulty '$how' key -o key.pem"
+	check "there is no key that others could read: $how" '
+	    is "" "ls -A faults"'
+done
+# replaced FAULTS MODE: what replaces a file that has this mode.
+replaced() {
+	faulty '' key -o key.pem && rm kept && echo old >out &&
+	chmod "$2" out &&
+	FAULT=$1 ${RUN-} ../faulty csr -K key.pem -o out a.example
+}
+check 'chmod refused: a file is replaced, unless more can read it then' '
+    replaced "chmod refused" 644 && grep BEGIN out && cd .. &&
+    replaced "chmod refused, all is 0755" 755 && grep BEGIN out && cd .. &&
+    replaced "chmod refused, all is 0755" 644 && grep BEGIN out'
+dies 73 'out: its file system does not keep the mode' \
+    'replaced "chmod refused" 600'
+check 'and the old file stays' 'is old "cat faults/out" &&
+    ! ls -A faults | grep -F .acme-step'
+check 'a directory that cannot be synced: a warning' '
+    faulty "no sync" key -o key.pem 2>err; got=$?; cat ../err
+    [ $got = 0 ] && [ -s key.pem ] && is 1 "wc -l <../err" &&
+    grep "^acme-step: .*: warning: cannot sync .* of key.pem" ../err'
+
+group 'inside: the built-in roots'
+
+cat >roots.c <<'END'
+#define main acme_main
+#include "acme.c"
+#undef main
+static void
+show(const char *what, const unsigned char *p, size_t n)
+{
+	printf("%s ", what);
+	while (n-- > 0)
+		printf("%02x", *p++);
+	printf("\n");
+}
+int
+main(void)
+{
+	built_in_anchors();
+	for (size_t i = 0; i < nanchor; i++) {
+		const br_x509_trust_anchor *a = &anchor[i];
+
+		show("name", a->dn.data, a->dn.len);
+		if (a->pkey.key_type == BR_KEYTYPE_RSA) {
+			show("n", a->pkey.key.rsa.n, a->pkey.key.rsa.nlen);
+			show("e", a->pkey.key.rsa.e, a->pkey.key.rsa.elen);
+		} else
+			show("q", a->pkey.key.ec.q, a->pkey.key.ec.qlen);
+	}
+	return 0;
+}
+END
+# The fingerprints are those that Let's Encrypt publishes.
+check 'the built-in roots are those of ca-certificates, by fingerprint' '
+	dir=/etc/ssl/certs
+	for root in X1:96BCEC06264976F37460779ACF28C5A7CFE8A3C0AAE11A8FFCEE05C0\
+BDDF08C6 X2:69729B8E15A86EFC177A57AFB7171DFC64ADD28C2FCA8CF1507E34453CCB1470
+	do
+		file=$dir/ISRG_Root_${root%:*}.pem
+		openssl x509 -in "$file" -noout -fingerprint -sha256 |
+		    tr -d : | grep "=${root#*:}$" || exit
+		openssl x509 -in "$file" -outform DER -out root.der
+		openssl asn1parse -inform DER -in root.der -strparse \
+		    "$(openssl asn1parse -inform DER -in root.der |
+		    awk -F: "/cons: SEQUENCE/ && /d=2/ && ++n == 2 {
+			print \$1 + 0 }")" -noout -out name.der
+		echo "name $(xxd -p name.der | tr -d "\n")"
+		openssl x509 -in "$file" -noout -pubkey | openssl pkey -pubin \
+		    -outform DER -out pub.der
+		case ${root%:*} in
+		X1)	echo "n $(openssl x509 -in "$file" -noout -modulus |
+			    cut -d= -f2 | tr A-F a-f)"
+			echo "e 010001" ;;
+		*)	echo "q $(tail -c 97 pub.der | xxd -p | tr -d "\n")" ;;
+		esac
+	done >want; cat want
+	${CC:-cc} -w -I"$src" roots.c -o roots -lbearssl &&
+	${RUN-} ./roots >got &&
+	grep -v "^subject\|ingerprint" want | diff - got'
 
 group 'offline: is it time to renew?'
 
@@ -2061,371 +2312,147 @@ dies 66 secret.pem 'setpriv --reuid=65534 --regid=65534 --clear-groups \
     ./step.bin due secret.pem'
 rm -f step.bin
 
-group 'inside: acme.c is included with its main renamed'
+group 'offline: the command line'
 
-cat >unit.c <<'END'
-#define main acme_main
-#include "acme.c"
-#undef main
-static int bad;
-static void
-equal(Str a, Str b, int line)
-{
-	if (!same(a, b))
-		bad = printf("line %d: %.*s\n", line, (int)a.n, a.p);
-}
-#define IS(a, b) equal(a, S(b), __LINE__)
-/* An address and a mask of so many bits, as a base. */
-static Str
-subnet(const char *address, size_t bits)
-{
-	Str ip = ip_bytes(str(address));
-	unsigned char mask[16] = { 0 };
-
-	for (size_t i = 0; i < bits; i++)
-		mask[i / 8] |= (unsigned char)(0x80 >> i % 8);
-	return cat(NONE, ip, (Str){ mask, ip.n });
-}
-static Str
-subtree(int tag, Str base)
-{
-	return seq(der(tag, base));
-}
-/* What constraints of these bases say of a name: RFC 5280 4.2.1.10. */
-static void
-judge(int line, const char *permitted, const char *excluded, Str name,
-    bool want)
-{
-	struct constraints k = { NONE, NONE };
-
-	if (permitted)
-		k.permitted = subtree(DNS_NAME, str(permitted));
-	if (excluded)
-		k.excluded = subtree(DNS_NAME, str(excluded));
-	if (!are_subtrees(k.permitted) || !are_subtrees(k.excluded) ||
-	    allows(&k, DNS_NAME, name) != want)
-		bad = printf("line %d: %.*s\n", line, (int)name.n, name.p);
-}
-#define ALLOWS(p, x, name) judge(__LINE__, p, x, S(name), true)
-#define FORBIDS(p, x, name) judge(__LINE__, p, x, S(name), false)
-static void
-judge_ip(int line, Str base, const char *address, bool within)
-{
-	struct constraints k = { subtree(IP_NAME, base), NONE };
-	struct constraints x = { NONE, subtree(IP_NAME, base) };
-	Str ip = ip_bytes(str(address));
-
-	if (!are_subtrees(k.permitted) || allows(&k, IP_NAME, ip) != within ||
-	    allows(&x, IP_NAME, ip) == within ||
-	    !allows(&k, DNS_NAME, S("a.example")))
-		bad = printf("line %d: %s\n", line, address);
-}
-static void
-constraints(void)
-{
-	static const char *const odd[] = { ".", "a..b", "a.", "..a", "*.a",
-	    "a b", "\303\244.a" };
-	unsigned char gap[] = { 192, 0, 2, 0, 255, 0, 255, 0 };
-
-	ALLOWS("a.example", NULL, "a.example");
-	ALLOWS("a.example", NULL, "b.a.EXAMPLE");
-	ALLOWS("", NULL, "a.example");
-	ALLOWS("a.example", NULL, "*.a.example");
-	ALLOWS("a.example", "b.a.example", "c.a.example");
-	FORBIDS("a.example", NULL, "ba.example");
-	FORBIDS("a.example", NULL, "example");
-	FORBIDS("a.example", NULL, "*.example");
-	FORBIDS("a.example", NULL, "a.example.");
-	FORBIDS("a.example", NULL, "b..a.example");
-	FORBIDS("a.example", NULL, ".a.example");
-	FORBIDS("a.example", NULL, "b\0.a.example");
-	FORBIDS("a.example", NULL, "\303\244.a.example");
-	FORBIDS("a.example", NULL, "b*.a.example");
-	FORBIDS("a.example", NULL, "");
-	FORBIDS("", NULL, "a.example.");
-	ALLOWS(".a.example", NULL, "b.a.example");
-	FORBIDS(".a.example", NULL, "a.example");
-	FORBIDS(NULL, ".a.example", "a.example");
-	FORBIDS(NULL, ".a.example", "b.a.example");
-	ALLOWS(NULL, "a.example", "b.example");
-	ALLOWS(NULL, "a.example", "ba.example");
-	ALLOWS(NULL, "c.b.a.example", "*.a.example");
-	FORBIDS(NULL, "a.example", "A.example");
-	FORBIDS(NULL, "a.example", "*.a.example");
-	FORBIDS(NULL, "b.a.example", "*.a.example");
-	FORBIDS(NULL, "", "a.example");
-	FORBIDS(NULL, "a.example", "b.example.");
-	FORBIDS(NULL, "a.example", "b\0.example");
-	FORBIDS("a.example", "b.a.example", "c.b.a.example");
-	for (size_t i = 0; i < COUNT(odd); i++)
-		if (are_subtrees(subtree(DNS_NAME, str(odd[i]))))
-			bad = printf("constraint %s\n", odd[i]);
-	judge_ip(__LINE__, subnet("192.0.2.0", 24), "192.0.2.255", true);
-	judge_ip(__LINE__, subnet("192.0.2.9", 24), "192.0.2.255", true);
-	judge_ip(__LINE__, subnet("192.0.2.0", 24), "192.0.3.0", false);
-	judge_ip(__LINE__, subnet("192.0.2.0", 0), "127.0.0.1", true);
-	judge_ip(__LINE__, subnet("192.0.2.1", 32), "192.0.2.1", true);
-	judge_ip(__LINE__, subnet("2001:db8::", 33), "2001:db8:7fff::1", true);
-	judge_ip(__LINE__, subnet("2001:db8::", 33), "2001:db8:8000::", false);
-	judge_ip(__LINE__, subnet("::", 0), "192.0.2.1", false);
-	if (are_subtrees(subtree(IP_NAME, (Str){ gap, 8 })) ||
-	    are_subtrees(subtree(IP_NAME, (Str){ gap, 7 })) ||
-	    are_subtrees(subtree(IP_NAME, (Str){ gap, 4 })) ||
-	    are_subtrees(subtree(IP_NAME, NONE)) ||
-	    are_subtrees(subtree(0xa2, S("a.example"))) ||
-	    are_subtrees(seq(der(DNS_NAME, S("a")), der(0x80, ONE))) ||
-	    are_subtrees(S("\x30\x03\x82\x05" "a")) ||
-	    !are_subtrees(subtree(0x81, S("a.example"))))
-		bad = puts("constraints of other kinds");
-}
-int
-main(void)
-{
-	static const unsigned char ones[300] = { 1 };
-	long long t;
-	Str big;
-
-	IS(b64(S("")), "");				/* RFC 4648 10 */
-	IS(b64(S("f")), "Zg");
-	IS(b64(S("fo")), "Zm8");
-	IS(b64(S("foo")), "Zm9v");
-	IS(b64(S("foob")), "Zm9vYg");
-	IS(b64(S("fooba")), "Zm9vYmE");
-	IS(b64(S("foobar")), "Zm9vYmFy");
-	IS(b64(S("\3\354\377\340\301")), "A-z_4ME");	/* RFC 7515 C */
-	IS(b64(S("{\"alg\":\"ES256\"}")),		/* RFC 7515 A.3 */
-	    "eyJhbGciOiJFUzI1NiJ9");
-	IS(quote(S("")), "\"\"");
-	IS(quote(S("a/b")), "\"a/b\"");
-	IS(quote(S("a\"b\\")), "\"a\\\"b\\\\\"");
-	IS(quote(S("\n\37")), "\"\\u000a\\u001f\"");
-	IS(quote(S("\303\251")), "\"\303\251\"");
-	IS(der(2, S("\1")), "\x02\x01\x01");
-	IS(seq(der(2, S("\1")), der(5, S(""))),
-	    "\x30\x05\x02\x01\x01\x05\x00");
-	big = der(4, (Str){ ones, 127 });
-	IS(((Str){ big.p, 2 }), "\x04\x7f");
-	big = der(4, (Str){ ones, 128 });
-	IS(((Str){ big.p, 3 }), "\x04\x81\x80");
-	big = der(4, (Str){ ones, 256 });
-	IS(((Str){ big.p, 4 }), "\x04\x82\x01\x00");
-	IS(date(-1), "1969-12-31T23:59:59Z");
-	IS(date(0), "1970-01-01T00:00:00Z");
-	IS(date(951782400), "2000-02-29T00:00:00Z");
-	IS(date(-30000000000), "1019-05-04T18:40:00Z");
-	for (int y = -700; y < 8000; y++, used = 0)
-		for (int d = -1; d < 2; d++) {
-			long long u, t = moment(1970 + y, 1, 1, 0, 0, 0) + d;
-
-			if (!rfc3339(date(t), &u) || u != t)
-				bad = printf("%lld\n", t);
-		}
-#define ORIGIN(a, b) same_origin(S("https://" a), S("https://" b))
-	if (!ORIGIN("a.b", "A.B:443/x") || !ORIGIN("a:0443?x", "a/") ||
-	    !ORIGIN("[::1]:5", "[0:0::1]:5/a") || ORIGIN("a", "a.") ||
-	    ORIGIN("a", "b") || ORIGIN("a", "a:444") ||
-	    ORIGIN("a:443", "a.b") || ORIGIN("127.0.0.1", "127.0.0.2") ||
-	    ORIGIN("127.0.0.1", "[::1]") || same_origin(S(""), S("")) ||
-	    same_origin(S("http://a"), S("http://a")))
-		bad = puts("origins");
-	if (rfc3339(S("2026-01-01\00000:00:00Z"), &t) ||
-	    rfc3339(S("2026-01-01T00:00:00\00001:00"), &t))
-		bad = puts("a NUL passed for another character");
-	constraints();
-	return bad != 0;
-}
-END
-cat >roots.c <<'END'
-#define main acme_main
-#include "acme.c"
-#undef main
-static void
-show(const char *what, const unsigned char *p, size_t n)
-{
-	printf("%s ", what);
-	while (n-- > 0)
-		printf("%02x", *p++);
-	printf("\n");
-}
-int
-main(void)
-{
-	built_in_anchors();
-	for (size_t i = 0; i < nanchor; i++) {
-		const br_x509_trust_anchor *a = &anchor[i];
-
-		show("name", a->dn.data, a->dn.len);
-		if (a->pkey.key_type == BR_KEYTYPE_RSA) {
-			show("n", a->pkey.key.rsa.n, a->pkey.key.rsa.nlen);
-			show("e", a->pkey.key.rsa.e, a->pkey.key.rsa.elen);
-		} else
-			show("q", a->pkey.key.ec.q, a->pkey.key.ec.qlen);
-	}
-	return 0;
-}
-END
-# The fingerprints are those that Let's Encrypt publishes.
-check 'the built-in roots are those of ca-certificates, by fingerprint' '
-	dir=/etc/ssl/certs
-	for root in X1:96BCEC06264976F37460779ACF28C5A7CFE8A3C0AAE11A8FFCEE05C0\
-BDDF08C6 X2:69729B8E15A86EFC177A57AFB7171DFC64ADD28C2FCA8CF1507E34453CCB1470
-	do
-		file=$dir/ISRG_Root_${root%:*}.pem
-		openssl x509 -in "$file" -noout -fingerprint -sha256 |
-		    tr -d : | grep "=${root#*:}$" || exit
-		openssl x509 -in "$file" -outform DER -out root.der
-		openssl asn1parse -inform DER -in root.der -strparse \
-		    "$(openssl asn1parse -inform DER -in root.der |
-		    awk -F: "/cons: SEQUENCE/ && /d=2/ && ++n == 2 {
-			print \$1 + 0 }")" -noout -out name.der
-		echo "name $(xxd -p name.der | tr -d "\n")"
-		openssl x509 -in "$file" -noout -pubkey | openssl pkey -pubin \
-		    -outform DER -out pub.der
-		case ${root%:*} in
-		X1)	echo "n $(openssl x509 -in "$file" -noout -modulus |
-			    cut -d= -f2 | tr A-F a-f)"
-			echo "e 010001" ;;
-		*)	echo "q $(tail -c 97 pub.der | xxd -p | tr -d "\n")" ;;
-		esac
-	done >want; cat want
-	${CC:-cc} -w -I"$src" roots.c -o roots -lbearssl &&
-	${RUN-} ./roots >got &&
-	grep -v "^subject\|ingerprint" want | diff - got'
-check 'base64url, JSON strings, DER, times and name constraints' \
-    '${CC:-cc} -w -I"$src" unit.c -o unit -lbearssl &&
-    ${RUN-} ./unit'
-cat >faulty.c <<'END'
-#define _GNU_SOURCE
-#include <sys/stat.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <stdbool.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-static bool
-fault(const char *name)
-{
-	return getenv("FAULT") && strstr(getenv("FAULT"), name);
-}
-static int
-fail_with(int error)
-{
-	errno = error;
-	return -1;
-}
-/* The file has one more name then, which shows what becomes of it. */
-static int
-faulty_linkat(int a, const char *from, int b, const char *to, int flags)
-{
-	linkat(a, from, AT_FDCWD, "kept", 0);
-	if (fault("appears"))
-		write(openat(b, to, O_WRONLY | O_CREAT | O_EXCL, 0600), "!", 1);
-	return fault("no links") ? fail_with(EPERM) :
-	    linkat(a, from, b, to, flags);
-}
-static int
-faulty_renameat(int a, const char *from, int b, const char *to)
-{
-	return fault("no rename") ? fail_with(EIO) : renameat(a, from, b, to);
-}
-static int
-faulty_unlinkat(int dir, const char *name, int flags)
-{
-	return fault("no unlink") ? fail_with(EACCES) :
-	    unlinkat(dir, name, flags);
-}
-/* The file systems of Windows have modes of their own. */
-static int
-faulty_fchmod(int fd, mode_t mode)
-{
-	if (fault("all is 0755"))
-		fchmod(fd, 0755);
-	return fault("chmod refused") ? fail_with(EPERM) :
-	    fault("all is 0755") ? 0 : fchmod(fd, mode);
-}
-static int
-faulty_fsync(int fd)
-{
-	struct stat st;
-
-	return fault("no sync") && fstat(fd, &st) == 0 &&
-	    S_ISDIR(st.st_mode) ? fail_with(EIO) : fsync(fd);
-}
-static int
-faulty_getentropy(void *p, size_t n)
-{
-	return fault("no getrandom") ? fail_with(ENOSYS) : getentropy(p, n);
-}
-#define getentropy faulty_getentropy
-#define fchmod faulty_fchmod
-#define fsync faulty_fsync
-#define linkat faulty_linkat
-#define renameat faulty_renameat
-#define unlinkat faulty_unlinkat
-#include "acme.c"
-END
-check 'the program with system calls that fail' \
-    '${CC:-cc} -w -I"$src" faulty.c -o faulty -lbearssl'
-# faulty FAULTS COMMAND...: with these, in a directory of its own.
-faulty() {
-	rm -rf faults && mkdir faults && cd faults || return
-	FAULT=$1; shift
-	export FAULT
-	${RUN-} ../faulty "$@"
-}
-# no_key [FILE]: the key went, overwritten, and there is nothing else.
-no_key() {
-	cd faults && ls -lA && [ ! -s kept ] && rm kept && is "${1-}" 'ls -A'
-}
-check 'a key on a file system without hard links' '
-    faulty "no links" key -o key.pem && rm kept && is key.pem "ls -A" &&
-    openssl pkey -in key.pem -noout -check'
-for links in links 'no links'; do
-	dies 73 'key.pem: it exists' "faulty '$links, appears' key -o key.pem"
-	check "where a file of its name appeared the key goes: $links" '
-	    is ! "cat faults/key.pem" && no_key key.pem'
+misuse '"$acme"'
+misuse '"$acme" nonsense'
+misuse '"$acme" key'
+misuse '"$acme" key -o'
+misuse '"$acme" key -t dsa -o none.pem'
+misuse '"$acme" key -Z -o none.pem'
+misuse '"$acme" key -o none.pem none'
+misuse '"$acme" csr a.example'
+misuse '"$acme" thumbprint none none'
+misuse '"$acme" json'
+misuse '"$acme" json . /dev/null none'
+misuse '"$acme" get'
+misuse '"$acme" get https://localhost/ https://localhost/'
+misuse '"$acme" new-order -T 5'
+misuse '"$acme" directory none'
+for seconds in 0 -1 x '' 5x 99999999999999999999; do
+	misuse "\"\$acme\" directory -T '$seconds'"
 done
-dies 74 'cannot rename key.pem' 'faulty "no links, no rename" key -o key.pem'
-check 'and a key that cannot be renamed, too' no_key
-dies 74 'the key is in key.pem, but its temporary name .acme-step' \
-    'faulty "no unlink" key -o key.pem'
-check 'the key stays, if it is only its temporary name that stays, too' '
-    cd faults && openssl pkey -in key.pem -noout -check &&
-    cmp key.pem .acme-step.*'
-check 'a kernel without getrandom: /dev/urandom, and each key is another' '
-    faulty "no getrandom" key -o key.pem && mv key.pem ../first.key &&
-    openssl pkey -in ../first.key -noout -check && cd .. &&
-    faulty "no getrandom" key -o key.pem && ! cmp key.pem ../first.key'
-dies 70 'cannot get random bytes from the system' ': > urandom
-    faulty "" key -o key.pem && FAULT="no getrandom" unshare -m sh -c "
-	mount --bind ../urandom /dev/urandom && ${RUN-} ../faulty key -o k"'
-check 'chmod refused: a key whose mode is right already' '
-    faulty "chmod refused" key -o key.pem && is 600 "stat -c %a key.pem"'
-for how in 'chmod refused, all is 0755' 'all is 0755'; do
-	dies 73 'key.pem: its file system would let others read the key' \
-	    "faulty '$how' key -o key.pem"
-	check "there is no key that others could read: $how" '
-	    is "" "ls -A faults"'
+misuse 'ACME_TIMEOUT=x "$acme" directory'
+misuse '"$acme" directory -d http://localhost/'
+misuse '"$acme" directory -d nonsense'
+misuse '"$acme" directory -d "https://localhost:$(printf %0900d 443)/"'
+misuse '"$acme" directory -d https://-proxy/'
+misuse '"$acme" directory -d "https://[none]/"'
+dies 64 'dsa; there are ec256 ec384 rsa2048 rsa3072 rsa4096 (' \
+    '"$acme" key -t dsa -o none.pem'
+for option in -h --help '-o none.pem -h'; do
+	check "key $option prints the help" "\"\$acme\" key $option >out &&
+	    \"\$acme\" help key | diff - out"
 done
-# replaced FAULTS MODE: what replaces a file that has this mode.
-replaced() {
-	faulty '' key -o key.pem && rm kept && echo old >out &&
-	chmod "$2" out &&
-	FAULT=$1 ${RUN-} ../faulty csr -K key.pem -o out a.example
+dies 64 '-v comes before the command; options go after' '"$acme" -v directory'
+dies 64 'no such option: --staging (' '"$acme" --staging directory'
+dies 64 'no such option: --foo; options have one letter' '"$acme" key --foo'
+dies 64 'key: option -o FILE is required (see acme-step help key)' \
+    '"$acme" key -t ec384'
+dies 64 'csr: option -K KEY is required' '"$acme" csr -N none a.example'
+dies 64 'key: option -o needs a value' '"$acme" key -o'
+dies 64 ': -4 and -6 cannot be combined' '"$acme" directory -4 -6'
+check 'a refused command line makes no file' '[ ! -e none.pem ]'
+
+# clogged FD COMMAND...: run it where this descriptor is a full pipe.
+mkfifo full.pipe
+clogged() {
+	(
+		fd=$1; shift
+		exec 7<>full.pipe
+		dd if=/dev/zero of=full.pipe bs=4096 oflag=nonblock 2>dd.err
+		eval "exec sh -c 'echo \$\$ >stuck.pid
+		    exec \"\$@\"' sh \"\$@\" $fd>&7"
+	)
 }
-check 'chmod refused: a file is replaced, unless more can read it then' '
-    replaced "chmod refused" 644 && grep BEGIN out && cd .. &&
-    replaced "chmod refused, all is 0755" 755 && grep BEGIN out && cd .. &&
-    replaced "chmod refused, all is 0755" 644 && grep BEGIN out'
-dies 73 'out: its file system does not keep the mode' \
-    'replaced "chmod refused" 600'
-check 'and the old file stays' 'is old "cat faults/out" &&
-    ! ls -A faults | grep -F .acme-step'
-check 'a directory that cannot be synced: a warning' '
-    faulty "no sync" key -o key.pem 2>err; got=$?; cat ../err
-    [ $got = 0 ] && [ -s key.pem ] && is 1 "wc -l <../err" &&
-    grep "^acme-step: .*: warning: cannot sync .* of key.pem" ../err'
+check 'a step that cannot write its message ends, with its own status' '
+	clogged 2 timeout -s KILL 20 "$acme" nonsense; got=$?
+	echo "$got"; [ "$got" = 64 ] &&
+	{ clogged 2 timeout -s KILL 20 "$acme" thumbprint -k none.pem; got=$?
+	echo "$got"; [ "$got" = 66 ]; }'
+"$acme" key -o stuck.key
+check 'and the next step is told' '
+	clogged 2 timeout -s KILL 20 "$acme" order -k stuck.key </dev/null |
+	cat >piped
+	cat piped; grep "^failed 65 order " piped'
+check 'nor does a next step that does not read hold it up' '
+	echo "failed 75 new-order some words" >piped
+	clogged 1 timeout -s KILL 20 "$acme" order -k stuck.key <piped; got=$?
+	echo "$got"; [ "$got" = 75 ]'
+
+group 'offline: help'
+
+# commands: the names of all, as help lists them.
+commands() {
+	"$acme" help | sed -n 's/^  \([a-z-]*\)   *.*/\1/p' | sort
+}
+
+# synopses: the command lines of all.
+synopses() {
+	commands | while read -r command; do
+		"$acme" help "$command" | sed 1q
+	done | sort
+}
+commands >all-commands
+check 'help lists all commands' '
+    sed -n "s/^{ \.name = \"\([^\"]*\)\".*/\1/p" "$src/acme.c" | sort >a &&
+    [ -s a ] && diff a all-commands'
+check '-h and --help do the same' '
+    "$acme" help >a && grep -c . a && "$acme" -h | diff a - &&
+    "$acme" --help | diff a -'
+check 'help fits on two screens' '
+    "$acme" help | awk "END { print NR; exit NR > 48 }"'
+check 'its exit statuses are those of the code' '
+    sed -n "/^enum/,/^}/s/^[ \t]*[A-Z_]* *= \(0\|1\|[67][0-9]\),.*/\1/p" \
+	"$src/acme.c" | sort -u >a && [ "$(grep -c . a)" -gt 10 ] &&
+    "$acme" help | sed -n "/^Exit status:/,/^$/p" |
+    grep -o "[0-9][0-9]*" | sort | diff a -'
+check 'without arguments: a short usage, and what a certificate takes' '
+    "$acme" >out 2>err; got=$?
+    cat out err; [ "$got" = 64 ] && [ ! -s out ] &&
+    [ "$(grep -c . err)" = 3 ] && grep "^usage: acme-step COMMAND" err &&
+    grep "no command given (see acme-step help)" err &&
+    grep "key, new-account, new-order, respond, finalize" err'
+check 'with standard error full too' '
+    clogged 2 timeout -s KILL 20 "$acme"; got=$?
+    echo "$got"; [ "$got" = 64 ]'
+
+# Each option that its help lists is one that it accepts.
+accepted() {
+	grep -o '^  -[^ ].\{15\}' help >listed
+	while read -r option value; do
+		"$acme" "$1" "$option" ${value:+a:1:127.0.0.1} -h >out &&
+		diff help out || return
+	done <listed
+}
+while read -r command; do
+	check "help $command, $command -h and $command --help" '
+	    "$acme" help $command >help 2>err && [ ! -s err ] &&
+	    [ "$(grep -c . help)" -gt 3 ] &&
+	    sed 1q help | grep -e "^acme-step $command\( \|\$\)" &&
+	    "$acme" $command -h | diff help - &&
+	    "$acme" $command --help | diff help - &&
+	    not grep ".\{81\}" help && not grep "%" help &&
+	    accepted $command'
+	check "the options of $command are those of its synopsis" '
+	    sed 1q help | grep -o "[ ([]-[A-Za-z0-9]\( [A-Z]*\)\?" |
+	    sed "s/^.//;s/ $//" | sort >a
+	    sed -n "/^options:/,/^$/s/^  \(-. *[A-Z]*\) .*/\1/p" help |
+	    sed "s/ *$//" | sort | diff a -'
+done <all-commands
+for command in key csr thumbprint due json help version; do
+	check "$command has no network: its help has no option for one" '
+	    "$acme" help $command | not grep "^  -[daCHPB46v] "'
+done
+check 'send has no account, nor a directory' '
+    "$acme" help send >help && grep "^  -C" help && not grep "^  -[dkaB]" help'
+dies 64 '^acme-step: no such command: orders (see acme-step help)$' \
+    '"$acme" help orders'
+check 'what the value of an option can be' '
+    "$acme" help key | grep "ec256 ec384 rsa2048 rsa3072 rsa4096" &&
+    "$acme" help respond | grep "http-01 dns-01 tls-alpn-01" &&
+    "$acme" help respond | grep "dehydrated uacme lego certbot"'
+
 [ "$task" != offline ] || finish
 
 group 'the canned server'
@@ -2614,89 +2641,6 @@ fresh
 raw POST_it 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello'
 check 'a reply is printed as it came' 'is hello "get it"'
 
-group 'JWS: openssl verifies what we sign'
-
-# protected FILE MEMBER: a member of the protected header.
-part() { sed 's/.*"'"$2"'" *: *"\([^"]*\)".*/\1/' "$1"; }
-protected() { part "$1" protected | from_base64url; }
-# verifies KEY DIGEST FILE: the JWS is one of this key's (RFC 7515 5.2).
-verifies() {
-	printf %s "$(part "$3" protected).$(part "$3" payload)" >input
-	jws=$3 bits=$2
-	[ "$bits" != rsa ] || bits=256
-	part "$jws" signature | from_base64url >signature
-	openssl pkey -in "$1" -pubout -out public.pem
-	if [ "$2" != rsa ]; then
-		half=$(($(stat -c %s signature) / 2))
-		[ "$half" = $(($2 / 8)) ] || return
-		hex=$(xxd -p signature | tr -d '\n')
-		printf '%s\n' asn1=SEQUENCE:s '[s]' \
-		    "r=INTEGER:0x$(printf %s "$hex" | head -c $((2 * half)))" \
-		    "s=INTEGER:0x$(printf %s "$hex" | tail -c $((2 * half)))" \
-		    >asn1.cnf
-		openssl asn1parse -genconf asn1.cnf -noout -out signature
-	fi
-	openssl dgst "-sha$bits" -verify public.pem \
-	    -signature signature input
-}
-fresh
-answer POST_it '200 OK' hello
-for key in ec256:256:ES256 ec384:384:ES384 rsa2048:rsa:RS256 \
-    rsa4096:rsa:RS256; do
-	alg=${key##*:} type=${key%%:*} digest=${key#*:}
-	digest=${digest%:*}
-	rm -f www/requests
-	check "$alg by $type" "get_it=\$(step get -k $type.pem -a account \
-		$ca/it) && verifies $type.pem $digest www/body.POST_it.1"
-	check "$alg by $type: the protected header" "
-	    is '{\"alg\":\"$alg\",\"kid\":\"$ca/account/1?x=y\",\
-\"nonce\":\"n0\",\"url\":\"$ca/it\"}' \
-		'protected www/body.POST_it.1 | tr -d \" \" | tr -d {} |
-		 tr , \"\\n\" | sort | paste -s -d , | sed \"s/.*/{&}/\"'"
-done
-check 'POST-as-GET has an empty payload (RFC 8555 6.3)' \
-    'is "" "part www/body.POST_it.1 payload"'
-cut_names() { sed 's/^{*"\([a-z]*\)".*/\1/'; echo; }
-check 'it is a flattened JWS, its type said (RFC 8555 6.2)' '
-	is "payload protected signature" \
-	    "tr , \"\n\" <www/body.POST_it.1 | cut_names | sort | xargs" &&
-	grep -ix "content-type: application/jose+json" www/head.POST_it.1'
-check 'each request says its host, length and agent' '
-	for f in www/head.*; do
-		grep -ix "host: localhost:$home" "$f" &&
-		grep -i "^user-agent: acme-step" "$f" || exit
-	done
-	grep -i "^content-length: [0-9]*$" www/head.POST_it.1'
-check 'post signs what it reads' '
-	rm www/requests
-	is hello "echo \"{\\\"a\\\": [1]}\" | step post -a account $ca/it" &&
-	is "{\"a\": [1]}" "part www/body.POST_it.1 payload | from_base64url" &&
-	verifies account.key 256 www/body.POST_it.1'
-# The first request is for a nonce.
-check 'a box shows no control characters and marks of direction' '
-	printf "{\n\"a\":\"\302\233\342\200\216\177\"}" >marks
-	for i in 1 2; do
-		step post -B box -a account "$ca/it" <marks
-		[ $? = 75 ] && "$acme" send -C root.pem box || exit
-	done
-	cat box/2.request
-	grep -F "# payload: { \"a\":\"??????\"}" box/2.request'
-dies 65 JSON 'echo "{" | step post -a account "$ca/it"'
-dies 65 . 'step post -a account "$ca/it" </dev/null'
-check 'a new account is signed with its jwk' '
-	fresh
-	answer POST_newAccount "201 Created" "{\"status\":\"valid\"}" \
-	    "Location: $ca/account/1"
-	step new-account -d "$ca/dir" -y -m mailto:a@a.example >out &&
-	grep -x "account $ca/account/1" out &&
-	verifies account.key 256 www/body.POST_newAccount.1 &&
-	protected www/body.POST_newAccount.1 >header &&
-	grep -q "\"jwk\": *$(jwk account.key)" header &&
-	! grep kid header &&
-	part www/body.POST_newAccount.1 payload | from_base64url >payload &&
-	grep -q "\"termsOfServiceAgreed\": *true" payload &&
-	grep -q "\"contact\": *\[\"mailto:a@a.example\"\]" payload'
-
 group 'TLS'
 
 # One directory for every server, whatever its origin.
@@ -2716,6 +2660,8 @@ dies 69 . 'step directory -4 -d "https://[::1]:$port/dir"'
 check 'IPv6 address with -6' 'step directory -6 -d "https://[::1]:$port/dir"'
 check 'the host of an IPv6 address is in brackets' \
     'grep -ix "host: \[::1\]:$port" www/head.GET_dir.*'
+
+group 'TLS: servers of all kinds'
 
 # A server for each fault, and the word that our message has for it.
 openssl genrsa -out rsa-server.key 2048 2>/dev/null
@@ -2793,6 +2739,8 @@ for name in nameless mail; do
 	    step directory -d https://127.0.0.1:$port/dir"
 done
 dies 78 . 'step directory -C stranger.pem -d "$ca/dir"'
+
+group 'TLS: certificates'
 
 # offer CERTIFICATE: a server, in place of the last one that was offered.
 offered=''
@@ -2894,6 +2842,8 @@ check 'accepts a wildcard' '
 	step directory -H "a.localhost:$port:127.0.0.1" \
 	    -d "https://a.localhost:$port/dir"'
 
+group 'TLS: name constraints'
+
 # constrained NAME CONSTRAINTS NAMES: by a CA of its own, under root.
 constrained() {
 	issue "$1-ca" root "$issuing
@@ -2934,6 +2884,9 @@ root wide -newkey ec -pkeyopt ec_paramgen_curve:P-521
 issue by-wide wide "$here"
 offer by-wide
 accepts by-wide -C wide.pem
+
+group 'TLS: certificates that are refused'
+
 # Each of BearSSL's reasons has words: a CA or a certificate that has it.
 openssl genrsa -out long.key 4104 2>/dev/null
 openssl genrsa -out weak.key 1024 2>/dev/null
@@ -3045,6 +2998,8 @@ dies 69 "$port" 'replay refusal'
 dies 69 nosuch.invalid 'replay name'
 within name 0 3
 
+group 'trust anchors'
+
 # pinned NAME SUBJECTALTNAME: self-signed by one key, and not a CA's.
 pinned() {
 	openssl req -x509 -key pinned.key -subj /CN=pinned -days 9 \
@@ -3119,343 +3074,6 @@ check 'an anchor after one that is cut off' '
 dies 66 none.pem 'step directory -C none.pem -d "$ca/dir"'
 dies 65 empty.pem 'step directory -C empty.pem -d "$ca/dir"'
 dies 65 leaf.key 'step directory -C leaf.key -d "$ca/dir"'
-
-group 'HTTP'
-
-fresh
-# hello FORMAT: whatever its framing, the reply is hello; it then closes.
-hello() {
-	closing POST_it "$1"
-	check "accepted: $(printf %s "$1" | sed 's/\\r\\n/ | /g')" \
-	    'is hello "get it"'
-}
-hello 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello'
-hello 'HTTP/1.1 200 OK\r\ncontent-length:5\r\n\r\nhello'
-hello 'HTTP/1.1 200 OK\r\nCONTENT-LENGTH: \t 5 \t\r\n\r\nhello'
-hello 'HTTP/1.1 200 OK\r\nContent-Length: 00005\r\n\r\nhello'
-hello 'HTTP/1.1 200 \r\nContent-Length: 5\r\n\r\nhello'
-hello 'HTTP/1.1 200\r\nContent-Length: 5\r\n\r\nhello'
-hello 'HTTP/1.1 200 OK\nContent-Length: 5\n\nhello'
-hello 'HTTP/1.0 200 OK\r\n\r\nhello'
-hello 'HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello'
-hello 'HTTP/1.1 200 OK\r\n\r\nhello'
-hello 'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhello'
-hello 'HTTP/1.1 200 OK\r\nX:\r\nConnection: close\r\n\r\nhello'
-hello 'HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\nhello'
-hello 'HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 102 Processing\r
-\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello'
-chunked='HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n'
-hello "${chunked}5\r\nhello\r\n0\r\n\r\n"
-hello "${chunked}1\r\nh\r\n3\r\nell\r\n1\r\no\r\n0\r\n\r\n"
-hello "${chunked}005\r\nhello\r\n0000\r\n\r\n"
-hello "${chunked}5;a=b;c=\"d\"\r\nhello\r\n0;e\r\n\r\n"
-hello "${chunked}5 ; a\r\nhello\r\n0\r\n\r\n"
-hello "${chunked}5\r\nhello\r\n0\r\nX: y\r\nContent-Length: 9\r\n\r\n"
-hello "${chunked}5\nhello\n0\n\n"
-hello 'HTTP/1.1 200 OK\r\ntransfer-encoding:Chunked\r\n\r\n5\r\nhello\r\n0\r
-\r\n'
-check 'chunk sizes are hexadecimal in either case' '
-	raw POST_it "${chunked}A\r\n0123456789\r\n0b\r\nabcdefghijk\r\n\
-0\r\n\r\n"
-	is 0123456789abcdefghijk "get it"'
-check 'a reply of 200 kB, by its length' '
-	head -c 200000 /dev/zero | tr "\0" x >body
-	answer POST_it "200 OK" "$(cat body)"
-	get it | cmp - body'
-check 'and in chunks' '
-	{ printf "$chunked"
-	for i in 1 2 3 4; do
-		printf "c350\r\n"; head -c 50000 body; printf "\r\n"
-	done
-	printf "0\r\n\r\n"; } >www/POST_it
-	get it | cmp - body'
-check 'a reply may hold any byte' '
-	printf "\0\377\r\n\0" >body
-	{ printf "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"; cat body
-	} >www/POST_it
-	get it | cmp - body'
-check 'HEAD has no body, whatever it says' '
-	raw HEAD_newNonce "HTTP/1.1 200 OK\r\nReplay-Nonce: n0\r
-Content-Length: 99\r\nTransfer-Encoding: chunked\r\n\r\n"
-	answer POST_it "200 OK" hello
-	is hello "get it"'
-check '204 has no body' '
-	fresh
-	raw HEAD_newNonce "HTTP/1.1 204 No Content\r\nreplay-nonce:n0\r\n\r\n"
-	answer POST_it "200 OK" hello
-	is hello "get it"'
-check 'one connection carries all requests' '
-	fresh
-	runs GET_dir "sleep 0; echo \$PPID >>peers; cat GET_plain"
-	runs HEAD_newNonce "echo \$PPID >>peers; cat HEAD_plain"
-	raw HEAD_plain "HTTP/1.1 200 OK\r\nReplay-Nonce: n0\r\n\r\n"
-	answer GET_plain "200 OK" "$directory"
-	runs POST_newAccount "echo \$PPID >>peers; cat POST_plain"
-	answer POST_plain "201 Created" "{\"status\":\"valid\"}" \
-	    "Location: $ca/account/1"
-	step new-account -d "$ca/dir" && is 3 "wc -l <www/peers" &&
-	is 1 "sort -u www/peers | wc -l"'
-check 'a connection that was closed is opened again' '
-	fresh
-	: >www/HEAD_newNonce.close
-	answer POST_it "200 OK" hello
-	is hello "get it"'
-
-# breaks STATUS WORDS FORMAT: a reply that is refused at once.
-breaks() {
-	closing POST_it "$3"
-	status=$1 words=$2
-	dies "$status" "$words" ": '${3%%hello*}'; get it"
-}
-fresh
-ok='HTTP/1.1 200 OK\r\n'
-breaks 76 . "${ok}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n\
-5\r\nhello\r\n0\r\n\r\n"
-breaks 76 . "${ok}Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n\
-5\r\nhello\r\n0\r\n\r\n"
-breaks 76 . "${ok}Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello"
-for length in -5 +5 '' 5x 0x5 '5 5' '5, 6' 5.0 ' ' '٥'; do
-	breaks 76 . "${ok}Content-Length: $length\r\n\r\nhello"
-done
-breaks 7[06] . "${ok}Content-Length: 18446744073709551621\r\n\r\nhello"
-breaks 7[06] . "${ok}Content-Length: 4294967301\r\n\r\nhello"
-breaks 76 . "${ok}Transfer-Encoding: gzip\r\n\r\nhello"
-breaks 76 . "${ok}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"
-breaks 76 . "${ok}Transfer-Encoding: xchunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
-for size in '' g -5 +5 0x5 ' 5' '5 5' ';x' \"5\"; do
-	breaks 76 . "${chunked}$size\r\nhello\r\n0\r\n\r\n"
-done
-breaks 7[06] . "${chunked}10000000000000005\r\nhello\r\n0\r\n\r\n"
-breaks 7[06] . "${chunked}100000005\r\nhello\r\n0\r\n\r\n"
-breaks 76 . "${chunked}5\r\nhelloX\r\n0\r\n\r\n"
-breaks 76 . "${chunked}5\r\nhello0\r\n\r\n"
-breaks 76 . '<html>hello</html>\r\n\r\n'
-breaks 76 . '\r\n\r\nhello'
-for status in 'HTTP/1.1 abc OK' 'HTTP/1.1' 'HTTP/1.1 20 OK' \
-    'HTTP/1.1 2000 OK' 'HTTP/1.1 -20 OK' 'HTTP/2 200 OK' 'ICY 200 OK' \
-    'HTTP/1.x 200 OK' 'HTTP/1.1 999 OK' 'http/1.1 200 OK' \
-    'XHTTP/1.1 200 OK' 'HTTP/1.1  200 OK' 'HTTP/1.1 000 OK'; do
-	breaks 76 . "$status\r\nContent-Length: 5\r\n\r\nhello"
-done
-breaks 76 . 'HTTP/1.1 2\00000 OK\r\nContent-Length: 5\r\n\r\nhello'
-breaks 76 . "${ok}X: a\000b\r\nContent-Length: 5\r\n\r\nhello"
-breaks 76 . "${ok}Content-Length: 5\000\r\n\r\nhello"
-breaks 76 . "${ok}nonsense\r\nContent-Length: 5\r\n\r\nhello"
-breaks 76 . "${ok}: x\r\nContent-Length: 5\r\n\r\nhello"
-for code in 300 301 302 303 304 307 308; do
-	breaks 76 . "HTTP/1.1 $code X\r\nLocation: $ca/dir\r
-Content-Length: 0\r\n\r\n"
-done
-check 'a POST is never sent on' '[ ! -e www/head.GET_dir.1 ]'
-
-check 'a long head within the limit' '
-	{ printf "$ok"; yes "X: 0123456789" | head -n 600
-	printf "Content-Length: 5\r\n\r\nhello"; } >www/POST_it
-	is hello "get it"'
-limit() {
-	closing POST_it "$ok"
-	eval "$1" >>www/POST_it
-	dies 70 "$2" ": '$1'; get it"
-}
-limit 'yes "X: 0123456789" | head -n 3000' .
-limit 'printf X:; head -c 40000 /dev/zero | tr "\0" x' .
-limit 'head -c 40000 /dev/zero | tr "\0" x' .
-limit 'printf "Content-Length: 300000\r\n\r\n"
-    head -c 300000 /dev/zero' .
-limit 'printf "\r\n"; head -c 300000 /dev/zero' .
-limit 'printf "Transfer-Encoding: chunked\r\n\r\n"
-    yes "1000
-$(head -c 4096 /dev/zero | tr "\0" x)" | head -n 200' .
-endless() {
-	runs POST_it "printf '$ok$2'; yes \"\$(printf '$3')\""
-	dies "$1" . ": 'endless $2$3'; get it"
-}
-endless 70 '' 'X: y'
-endless 70 '\r\n' hello
-endless 7[06] 'Transfer-Encoding: chunked\r\n\r\n' '1\r\nx\r'
-endless 7[06] 'Transfer-Encoding: chunked\r\n\r\n1;' x
-endless 7[06] 'Transfer-Encoding: chunked\r\n\r\n0\r\n' 'X: y'
-
-# All that waits, at once: it takes as long as the slowest.
-fresh
-try() { later "$1" "step get -a account -T ${2-5} $ca/$1"; }
-retry() { later "$1" "step get -a account -T ${2-9} $ca/$1"; }
-closing POST_cut1 HTTP/1.1
-closing POST_cut2 'HTTP/1.1 200 OK\r\n'
-closing POST_cut3 'HTTP/1.1 200 OK\r\nContent-Le'
-closing POST_cut4 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n'
-closing POST_cut5 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n'
-closing POST_cut6 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhell'
-closing POST_cut7 "$chunked"
-closing POST_cut8 "${chunked}5"
-closing POST_cut9 "${chunked}5\r\nhel"
-closing POST_cut10 "${chunked}5\r\nhello"
-closing POST_cut11 "${chunked}5\r\nhello\r\n"
-closing POST_cut12 "${chunked}5\r\nhello\r\n0\r\n"
-closing POST_cut13 "${chunked}5\r\nhello\r\n0\r\nX: y"
-drop POST_drop1 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhell'
-drop POST_drop2 "${chunked}5\r\nhello\r\n"
-drop POST_drop3 'HTTP/1.1 200 OK\r\n\r\nhello'
-drop POST_drop4 'HTTP/1.1 200 OK\r\n'
-truncated='cut1 cut2 cut3 cut4 cut5 cut6 cut7 cut8 cut9 cut10 cut11 cut12
-cut13 drop1 drop2 drop3 drop4'
-for name in $truncated; do
-	retry "$name"
-done
-runs POST_masked 'cat >/dev/null'
-later masked 'timeout -s KILL 20 env --block-signal=ALRM --block-signal=TERM \
-    "$acme" get -C root.pem -k account.key -T 2 -a account "$ca/masked"'
-runs POST_stall1 'cat >/dev/null'
-runs POST_stall2 'printf HTTP/1.1; cat >/dev/null'
-runs POST_stall3 "printf '$ok'; cat >/dev/null"
-runs POST_stall4 "printf '${ok}Content-Length: 5\r\n\r\nhell'
-    cat >/dev/null"
-runs POST_stall5 "printf '${chunked}5\r\nhe'; cat >/dev/null"
-runs POST_drip1 "printf '${ok}X: '; while printf x; do sleep 0.3; done"
-runs POST_drip2 "printf '${ok}\r\n'; while printf x; do sleep 0.3; done"
-runs POST_drip3 \
-    'while printf "HTTP/1.1 100 Continue\r\n\r\n"; do sleep 0.3; done'
-stalled='stall1 stall2 stall3 stall4 stall5 drip1 drip2 drip3'
-for name in $stalled; do
-	try "$name" 2
-done
-busy='503 Service Unavailable'
-answer POST_again.1 "$busy" '<html>busy</html>' 'Content-Type: text/html'
-answer POST_again '200 OK' hello
-drop POST_dropped.1 ''
-answer POST_dropped '200 OK' hello
-closing POST_closed.1 ''
-answer POST_closed '200 OK' hello
-answer POST_broken '502 Bad Gateway' '<html>\033[31mbad</html>'
-answer POST_soon.1 "$busy" '' 'Retry-After: 1'
-answer POST_soon '200 OK' hello
-answer POST_much.1 "$busy" '' 'Retry-After: 2'
-answer POST_much '200 OK' hello
-for name in again dropped closed broken soon much; do
-	retry "$name"
-done
-closing POST_never ''
-retry never
-# A pause that nobody can make sense of is one of ours.
-i=0
-for after in -1 x '' 'Sun, 06 Nov 1994 08:49:37 GMT' \
-    'Sun, 99 Foo 1994 08:49:37 GMT'; do
-	answer "POST_after$((i += 1)).1" "$busy" '' "Retry-After: $after"
-	answer "POST_after$i" '200 OK' hello
-	retry "after$i"
-done
-settle
-for name in $truncated; do
-	dies 69 . "replay $name"
-done
-dies 69 'time limit' 'replay masked'
-for name in $stalled; do
-	dies 69 . "replay $name"
-	within "$name" 1 3
-done
-for name in again dropped closed soon much after1 after2 after3 after4 \
-    after5; do
-	check "tried again: $name" "is hello 'replay $name'"
-done
-within soon 1 4
-within much 2 5
-dies 69 502 'replay broken'
-within broken 3 9
-check 'it was tried four times or fewer' '
-	n=$(grep -cx POST_broken www/requests); echo "$n"
-	[ "$n" -gt 1 ] && [ "$n" -le 4 ]'
-dies 69 . 'replay never'
-
-fresh
-limited='{"type":"urn:ietf:params:acme:error:rateLimited",
-"detail":"too many"}'
-answer POST_it "$busy" '' 'Retry-After: 9999'
-dies 75 9999 'get it'
-answer POST_it '429 Too Many Requests' "$limited" 'Retry-After: 8888'
-dies 75 8888 'get it'
-answer POST_it '429 Too Many Requests' "$limited" \
-    "Retry-After: $(LC_ALL=C date -u -d '7777 seconds' \
-	'+%a, %d %b %Y %T GMT')"
-dies 75 '777[4-7]' 'get it'
-answer POST_it '429 Too Many Requests' "$limited"
-dies 75 'too many' 'get it'
-for after in 99999999999999999999 'Sun, 06 Nov 2094 08:49:37 GMT'; do
-	answer POST_it "$busy" '' "Retry-After: $after"
-	dies 75 . ": '$after'; get it"
-done
-group 'the directory'
-
-# redirect REQUEST CODE URL: this is the response to it.
-redirect() {
-	raw "$1" "HTTP/1.1 $2 X\r\nLocation: $3\r\nContent-Length: 0\r\n\r\n"
-}
-for code in 301 302 307 308; do
-	check "a redirect, $code" "fresh; redirect GET_old $code $ca/dir
-	    step directory -d $ca/old >out && grep $ca/newOrder out"
-done
-# The same server at another port: another origin.
-serve server
-other=https://localhost:$port
-answer GET_dir2 '200 OK' "$(printf %s "$directory" | sed "s|$ca|$other|g")"
-check 'a redirect to another port' '
-	redirect GET_old 302 "$other/dir2"
-	step directory -d "$ca/old" >out && grep "$other/newOrder" out'
-dies 78 'other than an https URL: http:' '
-	redirect GET_old 302 "http://localhost:$home/dir"
-	step directory -d "$ca/old"'
-dies 78 'HTTP status 302' '
-	redirect GET_old 302 "$ca/old"; step directory -d "$ca/old"'
-dies 78 'other than an https URL' '
-	redirect GET_old 302 nonsense; step directory -d "$ca/old"'
-dies 78 'HTTP status 302' '
-	raw GET_old "HTTP/1.1 302 X\r\nContent-Length: 0\r\n\r\n"
-	step directory -d "$ca/old"'
-dies 78 'old is not an ACME directory: HTTP status 404' '
-	rm -f www/GET_old; step directory -d "$ca/old"'
-# A CA that refuses or limits its clients, or is down, may have one.
-answer GET_old '403 Forbidden' '<html>'
-dies 77 403 'step directory -d "$ca/old"'
-answer GET_old '429 Slow down' '{"detail":"slowly"}'
-dies 75 slowly 'step directory -d "$ca/old"'
-answer GET_old '500 Oops' '<html>'
-dies 69 500 'step directory -d "$ca/old"'
-# meta JSON: the directory with this at its end.
-meta() { answer GET_dir '200 OK' "${directory%\}},$1}"; }
-for meta in '"meta":null' '"meta":{}' '"x":{"meta":[1]}' \
-    '"meta":{"termsOfService":null,"profiles":null}' \
-    '"meta":{"website":7,"caaIdentities":"x"}' \
-    '"xQz_9":"https://community.example/t/random"'; do
-	check "directory with $meta" "meta '$meta'
-	    step directory -d $ca/dir >out && grep $ca/newOrder out"
-done
-check 'what the directory prints' '
-	meta "\"meta\":{\"termsOfService\":\"https://a.example/terms\",
-	    \"externalAccountRequired\":true,
-	    \"profiles\":{\"classic\":\"the usual\"}}"
-	step directory -d "$ca/dir" >out && cat out &&
-	grep https://a.example/terms out && grep classic out'
-check 'a directory without a path' '
-	answer GET_ "200 OK" "$directory"
-	step directory -d "$ca" >out && grep "$ca/newOrder" out'
-for text in '' '[]' '"x"' '{}' '{' 'null' '<html>' '{"newNonce":1}'; do
-	dies 78 'is not an ACME directory' "
-	    answer GET_dir '200 OK' '$text'
-	    step new-order -k account.key -a account a.example"
-done
-dies 76 newNonce 'answer GET_dir "200 OK" \
-	"$(printf %s "$directory" | sed "s|https|http|")"
-	step new-account -d "$ca/dir"'
-dies 76 . 'meta "\"newOrder\":\"x\ny\""
-	answer GET_dir "200 OK" \
-	    "{\"newNonce\":\"$ca/nonce\",\"newOrder\":\"$ca/a b\"}"
-	step new-order -a account a.example'
-for line in '"meta":{"termsOfService":"https://a/\nfailed 0 x y"}' \
-    '"meta":{"profiles":{"a\nb":"c"}}'; do
-	check "directory with $line keeps its lines" "
-	    answer GET_dir '200 OK' '${directory%\}},$line}'
-	    step directory -d $ca/dir >out; cat out
-	    ! grep -e '^failed' -e '^b' out"
-done
 
 group 'names and addresses: a network with a name server of its own'
 
@@ -3689,6 +3307,9 @@ looking_up() {
 search() { printf '%s\n' 'nameserver 127.0.0.1' "$@" >named.conf; }
 fresh
 search
+
+group 'names and addresses: the look-up'
+
 check 'a name with addresses of both families' '
     rm -f asked; named live-live.names.test &&
     grep live-live.names.test asked'
@@ -3734,6 +3355,8 @@ check 'a name with a dot is searched if it is not there itself' \
     'named short.ns'
 search
 
+group 'names and addresses: the connection'
+
 check 'an address of IPv6 that is dead costs a moment' \
     'named live-dead.names.test -T 2'
 check 'one of IPv4 too' 'named dead-live.names.test -T 2'
@@ -3751,6 +3374,431 @@ dies 69 'refused' '
 	-H x.names.test:8443:127.0.0.9 -H x.names.test:8443:2001:db8::2'
 dies 69 'limit of 1 s reached while connecting to dead-dead' \
     'named dead-dead.names.test -T 1'
+
+group 'HTTP'
+
+fresh
+# hello FORMAT: whatever its framing, the reply is hello; it then closes.
+hello() {
+	closing POST_it "$1"
+	check "accepted: $(printf %s "$1" | sed 's/\\r\\n/ | /g')" \
+	    'is hello "get it"'
+}
+hello 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello'
+hello 'HTTP/1.1 200 OK\r\ncontent-length:5\r\n\r\nhello'
+hello 'HTTP/1.1 200 OK\r\nCONTENT-LENGTH: \t 5 \t\r\n\r\nhello'
+hello 'HTTP/1.1 200 OK\r\nContent-Length: 00005\r\n\r\nhello'
+hello 'HTTP/1.1 200 \r\nContent-Length: 5\r\n\r\nhello'
+hello 'HTTP/1.1 200\r\nContent-Length: 5\r\n\r\nhello'
+hello 'HTTP/1.1 200 OK\nContent-Length: 5\n\nhello'
+hello 'HTTP/1.0 200 OK\r\n\r\nhello'
+hello 'HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello'
+hello 'HTTP/1.1 200 OK\r\n\r\nhello'
+hello 'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhello'
+hello 'HTTP/1.1 200 OK\r\nX:\r\nConnection: close\r\n\r\nhello'
+hello 'HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\nhello'
+hello 'HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 102 Processing\r
+\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello'
+chunked='HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n'
+hello "${chunked}5\r\nhello\r\n0\r\n\r\n"
+hello "${chunked}1\r\nh\r\n3\r\nell\r\n1\r\no\r\n0\r\n\r\n"
+hello "${chunked}005\r\nhello\r\n0000\r\n\r\n"
+hello "${chunked}5;a=b;c=\"d\"\r\nhello\r\n0;e\r\n\r\n"
+hello "${chunked}5 ; a\r\nhello\r\n0\r\n\r\n"
+hello "${chunked}5\r\nhello\r\n0\r\nX: y\r\nContent-Length: 9\r\n\r\n"
+hello "${chunked}5\nhello\n0\n\n"
+hello 'HTTP/1.1 200 OK\r\ntransfer-encoding:Chunked\r\n\r\n5\r\nhello\r\n0\r
+\r\n'
+check 'chunk sizes are hexadecimal in either case' '
+	raw POST_it "${chunked}A\r\n0123456789\r\n0b\r\nabcdefghijk\r\n\
+0\r\n\r\n"
+	is 0123456789abcdefghijk "get it"'
+check 'a reply of 200 kB, by its length' '
+	head -c 200000 /dev/zero | tr "\0" x >body
+	answer POST_it "200 OK" "$(cat body)"
+	get it | cmp - body'
+check 'and in chunks' '
+	{ printf "$chunked"
+	for i in 1 2 3 4; do
+		printf "c350\r\n"; head -c 50000 body; printf "\r\n"
+	done
+	printf "0\r\n\r\n"; } >www/POST_it
+	get it | cmp - body'
+check 'a reply may hold any byte' '
+	printf "\0\377\r\n\0" >body
+	{ printf "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"; cat body
+	} >www/POST_it
+	get it | cmp - body'
+check 'HEAD has no body, whatever it says' '
+	raw HEAD_newNonce "HTTP/1.1 200 OK\r\nReplay-Nonce: n0\r
+Content-Length: 99\r\nTransfer-Encoding: chunked\r\n\r\n"
+	answer POST_it "200 OK" hello
+	is hello "get it"'
+check '204 has no body' '
+	fresh
+	raw HEAD_newNonce "HTTP/1.1 204 No Content\r\nreplay-nonce:n0\r\n\r\n"
+	answer POST_it "200 OK" hello
+	is hello "get it"'
+check 'one connection carries all requests' '
+	fresh
+	runs GET_dir "sleep 0; echo \$PPID >>peers; cat GET_plain"
+	runs HEAD_newNonce "echo \$PPID >>peers; cat HEAD_plain"
+	raw HEAD_plain "HTTP/1.1 200 OK\r\nReplay-Nonce: n0\r\n\r\n"
+	answer GET_plain "200 OK" "$directory"
+	runs POST_newAccount "echo \$PPID >>peers; cat POST_plain"
+	answer POST_plain "201 Created" "{\"status\":\"valid\"}" \
+	    "Location: $ca/account/1"
+	step new-account -d "$ca/dir" && is 3 "wc -l <www/peers" &&
+	is 1 "sort -u www/peers | wc -l"'
+check 'a connection that was closed is opened again' '
+	fresh
+	: >www/HEAD_newNonce.close
+	answer POST_it "200 OK" hello
+	is hello "get it"'
+
+group 'HTTP: responses that are refused'
+
+# breaks STATUS WORDS FORMAT: a reply that is refused at once.
+breaks() {
+	closing POST_it "$3"
+	status=$1 words=$2
+	dies "$status" "$words" ": '${3%%hello*}'; get it"
+}
+fresh
+ok='HTTP/1.1 200 OK\r\n'
+breaks 76 . "${ok}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n\
+5\r\nhello\r\n0\r\n\r\n"
+breaks 76 . "${ok}Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n\
+5\r\nhello\r\n0\r\n\r\n"
+breaks 76 . "${ok}Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello"
+for length in -5 +5 '' 5x 0x5 '5 5' '5, 6' 5.0 ' ' '٥'; do
+	breaks 76 . "${ok}Content-Length: $length\r\n\r\nhello"
+done
+breaks 7[06] . "${ok}Content-Length: 18446744073709551621\r\n\r\nhello"
+breaks 7[06] . "${ok}Content-Length: 4294967301\r\n\r\nhello"
+breaks 76 . "${ok}Transfer-Encoding: gzip\r\n\r\nhello"
+breaks 76 . "${ok}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"
+breaks 76 . "${ok}Transfer-Encoding: xchunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+for size in '' g -5 +5 0x5 ' 5' '5 5' ';x' \"5\"; do
+	breaks 76 . "${chunked}$size\r\nhello\r\n0\r\n\r\n"
+done
+breaks 7[06] . "${chunked}10000000000000005\r\nhello\r\n0\r\n\r\n"
+breaks 7[06] . "${chunked}100000005\r\nhello\r\n0\r\n\r\n"
+breaks 76 . "${chunked}5\r\nhelloX\r\n0\r\n\r\n"
+breaks 76 . "${chunked}5\r\nhello0\r\n\r\n"
+breaks 76 . '<html>hello</html>\r\n\r\n'
+breaks 76 . '\r\n\r\nhello'
+for status in 'HTTP/1.1 abc OK' 'HTTP/1.1' 'HTTP/1.1 20 OK' \
+    'HTTP/1.1 2000 OK' 'HTTP/1.1 -20 OK' 'HTTP/2 200 OK' 'ICY 200 OK' \
+    'HTTP/1.x 200 OK' 'HTTP/1.1 999 OK' 'http/1.1 200 OK' \
+    'XHTTP/1.1 200 OK' 'HTTP/1.1  200 OK' 'HTTP/1.1 000 OK'; do
+	breaks 76 . "$status\r\nContent-Length: 5\r\n\r\nhello"
+done
+breaks 76 . 'HTTP/1.1 2\00000 OK\r\nContent-Length: 5\r\n\r\nhello'
+breaks 76 . "${ok}X: a\000b\r\nContent-Length: 5\r\n\r\nhello"
+breaks 76 . "${ok}Content-Length: 5\000\r\n\r\nhello"
+breaks 76 . "${ok}nonsense\r\nContent-Length: 5\r\n\r\nhello"
+breaks 76 . "${ok}: x\r\nContent-Length: 5\r\n\r\nhello"
+for code in 300 301 302 303 304 307 308; do
+	breaks 76 . "HTTP/1.1 $code X\r\nLocation: $ca/dir\r
+Content-Length: 0\r\n\r\n"
+done
+check 'a POST is never sent on' '[ ! -e www/head.GET_dir.1 ]'
+
+check 'a long head within the limit' '
+	{ printf "$ok"; yes "X: 0123456789" | head -n 600
+	printf "Content-Length: 5\r\n\r\nhello"; } >www/POST_it
+	is hello "get it"'
+limit() {
+	closing POST_it "$ok"
+	eval "$1" >>www/POST_it
+	dies 70 "$2" ": '$1'; get it"
+}
+limit 'yes "X: 0123456789" | head -n 3000' .
+limit 'printf X:; head -c 40000 /dev/zero | tr "\0" x' .
+limit 'head -c 40000 /dev/zero | tr "\0" x' .
+limit 'printf "Content-Length: 300000\r\n\r\n"
+    head -c 300000 /dev/zero' .
+limit 'printf "\r\n"; head -c 300000 /dev/zero' .
+limit 'printf "Transfer-Encoding: chunked\r\n\r\n"
+    yes "1000
+$(head -c 4096 /dev/zero | tr "\0" x)" | head -n 200' .
+endless() {
+	runs POST_it "printf '$ok$2'; yes \"\$(printf '$3')\""
+	dies "$1" . ": 'endless $2$3'; get it"
+}
+endless 70 '' 'X: y'
+endless 70 '\r\n' hello
+endless 7[06] 'Transfer-Encoding: chunked\r\n\r\n' '1\r\nx\r'
+endless 7[06] 'Transfer-Encoding: chunked\r\n\r\n1;' x
+endless 7[06] 'Transfer-Encoding: chunked\r\n\r\n0\r\n' 'X: y'
+
+group 'HTTP: waiting, and trying again'
+
+# All that waits, at once: it takes as long as the slowest.
+fresh
+try() { later "$1" "step get -a account -T ${2-5} $ca/$1"; }
+retry() { later "$1" "step get -a account -T ${2-9} $ca/$1"; }
+closing POST_cut1 HTTP/1.1
+closing POST_cut2 'HTTP/1.1 200 OK\r\n'
+closing POST_cut3 'HTTP/1.1 200 OK\r\nContent-Le'
+closing POST_cut4 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n'
+closing POST_cut5 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n'
+closing POST_cut6 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhell'
+closing POST_cut7 "$chunked"
+closing POST_cut8 "${chunked}5"
+closing POST_cut9 "${chunked}5\r\nhel"
+closing POST_cut10 "${chunked}5\r\nhello"
+closing POST_cut11 "${chunked}5\r\nhello\r\n"
+closing POST_cut12 "${chunked}5\r\nhello\r\n0\r\n"
+closing POST_cut13 "${chunked}5\r\nhello\r\n0\r\nX: y"
+drop POST_drop1 'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhell'
+drop POST_drop2 "${chunked}5\r\nhello\r\n"
+drop POST_drop3 'HTTP/1.1 200 OK\r\n\r\nhello'
+drop POST_drop4 'HTTP/1.1 200 OK\r\n'
+truncated='cut1 cut2 cut3 cut4 cut5 cut6 cut7 cut8 cut9 cut10 cut11 cut12
+cut13 drop1 drop2 drop3 drop4'
+for name in $truncated; do
+	retry "$name"
+done
+runs POST_masked 'cat >/dev/null'
+later masked 'timeout -s KILL 20 env --block-signal=ALRM --block-signal=TERM \
+    "$acme" get -C root.pem -k account.key -T 2 -a account "$ca/masked"'
+runs POST_stall1 'cat >/dev/null'
+runs POST_stall2 'printf HTTP/1.1; cat >/dev/null'
+runs POST_stall3 "printf '$ok'; cat >/dev/null"
+runs POST_stall4 "printf '${ok}Content-Length: 5\r\n\r\nhell'
+    cat >/dev/null"
+runs POST_stall5 "printf '${chunked}5\r\nhe'; cat >/dev/null"
+runs POST_drip1 "printf '${ok}X: '; while printf x; do sleep 0.3; done"
+runs POST_drip2 "printf '${ok}\r\n'; while printf x; do sleep 0.3; done"
+runs POST_drip3 \
+    'while printf "HTTP/1.1 100 Continue\r\n\r\n"; do sleep 0.3; done'
+stalled='stall1 stall2 stall3 stall4 stall5 drip1 drip2 drip3'
+for name in $stalled; do
+	try "$name" 2
+done
+busy='503 Service Unavailable'
+answer POST_again.1 "$busy" '<html>busy</html>' 'Content-Type: text/html'
+answer POST_again '200 OK' hello
+drop POST_dropped.1 ''
+answer POST_dropped '200 OK' hello
+closing POST_closed.1 ''
+answer POST_closed '200 OK' hello
+answer POST_broken '502 Bad Gateway' '<html>\033[31mbad</html>'
+answer POST_soon.1 "$busy" '' 'Retry-After: 1'
+answer POST_soon '200 OK' hello
+answer POST_much.1 "$busy" '' 'Retry-After: 2'
+answer POST_much '200 OK' hello
+for name in again dropped closed broken soon much; do
+	retry "$name"
+done
+closing POST_never ''
+retry never
+# A pause that nobody can make sense of is one of ours.
+i=0
+for after in -1 x '' 'Sun, 06 Nov 1994 08:49:37 GMT' \
+    'Sun, 99 Foo 1994 08:49:37 GMT'; do
+	answer "POST_after$((i += 1)).1" "$busy" '' "Retry-After: $after"
+	answer "POST_after$i" '200 OK' hello
+	retry "after$i"
+done
+settle
+for name in $truncated; do
+	dies 69 . "replay $name"
+done
+dies 69 'time limit' 'replay masked'
+for name in $stalled; do
+	dies 69 . "replay $name"
+	within "$name" 1 3
+done
+for name in again dropped closed soon much after1 after2 after3 after4 \
+    after5; do
+	check "tried again: $name" "is hello 'replay $name'"
+done
+within soon 1 4
+within much 2 5
+dies 69 502 'replay broken'
+within broken 3 9
+check 'it was tried four times or fewer' '
+	n=$(grep -cx POST_broken www/requests); echo "$n"
+	[ "$n" -gt 1 ] && [ "$n" -le 4 ]'
+dies 69 . 'replay never'
+
+fresh
+limited='{"type":"urn:ietf:params:acme:error:rateLimited",
+"detail":"too many"}'
+answer POST_it "$busy" '' 'Retry-After: 9999'
+dies 75 9999 'get it'
+answer POST_it '429 Too Many Requests' "$limited" 'Retry-After: 8888'
+dies 75 8888 'get it'
+answer POST_it '429 Too Many Requests' "$limited" \
+    "Retry-After: $(LC_ALL=C date -u -d '7777 seconds' \
+	'+%a, %d %b %Y %T GMT')"
+dies 75 '777[4-7]' 'get it'
+answer POST_it '429 Too Many Requests' "$limited"
+dies 75 'too many' 'get it'
+for after in 99999999999999999999 'Sun, 06 Nov 2094 08:49:37 GMT'; do
+	answer POST_it "$busy" '' "Retry-After: $after"
+	dies 75 . ": '$after'; get it"
+done
+
+group 'the directory'
+
+# redirect REQUEST CODE URL: this is the response to it.
+redirect() {
+	raw "$1" "HTTP/1.1 $2 X\r\nLocation: $3\r\nContent-Length: 0\r\n\r\n"
+}
+for code in 301 302 307 308; do
+	check "a redirect, $code" "fresh; redirect GET_old $code $ca/dir
+	    step directory -d $ca/old >out && grep $ca/newOrder out"
+done
+# The same server at another port: another origin.
+serve server
+other=https://localhost:$port
+answer GET_dir2 '200 OK' "$(printf %s "$directory" | sed "s|$ca|$other|g")"
+check 'a redirect to another port' '
+	redirect GET_old 302 "$other/dir2"
+	step directory -d "$ca/old" >out && grep "$other/newOrder" out'
+dies 78 'other than an https URL: http:' '
+	redirect GET_old 302 "http://localhost:$home/dir"
+	step directory -d "$ca/old"'
+dies 78 'HTTP status 302' '
+	redirect GET_old 302 "$ca/old"; step directory -d "$ca/old"'
+dies 78 'other than an https URL' '
+	redirect GET_old 302 nonsense; step directory -d "$ca/old"'
+dies 78 'HTTP status 302' '
+	raw GET_old "HTTP/1.1 302 X\r\nContent-Length: 0\r\n\r\n"
+	step directory -d "$ca/old"'
+dies 78 'old is not an ACME directory: HTTP status 404' '
+	rm -f www/GET_old; step directory -d "$ca/old"'
+# A CA that refuses or limits its clients, or is down, may have one.
+answer GET_old '403 Forbidden' '<html>'
+dies 77 403 'step directory -d "$ca/old"'
+answer GET_old '429 Slow down' '{"detail":"slowly"}'
+dies 75 slowly 'step directory -d "$ca/old"'
+answer GET_old '500 Oops' '<html>'
+dies 69 500 'step directory -d "$ca/old"'
+# meta JSON: the directory with this at its end.
+meta() { answer GET_dir '200 OK' "${directory%\}},$1}"; }
+for meta in '"meta":null' '"meta":{}' '"x":{"meta":[1]}' \
+    '"meta":{"termsOfService":null,"profiles":null}' \
+    '"meta":{"website":7,"caaIdentities":"x"}' \
+    '"xQz_9":"https://community.example/t/random"'; do
+	check "directory with $meta" "meta '$meta'
+	    step directory -d $ca/dir >out && grep $ca/newOrder out"
+done
+check 'what the directory prints' '
+	meta "\"meta\":{\"termsOfService\":\"https://a.example/terms\",
+	    \"externalAccountRequired\":true,
+	    \"profiles\":{\"classic\":\"the usual\"}}"
+	step directory -d "$ca/dir" >out && cat out &&
+	grep https://a.example/terms out && grep classic out'
+check 'a directory without a path' '
+	answer GET_ "200 OK" "$directory"
+	step directory -d "$ca" >out && grep "$ca/newOrder" out'
+for text in '' '[]' '"x"' '{}' '{' 'null' '<html>' '{"newNonce":1}'; do
+	dies 78 'is not an ACME directory' "
+	    answer GET_dir '200 OK' '$text'
+	    step new-order -k account.key -a account a.example"
+done
+dies 76 newNonce 'answer GET_dir "200 OK" \
+	"$(printf %s "$directory" | sed "s|https|http|")"
+	step new-account -d "$ca/dir"'
+dies 76 . 'meta "\"newOrder\":\"x\ny\""
+	answer GET_dir "200 OK" \
+	    "{\"newNonce\":\"$ca/nonce\",\"newOrder\":\"$ca/a b\"}"
+	step new-order -a account a.example'
+for line in '"meta":{"termsOfService":"https://a/\nfailed 0 x y"}' \
+    '"meta":{"profiles":{"a\nb":"c"}}'; do
+	check "directory with $line keeps its lines" "
+	    answer GET_dir '200 OK' '${directory%\}},$line}'
+	    step directory -d $ca/dir >out; cat out
+	    ! grep -e '^failed' -e '^b' out"
+done
+
+group 'JWS: openssl verifies what we sign'
+
+# protected FILE MEMBER: a member of the protected header.
+part() { sed 's/.*"'"$2"'" *: *"\([^"]*\)".*/\1/' "$1"; }
+protected() { part "$1" protected | from_base64url; }
+# verifies KEY DIGEST FILE: the JWS is one of this key's (RFC 7515 5.2).
+verifies() {
+	printf %s "$(part "$3" protected).$(part "$3" payload)" >input
+	jws=$3 bits=$2
+	[ "$bits" != rsa ] || bits=256
+	part "$jws" signature | from_base64url >signature
+	openssl pkey -in "$1" -pubout -out public.pem
+	if [ "$2" != rsa ]; then
+		half=$(($(stat -c %s signature) / 2))
+		[ "$half" = $(($2 / 8)) ] || return
+		hex=$(xxd -p signature | tr -d '\n')
+		printf '%s\n' asn1=SEQUENCE:s '[s]' \
+		    "r=INTEGER:0x$(printf %s "$hex" | head -c $((2 * half)))" \
+		    "s=INTEGER:0x$(printf %s "$hex" | tail -c $((2 * half)))" \
+		    >asn1.cnf
+		openssl asn1parse -genconf asn1.cnf -noout -out signature
+	fi
+	openssl dgst "-sha$bits" -verify public.pem \
+	    -signature signature input
+}
+fresh
+answer POST_it '200 OK' hello
+for key in ec256:256:ES256 ec384:384:ES384 rsa2048:rsa:RS256 \
+    rsa4096:rsa:RS256; do
+	alg=${key##*:} type=${key%%:*} digest=${key#*:}
+	digest=${digest%:*}
+	rm -f www/requests
+	check "$alg by $type" "get_it=\$(step get -k $type.pem -a account \
+		$ca/it) && verifies $type.pem $digest www/body.POST_it.1"
+	check "$alg by $type: the protected header" "
+	    is '{\"alg\":\"$alg\",\"kid\":\"$ca/account/1?x=y\",\
+\"nonce\":\"n0\",\"url\":\"$ca/it\"}' \
+		'protected www/body.POST_it.1 | tr -d \" \" | tr -d {} |
+		 tr , \"\\n\" | sort | paste -s -d , | sed \"s/.*/{&}/\"'"
+done
+check 'POST-as-GET has an empty payload (RFC 8555 6.3)' \
+    'is "" "part www/body.POST_it.1 payload"'
+cut_names() { sed 's/^{*"\([a-z]*\)".*/\1/'; echo; }
+check 'it is a flattened JWS, its type said (RFC 8555 6.2)' '
+	is "payload protected signature" \
+	    "tr , \"\n\" <www/body.POST_it.1 | cut_names | sort | xargs" &&
+	grep -ix "content-type: application/jose+json" www/head.POST_it.1'
+check 'each request says its host, length and agent' '
+	for f in www/head.*; do
+		grep -ix "host: localhost:$home" "$f" &&
+		grep -i "^user-agent: acme-step" "$f" || exit
+	done
+	grep -i "^content-length: [0-9]*$" www/head.POST_it.1'
+check 'post signs what it reads' '
+	rm www/requests
+	is hello "echo \"{\\\"a\\\": [1]}\" | step post -a account $ca/it" &&
+	is "{\"a\": [1]}" "part www/body.POST_it.1 payload | from_base64url" &&
+	verifies account.key 256 www/body.POST_it.1'
+# The first request is for a nonce.
+check 'a box shows no control characters and marks of direction' '
+	printf "{\n\"a\":\"\302\233\342\200\216\177\"}" >marks
+	for i in 1 2; do
+		step post -B box -a account "$ca/it" <marks
+		[ $? = 75 ] && "$acme" send -C root.pem box || exit
+	done
+	cat box/2.request
+	grep -F "# payload: { \"a\":\"??????\"}" box/2.request'
+dies 65 JSON 'echo "{" | step post -a account "$ca/it"'
+dies 65 . 'step post -a account "$ca/it" </dev/null'
+check 'a new account is signed with its jwk' '
+	fresh
+	answer POST_newAccount "201 Created" "{\"status\":\"valid\"}" \
+	    "Location: $ca/account/1"
+	step new-account -d "$ca/dir" -y -m mailto:a@a.example >out &&
+	grep -x "account $ca/account/1" out &&
+	verifies account.key 256 www/body.POST_newAccount.1 &&
+	protected www/body.POST_newAccount.1 >header &&
+	grep -q "\"jwk\": *$(jwk account.key)" header &&
+	! grep kid header &&
+	part www/body.POST_newAccount.1 payload | from_base64url >payload &&
+	grep -q "\"termsOfServiceAgreed\": *true" payload &&
+	grep -q "\"contact\": *\[\"mailto:a@a.example\"\]" payload'
 
 group 'ACME: orders'
 
@@ -4280,6 +4328,8 @@ answer GET_dir '200 OK' "${directory%\}},\"renewalInfo\":\"$other/ari\"}"
 dies 77 "$other/ari.*404" \
     ': renewalInfo may be elsewhere; step renewal-info -d "$ca/dir" server.pem'
 
+group 'authorizations are for the names of the order'
+
 # An authorization is for one of the order's names.
 # other_name TYPE VALUE [MEMBER]: the CA says that it is for this one.
 other_name() {
@@ -4481,6 +4531,8 @@ done
 dies 64 'HOST:.PORT' 'step respond -l "$(printf %0256d 1):80" <http.rec'
 dies 73 '1.2.3.4.5:80' 'step respond -l 1.2.3.4.5:80 <http.rec'
 
+group 'responders: the address of -l'
+
 # -l HOST, in the network with a name server of its own.
 listens_at() {
 	host=$1; shift
@@ -4540,6 +4592,9 @@ dies 73 'hook ./none: No such file' \
     'step respond -x certbot:true,./none <http.rec'
 dies 73 "listen on 127.0.0.1:$home: .*; stop the program" \
     "step respond -l 127.0.0.1:$home <http.rec"
+
+group 'files that are not records'
+
 # taken FILE WHAT: it is not taken for a record.
 taken() { dies 65 "standard input is $2, not a record; " "step order <$1"; }
 openssl req -new -key account.key -subj / >request.pem
@@ -4570,6 +4625,9 @@ check 'a record that is read from a terminal: that is said first, once' '
 check 'and only then' '
     { ! step order <pending; } 2>err; cat err
     not grep terminal err'
+
+group 'responders: options that do not fit'
+
 dies 64 ' -n ' 'step respond -l 1 -n <http.rec'
 dies 64 '-l needs -t' 'step respond -l 1 <pending'
 types='http-01 dns-01 tls-alpn-01 dns-account-01 dns-persist-01'
@@ -4701,6 +4759,8 @@ check 'an order that has failed meanwhile' '
     cat err; [ $got = 77 ] && [ -z "$(ls -A w)" ]'
 fresh
 : >www/requests
+
+group 'responders: -w, and standard error that is full'
 
 # milliseconds: since 1970.
 milliseconds() { echo $(($(date +%s%N) / 1000000)); }
@@ -5467,6 +5527,9 @@ main(int argc, char **argv)
 	return !npiece || !looked || found ? 1 : 0;
 }
 END
+
+group 'keys in memory: the steps'
+
 # private.sh KEY...: the private numbers of keys.
 cat >private.sh <<'END'
 for key; do
@@ -5650,6 +5713,9 @@ check 'certbot' '
     hooked certbot:./hook,./undo http.rec >out &&
     grep -x "CERTBOT_TOKEN=$token" found &&
     [ "$(grep -cx "CERTBOT_VALIDATION=$d" found)" = 2 ]'
+
+group 'hooks after a run that was killed'
+
 # validated TYPE: the CA has, after the record was written.
 validated() {
 	rm -f www/requests
@@ -5708,6 +5774,9 @@ both='[deploy_challenge] [a.example] [TOKEN] [a]
 { cat pending; for i in a b; do
 	echo "challenge http-01 dns $i.example $ca/chall $i 'c $i'"
 done; } >ab.rec
+
+group 'hooks that fail'
+
 # Each call for a, and what takes it down.
 a="[deploy_challenge] [a.example] [a] ['c a']"
 b="[deploy_challenge] [b.example] [b] ['c b']"
@@ -5760,6 +5829,9 @@ FAIL=
 check 'whoever has ignored the end of his children' '
     trap "" CHLD; FAIL="exit 3" hooked ./hook http.rec 2>err; got=$?
     cat err; [ $got = 73 ] && grep "failed with status 3" err'
+
+group 'hooks that hang'
+
 # What takes its time, at once.
 for job in hang undo left; do
 	mkdir "d.$job" && cp hook undo ab.rec http.rec root.pem account.key \
@@ -5991,7 +6063,7 @@ cert_with 2.5.29.35=DER:3003820101 1
 dies 65 'no authority key identifier' \
     'step renewal-info -d "$ca/dir" named.pem'
 
-group 'what real CAs do (canned replies)'
+group 'what real CAs do: quirks 1 to 6'
 
 # Each of these quirks has been met.  They are numbered, and a test at the
 # end sees that there is one for each.
@@ -6125,6 +6197,8 @@ for status in '200 OK' '202 Accepted'; do
 	answer POST_order '200 OK' "$(order valid "$certificate")"
 done
 
+group 'what real CAs do: quirks 7 and 8'
+
 fresh
 raw POST_it.1 'HTTP/1.1 400 x\r\nContent-Length: 46\r
 \r\n{"type":"urn:ietf:params:acme:error:badNonce"}'
@@ -6174,6 +6248,8 @@ for type in $types; do
 	    payload www/body.POST_$type.1 | grep replaces &&
 	    ! payload www/body.POST_$type.$again | grep replaces'
 done
+
+group 'what real CAs do: quirks 9 to 13'
 
 fresh
 answer POST_newOrder "$created" "$(order ready "\"big\":$(seq -s '' 60),
@@ -6272,6 +6348,8 @@ check 'quirk 13: finalize leaves the order ready: it is not sent again' '
 	finalize >out && diff out leaf.pem &&
 	is 1 "grep -c finalize www/requests"'
 
+group 'what real CAs do: quirks 13 to 20'
+
 # In the next ones it takes a while until the challenges are looked at.
 fresh
 # stuck NAME CHALLENGE: all stays pending, but for that.
@@ -6312,6 +6390,8 @@ denies 'quirk 20: but not to a challenge that is invalid' 77 \
 check 'quirk 20: another of the same authorization may do' '
 	step challenges <pending >out && cat out &&
 	is 1 "grep -c ^challenge out" && grep "^challenge dns-01" out'
+
+group 'what real CAs do: quirks 15 to 21'
 
 fresh
 answer POST_it '400 x' "$(problem badSignatureAlgorithm ',"algorithms":
@@ -6405,6 +6485,8 @@ auth authz invalid "$(one dns-01 ',"status":"invalid",
 denies "or leaves it to the CA's words" 77 \
     'no TXT at _acme-challenge.a.example; acme-step challenges' \
     'step order -W <pending'
+
+group 'what real CAs do: quirks 22 to 28'
 
 for state in pending processing valid; do
 	fresh
@@ -7888,7 +7970,7 @@ by_hook '' uacme:./uacme.sh
 by_hook dns-01 lego:./lego.sh
 by_hook dns-01 certbot:./auth.sh,./cleanup.sh
 
-group 'a relay before Pebble, which loses, limits and lags'
+group 'a relay before Pebble: lost responses'
 
 # relay.sh: hands requests on to Pebble, and its replies back.  The Nth
 # request POST /x/y runs rules/POST_x.N, else rules/POST_x: "forward" there
@@ -8006,6 +8088,8 @@ rules POST_sign-me-up "$lose"
 dies 69 'ended before a response' '
     unset ACME_ACCOUNT; acme-step account'
 
+group 'a relay before Pebble: server errors and batches'
+
 # Server errors are counted for each request by itself.
 rules GET_dir.1 "$busy" POST_order-plz.1 "$busy" POST_authZ.1 "$busy" \
     POST_chalZ.1 "$busy" POST_my-order.1 "$busy" POST_finalize-order.1 "$busy" \
@@ -8093,6 +8177,8 @@ dies 75 'try again after 86400 s' '
     acme-step new-order never.test | acme-step order -W -T 3'
 unset few
 
+group 'a relay before Pebble: time limits and lag'
+
 # The time limit comes while the CA still validates.
 rules POST_chalZ 'reply "200 OK" "" \
     "{\"type\":\"http-01\",\"status\":\"pending\",\"token\":\"x\"}"'
@@ -8142,7 +8228,7 @@ check 'but not for ever' '
 within late-key 9 14
 rules
 
-group 'ways to the CA'
+group 'ways to the CA: -H and -P'
 pebble_stop
 pebble_start
 unset ACME_ACCOUNT
@@ -8205,6 +8291,8 @@ check 'nor does what it started outlive the step' '
     setsid -w acme-step directory -T 1 -P "sh -c \"$nap | cat\"" 2>err
     [ $? = 69 ] && await gone "^$nap$"'
 
+group 'ways to the CA: a command at a terminal'
+
 # at_terminal FILE: the shell runs it on a terminal of its own, where
 # somebody types the password.
 at_terminal() {
@@ -8248,6 +8336,8 @@ END
 check 'nor does the command outlive the step there' '
     at_terminal stay.sh >typed; cat typed; grep "status 143" typed &&
     gone "^$nap$" && gone "$tmp/stubborn.sh"'
+
+group 'ways to the CA: a proxy'
 
 # proxy [LINE]...: a real one, with more configuration.
 proxy_start() {
@@ -8329,6 +8419,9 @@ check 'an IPv6 literal' '
 	"TCP:127.0.0.1:$proxy"
     await listening "$proxy" && sleep 0.3 &&
     https_proxy="http://user:p%41ss@[::1]:$proxy/" acme-step directory'
+
+group 'ways to the CA: the password of a proxy'
+
 # hushed STATUS CODE...: it exits so, and no output has the password of
 # user:sesame, nor that in base64.
 hushed() {
@@ -8404,6 +8497,9 @@ check 'a password that has an @' '
     https_proxy=http://user:p@ss:w@127.0.0.1:$ear acme-step directory -T 1 \
 	2>err
     [ $? = 69 ] && grep " Basic dXNlcjpwQHNzOnc=" heard'
+
+group 'ways to the CA: what a proxy answers'
+
 # answers CODE: what a proxy says is the shell's CODE.
 answers() {
 	echo "$1" >proxy.sh
@@ -8614,6 +8710,8 @@ check 'the account record is lost' '
     acme-step new-account -y -o account &&
     [ "$(field account account)" = "$(field account old.account)" ]'
 
+group 'the README works: its scripts'
+
 # example TITLE: the script below that title, with the paths of here.
 example() {
 	block "$1" '#!' |
@@ -8704,7 +8802,7 @@ cd "$tmp" || exit
 rm bin/nsupdate
 pebble_stop
 
-group 'the tree agrees with itself'
+group 'the README agrees with acme.c'
 
 check 'the contents of the README are its sections' '
     awk "/^[A-Z]/ && !/^(NAME|QUICK START|CONTENTS)\$/" "$src/README" >a &&
@@ -8842,6 +8940,8 @@ check 'the headings of COMMANDS are the synopses of help' '
 	inside && blank && /^    [a-z]/ { sub(/  *\[RFC .*/, \"\"); print }
 	{ blank = !NF }" "$src/README" | sed "s/^ */acme-step /" | sort >a &&
     [ -s a ] && synopses | diff a -'
+group 'the tree agrees with itself'
+
 check 'make install and uninstall' '
     cd "$src" && unset MAKEFLAGS &&
     make PREFIX=/usr DESTDIR="$tmp/inst" install &&
