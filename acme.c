@@ -8,9 +8,9 @@
  *	acme-step finalize -K example.pem -o fullchain.pem
  *
  * A command reads its files and, on standard input, the record of an
- * earlier step.  It makes a few requests over one connection, writes its
+ * earlier step. It makes a few requests over one connection, writes its
  * result when that is complete, and exits with a status that a script can
- * act on (DONE to SIGNAL below).  It keeps no state of its own.
+ * act on (DONE to SIGNAL below). It keeps no state of its own.
  *
  * Contents:
  *   1. Text                 20. Validation           39. Publishing files
@@ -37,8 +37,8 @@
  *
  * All data are Strs: bytes with a length, never modified in place.
  * Sections 6 to 9 make new ones from old ones: cat() joins, text() fills a
- * template, b64() and quote() encode, der() nests.  Memory comes from one
- * static heap, and nothing is freed one by one.  Any failure calls die(),
+ * template, b64() and quote() encode, der() nests. Memory comes from one
+ * static heap, and nothing is freed one by one. Any failure calls die(),
  * which ends the step; leave() then runs the clean-up handlers.
  *
  * To understand the rest, read struct order in section 30, which is all
@@ -83,7 +83,7 @@
 #define VERSION "0.1"
 
 /*
- * Limits.  Exceeding one is an error with a message; nothing is truncated.
+ * Limits. Exceeding one is an error with a message; nothing is truncated.
  * Those that only one section uses are there.
  */
 enum {
@@ -168,7 +168,7 @@ typedef struct {
 
 /*
  * Each gap, "%", of a template is filled with the next of the strings that
- * follow it.  The macros around such functions let the compiler check that
+ * follow it. The macros around such functions let the compiler check that
  * every argument is a Str.
  */
 #define ALL_STR(template, ...)  ((void)sizeof((Str[]){ __VA_ARGS__ }))
@@ -298,7 +298,7 @@ line_end(void)
 
 /*
  * The next piece of a filled template: the text up to a gap, or the string
- * that fills the gap.  False at the end.
+ * that fills the gap. False at the end.
  */
 static bool
 piece(const char **template, va_list *ap, Str *s)
@@ -438,7 +438,7 @@ add_cleanup(void (*end)(const struct cleanup *), int n, const void *p)
 }
 
 /*
- * Clean-up that failed.  The warnings wait until signals are unblocked:
+ * Clean-up that failed. The warnings wait until signals are unblocked:
  * writing them can block, since standard error can be a full pipe.
  */
 static struct {
@@ -532,7 +532,7 @@ static void wipe_and_exit(int)
     __attribute__((noinline, noreturn, no_sanitize("address")));
 
 /*
- * Overwrite the stack, from below this frame up to main's, and exit.  It
+ * Overwrite the stack, from below this frame up to main's, and exit. It
  * overwrites its own frame too, so it keeps nothing there.
  */
 static void
@@ -561,7 +561,7 @@ static struct {
 } leaving;
 
 /*
- * Run all clean-up actions.  The messages that follow can block: LAST_WORDS
+ * Run all clean-up actions. The messages that follow can block: LAST_WORDS
  * or a signal ends the step then, but a signal that came before does not.
  */
 static void
@@ -645,7 +645,7 @@ static struct {
 } activity = { "working", LATER, "", 300 };
 
 /*
- * Call it before what can block.  The strings must last until the next call;
+ * Call it before what can block. The strings must last until the next call;
  * `what` ends with a space if there is an object.
  */
 static void
@@ -724,7 +724,7 @@ catch_signals(void)
 /* ---------------------------------------------------------- 5. Memory -- */
 
 /*
- * Allocate n bytes.  Nothing is freed one by one; keep() and resetting
+ * Allocate n bytes. Nothing is freed one by one; keep() and resetting
  * `used` drop all that is newer than a mark.
  */
 static unsigned char *
@@ -759,7 +759,7 @@ wipe_at_end(void *p, size_t n)
 /* --------------------------------------------------------- 6. Strings -- */
 
 /*
- * Join any number of strings.  If the first is the newest on the heap, it
+ * Join any number of strings. If the first is the newest on the heap, it
  * grows in place, so that a string built piece by piece is not copied again
  * each time; cat(NONE, ...) always makes a new string.
  */
@@ -954,7 +954,7 @@ trim(Str s)
 }
 
 /*
- * A variable of the environment, NONE if it is not set.  White space around
+ * A variable of the environment, NONE if it is not set. White space around
  * its value is ignored: secrets read from files end with a newline.
  */
 static Str
@@ -1005,7 +1005,7 @@ num(unsigned long long n)
 }
 
 /*
- * A list being built on the heap.  Call list_begin() before anything that
+ * A list being built on the heap. Call list_begin() before anything that
  * items are made of is allocated: list_add() frees all that is newer.
  * Once a list in a message has LIST bytes, further items are only counted.
  */
@@ -1174,7 +1174,7 @@ unb64(Str s)
 
 /*
  * Decode base64 in either alphabet (RFC 4648 4 and 5), padded or not; NONE
- * if it is malformed.  CAs hand out shared secrets in both.
+ * if it is malformed. CAs hand out shared secrets in both.
  */
 static Str
 unb64_any(Str s)
@@ -1221,7 +1221,7 @@ quote(Str s)
 }
 
 /*
- * Add a member to an object that is being built, still without braces.  A
+ * Add a member to an object that is being built, still without braces. A
  * value that is NONE adds nothing: null is never sent.
  */
 static Str
@@ -1393,7 +1393,7 @@ json_kind(Str v)
 
 /*
  * Take the next member of an object, or element of an array, off `in`, which
- * is the whole of it at first; false at its end.  The name is a JSON string,
+ * is the whole of it at first; false at its end. The name is a JSON string,
  * or NONE in an array.
  */
 static bool
@@ -1453,7 +1453,7 @@ enum {			/* code points: surrogates (RFC 3629 3), U+FFFD */
 };
 
 /*
- * Take an escape off s, which begins after the backslash.  Half a surrogate
+ * Take an escape off s, which begins after the backslash. Half a surrogate
  * pair becomes U+FFFD.
  */
 static unsigned
@@ -1635,7 +1635,7 @@ algorithm_of(const char *constant)
 
 /*
  * Take the element at the front of `in`: its contents, and the whole with its
- * head.  False if that is not DER (X.690 10.1), or longer than `in`.
+ * head. False if that is not DER (X.690 10.1), or longer than `in`.
  */
 static bool
 der_any(Str *in, int *tag, Str *body, Str *whole)
@@ -2032,7 +2032,7 @@ read_if_there(const char *name)
 /* -------------------------------------------------- 12. Writing files -- */
 
 /*
- * Where the result goes.  It is complete or absent: a file is written under
+ * Where the result goes. It is complete or absent: a file is written under
  * a temporary name in the same directory, synced, and renamed at the end.
  * Only a file that is a mount point is written in place.
  */
@@ -2167,7 +2167,7 @@ create_temporary(int dir, const char **name, mode_t mode)
 /*
  * Give a temporary file its name in dir, unless something already has that
  * name (EEXIST); false, with errno.  link() does both at once, and leaves
- * the file both names.  On a file system without hard links, a file that
+ * the file both names. On a file system without hard links, a file that
  * appears between fstatat() and renameat() is replaced.
  */
 static bool
@@ -2194,9 +2194,9 @@ drop_name(int dir, const char *temporary)
 }
 
 /*
- * Could another user have put this file there to divert our output?  Yes if
+ * Could another user have put this file there to divert our output? Yes if
  * the directory is sticky and others can write to it, as to /tmp, and the
- * file belongs neither to us nor to the directory's owner.  Linux can refuse
+ * file belongs neither to us nor to the directory's owner. Linux can refuse
  * to open such files too (fs.protected_regular).
  */
 static bool
@@ -2221,7 +2221,7 @@ refuse_file_of_others(const char *file, const struct stat *st)
 
 /*
  * The file that symbolic links lead to, so that it is replaced and not the
- * links; *st is what lstat() reports of it.  It is still a link if that
+ * links; *st is what lstat() reports of it. It is still a link if that
  * leads to something without a path, as those in /proc/self/fd can.
  */
 static const char *
@@ -2251,7 +2251,7 @@ follow(const char *file, struct stat *st)
 	return file;
 }
 
-/* Is the file standard output, such as /dev/stdout?  Then it is written to. */
+/* Is the file standard output, such as /dev/stdout? Then it is written to. */
 static bool
 is_output(const struct stat *st)
 {
@@ -2279,8 +2279,8 @@ remove_key(const struct cleanup *c)
 }
 
 /*
- * Is the file a mount point, as "docker run -v FILE:FILE" makes it?  Then no
- * other file can be renamed to it.  A hard link to it in its directory fails
+ * Is the file a mount point, as "docker run -v FILE:FILE" makes it? Then no
+ * other file can be renamed to it. A hard link to it in its directory fails
  * with EXDEV then, or with EROFS if the directory is read-only.
  */
 static bool
@@ -2382,7 +2382,7 @@ synced(int fd)
 	    errno == EROFS;
 }
 
-/* Give a key its name.  From then on it is not removed, even on failure. */
+/* Give a key its name. From then on it is not removed, even on failure. */
 static void
 name_key(void)
 {
@@ -2413,7 +2413,7 @@ out_rename(void)
 	cancel_cleanup();
 }
 
-/* Write the result, all at once.  Nothing else writes to it. */
+/* Write the result, all at once. Nothing else writes to it. */
 static void
 print(Str s)
 {
@@ -2449,7 +2449,7 @@ enum {
 };
 
 /*
- * A reader of RFC 7468 blocks, fed piece by piece.  Files come from editors
+ * A reader of RFC 7468 blocks, fed piece by piece. Files come from editors
  * and systems of all kinds: a byte order mark before a line and white space
  * in it are ignored, and lines can end with CR, LF or both.
  */
@@ -2601,7 +2601,7 @@ pem_push(struct pem *r, Str *in)
 }
 
 /*
- * Take the next block, and all before it, off a whole file.  False at its
+ * Take the next block, and all before it, off a whole file. False at its
  * end, or if the block is malformed: *bad tells which.
  */
 static bool
@@ -2650,7 +2650,7 @@ enum {			/* bytes of a key's numbers */
 };
 
 /*
- * All that is known of a type of key.  The first row is the default of -t.
+ * All that is known of a type of key. The first row is the default of -t.
  * An RSA key of any size that comes from a file has the first of RSA's
  * rows, which differ only in name and size.
  */
@@ -2694,7 +2694,7 @@ static struct key account_key, other_key;
 
 /*
  * BearSSL's code for X25519, P-256, P-384 and P-521: portable, and constant
- * in time if multiplication is.  P-256 has code of its own, which takes half
+ * in time if multiplication is. P-256 has code of its own, which takes half
  * the time of the generic one.
  */
 static const br_ec_impl *const curves = &br_ec_all_m31;
@@ -2745,7 +2745,7 @@ ec_complete(struct key *k)
 }
 
 /*
- * Take over the public half of an RSA key.  It is not derived from the
+ * Take over the public half of an RSA key. It is not derived from the
  * private one: BearSSL's code for that fails for 4096 bits, and for primes
  * that are not 3 modulo 4.
  */
@@ -2771,7 +2771,7 @@ exponent(const struct key *k)
 	return (Str){ p, (size_t)(end - p) };
 }
 
-/* Do the halves of an RSA key match?  One verifies what the other signs. */
+/* Do the halves of an RSA key match? One verifies what the other signs. */
 static bool
 rsa_works(const struct key *k)
 {
@@ -2816,7 +2816,7 @@ key_make(struct key *k, const struct key_type *type)
 }
 
 /*
- * Do an RSAPrivateKey's numbers (RFC 8017 A.1.2) have possible sizes?  Its
+ * Do an RSAPrivateKey's numbers (RFC 8017 A.1.2) have possible sizes? Its
  * public half is taken over.
  */
 static bool
@@ -2841,7 +2841,7 @@ rsa_fits(Str s, struct key *k)
 }
 
 /*
- * Are the sizes in a key possible?  BearSSL 0.6's decoder trusts them.  The
+ * Are the sizes in a key possible? BearSSL 0.6's decoder trusts them. The
  * key is in PKCS #8 (RFC 5208 5), an RSAPrivateKey or an ECPrivateKey
  * (RFC 5915 3); one that is `wrapped` was in PKCS #8.
  */
@@ -3050,7 +3050,7 @@ key_pem(const struct key *k)
 }
 
 /*
- * Sign.  ECDSA's two numbers are one after another for JWS (RFC 7518 3.4),
+ * Sign. ECDSA's two numbers are one after another for JWS (RFC 7518 3.4),
  * or a DER sequence for X.509 (RFC 3279 2.2.3).
  */
 static Str
@@ -3077,7 +3077,7 @@ sign(const struct key *k, Str s, bool asn1)
 /* --------------------------------------------- 15. Addresses and URLs -- */
 
 /*
- * An identifier (RFC 8555 9.7.7, RFC 8738 3).  Its value is canonical: a
+ * An identifier (RFC 8555 9.7.7, RFC 8738 3). Its value is canonical: a
  * name in lower case, with "*." before it if it is a wildcard, or an address
  * in the form of ip_text().
  */
@@ -3159,7 +3159,7 @@ struct url {
 
 /*
  * Take a host off the front of s, with the colon that follows it; an IPv6
- * address is in brackets (RFC 3986 3.2.2).  NONE if it is malformed.
+ * address is in brackets (RFC 3986 3.2.2). NONE if it is malformed.
  */
 static Str
 take_host(Str *s)
@@ -3177,7 +3177,7 @@ take_host(Str *s)
 }
 
 /*
- * Read HOST[:PORT], all of s; without a port *port is not changed.  A host
+ * Read HOST[:PORT], all of s; without a port *port is not changed. A host
  * cannot begin with a dash: the command of -P would take it for an option.
  */
 static bool
@@ -3366,7 +3366,7 @@ are_names(Str list)
 }
 
 /*
- * Read the extensions that we use; false if the list is malformed.  A
+ * Read the extensions that we use; false if the list is malformed. A
  * subjectAltName that is malformed, or not the only one, counts as absent:
  * not all of its names can be known.
  */
@@ -3422,7 +3422,7 @@ cert_read(Str whole, struct cert *c)
 }
 
 /*
- * Take the next name off a list of GeneralNames.  A name that is neither a
+ * Take the next name off a list of GeneralNames. A name that is neither a
  * DNS name nor an address gets the type "other": an e-mail address must not
  * pass for one of them.
  */
@@ -3684,7 +3684,7 @@ decode_anchor(const struct cert *c)
 }
 
 /*
- * Can any of the n certificates of a server's chain need this anchor?  An
+ * Can any of the n certificates of a server's chain need this anchor? An
  * anchor that is not a CA must be the server's certificate itself: BearSSL
  * compares only name and key, so that the anchor's owner could make a
  * certificate for any host.
@@ -3715,8 +3715,8 @@ read_anchor(struct pem *r, const struct cert *certs, size_t n)
 }
 
 /*
- * Read the file of anchors.  It can have 150, and a chain of n certificates
- * needs few: only those are kept whose name is in the chain.  Without a
+ * Read the file of anchors. It can have 150, and a chain of n certificates
+ * needs few: only those are kept whose name is in the chain. Without a
  * chain, read up to the first certificate; false if there is none.
  */
 static bool
@@ -3783,7 +3783,7 @@ find_anchors(const char *name)
 
 /* ----------------------------------------------- 19. Name constraints -- */
 
-/* Is s made of labels, with single dots between?  No other name matches. */
+/* Is s made of labels, with single dots between? No other name matches. */
 static bool
 is_labels(Str s)
 {
@@ -3815,7 +3815,7 @@ names_host(Str name, Str host)
 
 /*
  * Name constraints (RFC 5280 4.2.1.10); those of DNS names and addresses are
- * applied.  A base that begins with a dot is in no standard, but in use: it
+ * applied. A base that begins with a dot is in no standard, but in use: it
  * permits what is below it, and excludes that and the name itself.
  */
 struct constraints {
@@ -3913,7 +3913,7 @@ dns_within(Str name, Str base)
 	return name.p[dot] == '.' && same_nocase(from(name, dot + 1), base);
 }
 
-/* Can a dNSName match a name within a base?  A malformed one might. */
+/* Can a dNSName match a name within a base? A malformed one might. */
 static bool
 dns_touches(Str name, Str base)
 {
@@ -3968,7 +3968,7 @@ forbidden_name(const struct constraints *k, const struct cert *c)
 
 /*
  * BearSSL's X.509 engine needs its anchors before it sees the chain, and
- * checks less than it should.  So this engine, around it, collects the
+ * checks less than it should. So this engine, around it, collects the
  * server's chain, reads the anchors for it, lets BearSSL validate it, and
  * applies further rules to the path that BearSSL found.
  */
@@ -4070,7 +4070,7 @@ has_host(const struct cert *c)
 }
 
 /*
- * May a certificate be used by a TLS server (RFC 5280 4.2.1.12)?  In a CA's
+ * May a certificate be used by a TLS server (RFC 5280 4.2.1.12)? In a CA's
  * certificate the same extension restricts those that the CA issues, as in
  * other TLS clients.
  */
@@ -4128,7 +4128,7 @@ is_anchor(const struct cert *c)
 
 /*
  * Does anchor i have name constraints, and did it issue the last certificate
- * of the path?  Others can have the same name: the signature decides.
+ * of the path? Others can have the same name: the signature decides.
  */
 static bool
 constrains(size_t i, size_t n)
@@ -4412,7 +4412,7 @@ receive_records(br_ssl_engine_context *e, int fd)
 }
 
 /*
- * Send and receive until the engine is in one of the states.  False if it
+ * Send and receive until the engine is in one of the states. False if it
  * cannot get there: tls.error has the reason, BR_ERR_OK if the peer closed
  * TLS, BR_ERR_IO if the connection ended without that.
  */
@@ -4439,7 +4439,7 @@ tls_run(unsigned states)
 
 /*
  * Negotiate TLS over a connection to a host, a name or an address, and
- * validate its certificate.  False: tls_end() has the reason.
+ * validate its certificate. False: tls_end() has the reason.
  */
 static bool
 tls_open(int fd, const char *host)
@@ -4538,7 +4538,7 @@ tls_end(Str *cause)
 	return FAILED;
 }
 
-/* Send close_notify.  The connection stays open. */
+/* Send close_notify. The connection stays open. */
 static void
 tls_close(void)
 {
@@ -4631,7 +4631,7 @@ static const br_ssl_server_policy_class alpn_policy = {
 };
 
 /*
- * Prepare for the handshake of a peer (RFC 8737 3).  All certificates that
+ * Prepare for the handshake of a peer (RFC 8737 3). All certificates that
  * find() returns are for `key`, which is on P-256.
  */
 static void
@@ -4655,7 +4655,7 @@ tls_accept(struct tls_server *s, void *buffer, size_t size,
 
 /*
  * Continue the handshake, which is all of the session (RFC 8737 3), as far as
- * it goes without waiting.  False if the connection is finished.
+ * it goes without waiting. False if the connection is finished.
  */
 static bool
 tls_serve(struct tls_server *s, int fd)
@@ -4702,7 +4702,7 @@ wipe_environment(void)
 	*environ = NULL;
 }
 
-/* In a new process: leave the clean-up to the old one. */
+/* In a new process that will run a program: only the step cleans up. */
 static void
 become_child(void)
 {
@@ -4729,7 +4729,7 @@ wait_for(struct pollfd *p, int ms)
 	return n;
 }
 
-/* Kill a process and all that it has started. */
+/* Kill a process and its group. */
 static void
 stop_group(const struct cleanup *d)
 {
@@ -4774,8 +4774,8 @@ either(const char *a, const char *b)
 }
 
 /*
- * The values of -H, HOST:PORT:ADDR; the next one for the same host and port
- * is its next address.
+ * The values of -H, HOST:PORT:ADDR; several of them can be for the same host
+ * and port.
  */
 static Str resolved[RESOLVED];
 static size_t nresolved;
@@ -4926,7 +4926,7 @@ in_hosts(Str name)
 	return found || is_host(&r, '\n', name);
 }
 
-/* From resolv.h, whose macros have names that we and elf.h use. */
+/* As in resolv.h, whose macros clash with names of ours and of elf.h. */
 int res_query(const char *, int, int, unsigned char *, int);
 
 /*
@@ -4945,9 +4945,9 @@ is_truncated(const char *name, int af)
 }
 
 /*
- * In a new process: overwrite all memory that can hold a key. Signals are
- * blocked, since they are for the step. After that SIGTERM ends the process;
- * so does the time limit, even if the step was ended by SIGKILL.
+ * In a new process: overwrite all memory that can hold a key. Only then can
+ * SIGTERM end the process, or the time limit, even if SIGKILL ended the step.
+ * Other signals stay blocked: they are for the step.
  */
 static void
 become_lookup(void)
@@ -4984,7 +4984,7 @@ run_lookup(const char *name, int af, int fd)
 
 	memcpy(copy, name, strlen(name) + 1);
 	become_lookup();
-	dup2(fd, 1);	/* those who read what the step writes do not wait */
+	dup2(fd, 1);	/* do not keep the step's output open */
 	close(0);
 	close(2);
 	l.error = getaddrinfo(copy, NULL, &hint, &a);
@@ -4997,7 +4997,7 @@ run_lookup(const char *name, int af, int fd)
 	leave(write(1, &l, sizeof l) == sizeof l ? DONE : FAULT);
 }
 
-/* End a look-up, after it has overwritten the keys. */
+/* End a look-up; it blocks SIGTERM until it has overwritten the keys. */
 static void
 stop_lookup(const struct cleanup *d)
 {
@@ -5026,8 +5026,8 @@ start_lookup(struct pollfd *p, const char *name, int af)
 }
 
 /*
- * Look up a name, each family in a process of its own: getaddrinfo() would
- * wait for both, and fail if one fails.
+ * Look up a name; unless it is in /etc/hosts, each family in its own process:
+ * getaddrinfo() would wait for both, and fail if one fails.
  */
 static void
 look_up(const char *name)
@@ -5114,8 +5114,8 @@ await_addresses(void)
 /*
  * Find the addresses of a host. A name with a dot is first looked up as it
  * is, whatever ndots in /etc/resolv.conf is: a search domain can fail, or
- * answer for every name. A trailing dot tells the resolver so, but the names
- * in /etc/hosts do not have it.
+ * answer for every name. A trailing dot makes the resolver
+ * do that, but names in /etc/hosts have none.
  */
 static void
 find_addresses(const char *name)
@@ -5207,7 +5207,7 @@ free_attempt(void)
 }
 
 /*
- * Note why an attempt failed. That there is no route to a family is reported
+ * Note why an attempt failed. That the machine cannot use a family is reported
  * only if no other error occurred.
  */
 static void
@@ -5219,8 +5219,8 @@ note_error(int error)
 }
 
 /*
- * Start to connect to the next address for which that does not fail
- * immediately.
+ * Start to connect to the next address that does not fail immediately; false
+ * if there is none, or no free place.
  */
 static bool
 start_attempt(in_port_t port)
@@ -5379,7 +5379,7 @@ command_name(void)
 enum { ENDING = 1000 };	/* ms to end at the end of input, and at SIGTERM */
 
 /*
- * End the command of -P if it shares our process group, in which a signal
+ * End a command of -P that shares our process group: a signal to the group
  * would also reach other programs. Most commands end, with all that they
  * started, at the end of their input. SIGTERM lets one that asks for a
  * password restore the echo of the terminal.
@@ -5413,8 +5413,8 @@ has_terminal(void)
 }
 
 /*
- * Replace %h, %p and %% in the command. The host has no characters that mean
- * something to a shell.
+ * The command for /bin/sh, with %h, %p and %% replaced. The host has no
+ * characters that are special to a shell.
  */
 static const char *
 fill_command(const char *host, const char *port)
@@ -5499,8 +5499,8 @@ in_network(Str ip, Str network)
 }
 
 /*
- * Does an entry of no_proxy match the host? It is a host or a parent domain,
- * perhaps with a port, a network, or "*".
+ * Does an entry of no_proxy match the host? It is "*", a network, or a host or
+ * parent domain, with or without a port.
  */
 static bool
 is_entry(Str entry, Str host, Str port)
@@ -5542,14 +5542,13 @@ needs_no_proxy(Str host, Str port)
 
 /* http://[USER:PASSWORD@]HOST[:PORT][/], the form of https_proxy. */
 struct proxy {
-	Str user, password;		/* percent-encoded; NONE: neither */
+	Str user, password;		/* percent-encoded; NONE if absent */
 	Str host, port;
 };
 
 /*
  * Take the scheme off the URL of a proxy; without one it is http. False for
- * any other: a password would not be encrypted, as the user of https://
- * expects.
+ * any other: with https:// the user expects a password to be encrypted.
  */
 static bool
 take_scheme(Str *s)
@@ -5563,8 +5562,8 @@ take_scheme(Str *s)
 }
 
 /*
- * Take USER:PASSWORD@ off the front of s. It ends at the last @: messages
- * show what follows.
+ * Take USER:PASSWORD@ off the front of s. It ends at the last @, even if
+ * the password has one: messages show the rest.
  */
 static Str
 take_userinfo(Str *s)
@@ -5637,7 +5636,7 @@ percent_decoded(Str s)
 	return keep(mark, (Str){ o, n });
 }
 
-/* A line from a proxy, before TLS begins; without its CR LF. */
+/* A line from a proxy, without its CR LF; no byte more, since TLS follows. */
 static Str
 proxy_line(int fd, size_t *room, Str name)
 {
@@ -5768,9 +5767,9 @@ command_fault(void)
 }
 
 /*
- * End the step: TLS with the server failed. If its certificate is not
- * trusted, that lasts until somebody corrects the anchors, the name, the
- * clock or the server; anything else may pass.
+ * End the step: TLS with the server failed. An untrusted certificate
+ * stays so until the anchors, the name, the clock or the server are corrected;
+ * anything else may be temporary.
  */
 static void
 conn_failed(void)
@@ -5870,7 +5869,7 @@ struct response {
 	bool last;		/* the connection ends with it */
 };
 
-/* End the step for a response, r, that breaks HTTP, JSON or ACME. */
+/* End the step for a response that breaks HTTP, JSON or ACME; r has a url. */
 #define broken(r, ...)  (name_response((r)->url), die(BROKEN, __VA_ARGS__))
 
 static void
@@ -5882,8 +5881,8 @@ name_response(Str url)
 static bool verbose;		/* -v */
 
 /*
- * Read a line of at most `room` bytes onto the top of the heap; *s lacks its
- * CR LF. False if the connection ends before the line does.
+ * Read a line onto the top of the heap; its bytes are taken off *room, and *s
+ * lacks its CR LF. False if the connection ends before the line does.
  */
 static bool
 http_line(struct response *r, size_t *room, Str *s)
@@ -5933,8 +5932,8 @@ http_status(struct response *r, Str s)
 }
 
 /*
- * Retry-After in seconds (RFC 9110 10.2.3): a number or a date; -1 if it is
- * absent or malformed.
+ * Retry-After, a number or a date (RFC 9110 10.2.3), in seconds up to MAX_WAIT;
+ * 0 if it is past or negative, -1 if it is malformed.
  */
 static long
 retry_after(Str s)
@@ -5971,7 +5970,7 @@ http_field(struct response *r, struct framing *f, Str name, Str value)
 	if (same_nocase(name, S("Location")))
 		r->location = value;
 	else if (same_nocase(name, S("Replay-Nonce"))) {
-		/* RFC 8555 6.5.1: what is not base64url is to be ignored. */
+		/* RFC 8555 6.5.1: what is not base64url must be ignored. */
 		if (is_b64(value) && value.n <= NONCE)
 			r->nonce = value;
 	} else if (same_nocase(name, S("Retry-After")))
@@ -6182,7 +6181,7 @@ enum { TIMED_OUT = 408 };
 
 /*
  * Send requests to one origin, all in one write, and receive their responses
- * in order. Returns how many came.
+ * in order. Returns how many came before a 408, if any.
  */
 static size_t
 pipeline(const struct request *q, struct response *r, size_t n)
@@ -6215,17 +6214,16 @@ pipeline(const struct request *q, struct response *r, size_t n)
 /* ------------------------------------------------------------ 28. Box -- */
 
 /*
- * The box (-B): messages are files in it, N.request and N.response, in the
- * order in which the step sends them.  Whoever has a network carries them;
- * the step, called again in the same way, makes the same requests again,
- * since its signatures have no randomness in them, and finds the
- * responses.
+ * The box (-B): HTTP messages are files in it, N.request and N.response, in
+ * the order of the requests.  acme-step send exchanges them with the CA.  The
+ * step, run again in the same way, makes the same requests, since its
+ * signatures have no randomness in them, and finds the responses.
  */
 static struct {
 	const char *name;		/* NULL: there is none */
 	int dir;
-	unsigned long n;		/* messages so far */
-	size_t published;		/* ncleanup, before what must stay */
+	unsigned long n;		/* requests so far */
+	size_t published;		/* ncleanup before publishing, or 0 */
 } box;
 
 static const char *
@@ -6297,8 +6295,8 @@ box_request(const struct request *q)
 }
 
 /*
- * A check that ties a response to its request: swapped, cut or edited files
- * are noticed.
+ * A checksum of a response and its request: files that are swapped, cut or
+ * edited by mistake are noticed.
  */
 static Str
 box_check(Str request, Str response)
@@ -6351,8 +6349,8 @@ box_refuse(const char *what)
 }
 
 /*
- * Take the response to the next request from the box; false if it is not
- * there.
+ * Write the next request to the box, if it is not there, and read its
+ * response; false if there is none.
  */
 static bool
 box_exchange(const struct request *q, struct response *r)
@@ -6403,7 +6401,7 @@ box_batch(const struct request *q, struct response *r, size_t n)
 	    num((unsigned long long)box_pause / 1000)));
 }
 
-/* Use a directory as the box; it is created if it does not exist. */
+/* Use a directory as the box; `make`: create it if it does not exist. */
 static void
 open_box(const char *name, bool make)
 {
@@ -6434,8 +6432,8 @@ count_together(const struct request *q, size_t n)
 
 /*
  * The response to a request was lost. The server may have acted on the
- * request, so it is sent again at most RESENDS times; if the connection was
- * new, after a pause.
+ * request, so it is sent again at most RESENDS times, never if `once` is set;
+ * after a pause if the connection was new.
  */
 static void
 response_lost(struct request *q, bool new_connection)
@@ -6448,9 +6446,9 @@ response_lost(struct request *q, bool new_connection)
 
 /*
  * Send n requests and receive their responses, or end the step. If a server
- * closes a new connection on several requests at once, they are sent one by
- * one from then on; an idle connection may have been closed for other
- * reasons.
+ * ends a connection before it has answered all requests, they are sent one by
+ * one from then on; but an idle one on which no response came may have been
+ * closed for other reasons.
  */
 static void
 exchange(struct request *q, struct response *r, size_t n)
@@ -6579,8 +6577,8 @@ struct identifiers {
 };
 
 /*
- * The slot of an identifier, or the free slot where it belongs. If somebody
- * makes names collide, the search is as slow as that of a list.
+ * The slot of an identifier, or the free slot where it belongs. With names
+ * made to collide, the search is as slow as that of a list.
  */
 static unsigned short *
 find_slot(struct identifiers *all, const struct identifier *id)
@@ -6652,7 +6650,7 @@ status_text(const void *place)
 
 /* What a challenge type publishes. */
 enum publication {
-	FILE_TOKEN = 1,		/* NAME is a file's, and the token */
+	FILE_TOKEN = 1,		/* NAME, the token, is a file name */
 	CERT_DIGEST,		/* NAME is for SNI, CONTENT in hexadecimal */
 	TXT_RECORD		/* NAME is the record's */
 };
@@ -6670,7 +6668,7 @@ struct challenge {
 /* Challenge types; the table is in section 43. */
 static const struct challenge_type {
 	const char *type;
-	/* What is published, and its name, by what the CA says. */
+	/* NAME and CONTENT, made from what the CA sent. */
 	Str (*name)(const struct challenge *);
 	Str (*content)(const struct challenge *);
 	enum publication publishes;
@@ -6738,11 +6736,11 @@ is_challenge(Str s)
 	    (made_of(c.content, HEX) && c.content.n == 64));
 }
 
-/* An authorization (RFC 8555 7.1.4).  Only its URL is in a record. */
+/* An authorization (RFC 8555 7.1.4). Only its URL is in a record. */
 struct authorization {
 	Str url;
 	struct identifier id;	/* this and the rest: as the CA says */
-	Str status;		/* NONE if it could not be read */
+	Str status;		/* NONE if it was not fetched */
 	long retry_after;	/* of the response; seconds, or -1 */
 	struct challenge *challenge;	/* NULL: it has no such member */
 	size_t nchallenge;
@@ -6764,7 +6762,7 @@ read_authorization(Str s, void *to)
 
 /*
  * What one step knows and the next one needs: all that flows through a
- * pipe.  It is read from a record and written as one by the keywords below.
+ * pipe. It is read from a record and written as one by the keywords below.
  */
 static struct order {
 	Str directory, new_nonce, nonce;
@@ -6780,7 +6778,7 @@ static struct order {
 	    nrest;
 } order;
 
-/* Walk through a list of the order's with a pointer. */
+/* `for each(p, list)` moves p through a list of the order. */
 #define each(p, list) \
     (p = order.list; p < order.list + order.n##list; p++)
 
@@ -6897,9 +6895,9 @@ has_identifier(const struct identifier *id)
 }
 
 /*
- * Where the CA is: the URL that its directory was read from in this step,
- * after a redirect, or NONE.  Then new-nonce is known from the record, and
- * was compared with that URL by the step that wrote it there.
+ * The URL that the directory was read from in this step, after a redirect.
+ * If that is NONE, new-nonce is known from the record; the step that wrote it
+ * has compared it with that URL.
  */
 static Str directory_url;
 
@@ -6923,8 +6921,8 @@ is_allowed(Str url)
 
 /*
  * Does a URL have the origin of the CA, or one that the user allows? A CA
- * speaks for itself alone: it must not make us sign a request to another CA,
- * where the same key may have an account.
+ * must not make us sign a request to another CA, where the same key may have
+ * an account.
  */
 static bool
 is_own(Str url)
@@ -6946,8 +6944,8 @@ need_own(Str url)
 }
 
 /*
- * Set the value of a keyword, or add it to its list, to what the server at
- * url says. What cannot be in a record is an error of the server.
+ * Set a keyword to a value from the server at url, or add that to its list.
+ * What cannot be in a record, or is a URL of others (need_own), ends the step.
  */
 static void
 put(const char *word, Str value, Str url)
@@ -7058,7 +7056,7 @@ check_kind(Str s, const char *file, bool account_only)
 
 /*
  * Read a record, the content of a file. Of an account record (-a) only the
- * keywords marked so are used, and no value may differ from that of the
+ * of_account keywords are used; those with one value must not differ from the
  * record on standard input. The line "end" proves that a record is complete:
  * a step that is killed while it writes leaves a part of one in the pipe, and
  * its last line may be cut.
@@ -7165,7 +7163,7 @@ need_member(const struct response *r, Str o, const char *name, int kind)
 
 #define ERROR "urn:ietf:params:acme:error:"
 
-/* What to do about a problem, where that is known. */
+/* What the user can do about a problem, by its type. */
 static const struct {
 	const char *type, *hint;
 } hints[] = {
@@ -7192,8 +7190,8 @@ is_about_key(Str type, Str detail)
 }
 
 /*
- * A remedy if key and account may not belong together, or if there is no
- * account yet.
+ * A remedy if the key is perhaps not the account's, or if there is no account
+ * yet.
  */
 static Str
 key_account_hint(Str type)
@@ -7304,6 +7302,7 @@ has_type(const struct response *r, const char *type)
 	    same(text_of(v, "type"), cat(S(ERROR), str(type)));
 }
 
+/* End the step: try again later, after `seconds` if not negative. */
 static void
 come_back(const struct response *r, long seconds)
 {
@@ -7341,8 +7340,8 @@ struct attempt {
 
 /*
  * How many ms to wait before a request is sent again; -1 if its response is
- * final. `made`: the URL is of an object that this or the previous step may
- * have created, which not every server of the CA may know yet.
+ * final. `made`: this or the previous step may have created the object, so
+ * that some servers of the CA may not know it yet.
  */
 static long long
 retry_pause(const struct response *r, struct attempt *a, bool made)
@@ -7484,8 +7483,8 @@ no_directory(Str cause)
 }
 
 /*
- * Does a response mean that the URL of the directory is wrong? The directory
- * is public: any client error does, unless the CA limits or refuses clients.
+ * Does a response mean that the URL of the directory is wrong? It is public:
+ * any redirect or client error does, unless the CA limits or refuses clients.
  */
 static bool
 is_wrong_url(const struct response *r)
@@ -7569,8 +7568,8 @@ need_endpoint(const char *name)
 
 /*
  * A directory may redirect to that of another CA. Orders can go there, but
- * what the user has there is not changed or ended unless he names that CA
- * himself.
+ * accounts and authorizations there are changed only if the user names that
+ * CA.
  */
 static void
 refuse_redirected(void)
@@ -7585,16 +7584,17 @@ refuse_redirected(void)
 
 /* ------------------------------------------------- 34. Nonces and JWS -- */
 
-/* A request to be signed. By then the record has the account. */
+/* A request to be signed. Unless `jwk` is set, order.account is known then. */
 struct post {
 	Str url;
 	Str payload;		/* NONE: POST-as-GET (RFC 8555 6.3) */
 	const struct key *key;	/* NULL: the account's */
 	bool jwk;		/* signed by a key, not an account: 6.2 */
-	bool once;		/* never sent again */
+	bool once;		/* not sent again, except for badNonce */
 	bool made;		/* for a new object: see LAG */
 };
 
+/* The account key (-k), which is read when it is first needed. */
 static const struct key *
 signer(void)
 {
@@ -7695,7 +7695,7 @@ signed_text(const struct post *p)
 	return keep(mark, jws(input, sign(k, input, false)));
 }
 
-/* The same for a signed request; after badNonce no pause is necessary. */
+/* retry_pause() for a signed request; badNonce needs no pause. */
 static long long
 post_pause(const struct post *p, const struct response *r, struct attempt *a)
 {
@@ -7726,9 +7726,9 @@ keep_response(struct response *r)
 /*
  * Send as many of the requests in todo[] as there are nonces for. Final
  * responses are kept in r[], all other memory of the round is freed. The
- * other requests move to the front of todo[], and the pause before they are
- * sent again is over. Returns how many are left. *stuck counts the rounds in
- * a row in which every nonce was refused.
+ * other requests move to the front of todo[], after the pause that they need.
+ * Returns how many are left. *stuck counts the rounds in a row in which every
+ * nonce was refused.
  */
 static size_t
 acme_round(const struct post *p, struct response *r, struct attempt *todo,
@@ -7778,10 +7778,10 @@ acme_round(const struct post *p, struct response *r, struct attempt *todo,
 }
 
 /*
- * Send every signed request: sign n of them, send them, and return their
- * responses in the same order, whatever their status. Nothing is signed
- * unless all URLs are of the own origin of the CA. If a nonce is refused, the
- * request is sent again with a fresh one, until the time limit (RFC 8555
+ * The only way to send signed requests: sign and send n, at most NAMES, and
+ * return their responses in the same order, whatever their status. Nothing is
+ * signed unless all URLs are the CA's own (see is_own). If a nonce is refused,
+ * the request is sent again with a fresh one, until the time limit (RFC 8555
  * 6.5).
  */
 static void
@@ -7835,7 +7835,7 @@ find_account(const struct key *k)
 	return ask_account(k, S("{\"onlyReturnExisting\":true}"));
 }
 
-/* Make the account of a response that of the record. */
+/* Store the account of a response, which must be a success. */
 static void
 take_account(const struct response *r)
 {
@@ -7906,8 +7906,8 @@ identifier_in(const struct response *r, Str o)
 }
 
 /*
- * The identifiers of an order must be those of the record, in any order and
- * number; a record without identifiers takes them over.
+ * The identifiers of an order must be those of the record, in any order, even
+ * repeated; a record without identifiers takes them over.
  */
 static void
 store_identifiers(const struct response *r, Str list)
@@ -7980,8 +7980,8 @@ order_refresh(void)
 
 /*
  * The identifier of an authorization (RFC 8555 7.1.4), with "*." if it is for
- * a wildcard. It must be one of those of the order: who publishes what a CA
- * asks for another name gives away a right to that name.
+ * a wildcard. It must be one of the order's: to publish what a CA asks for
+ * another name would give away a right to that name.
  */
 static struct identifier
 authorized(const struct response *r, Str o)
@@ -7997,7 +7997,7 @@ authorized(const struct response *r, Str o)
 		wild.value = text("*.%", id.value);
 	if (!is_wild && has_identifier(&id))
 		return id;
-	/* Some CAs leave the member out. */
+	/* Some CAs leave "wildcard" out. */
 	if (!has_identifier(&wild))
 		broken(r, "is an authorization for another name than the "
 		    "order's: %", brief(is_wild ? wild.value : id.value));
@@ -8029,8 +8029,8 @@ challenge_store(const struct response *r, Str o, struct authorization *a)
 }
 
 /*
- * Store an authorization object. Without a status it is pending: no other
- * would be of use.
+ * Store an authorization object. A missing status counts as pending, so that
+ * its challenges are tried.
  */
 static void
 authorization_store(const struct response *r, struct authorization *a)
@@ -8104,7 +8104,7 @@ is_failed(const struct challenge *c)
 
 /*
  * For the message about a failed challenge: the name of its TXT record, from
- * the record if there is one, since that can be an alias. NONE if it has no
+ * its challenge line, if any, since that can be an alias. NONE if it has no
  * TXT record, or if the message of the CA names it.
  */
 static Str
@@ -8202,9 +8202,9 @@ files_hint(Str seen)
 
 /*
  * End the step of an order that cannot become valid, with the failures of its
- * authorizations or, if there are none, with the error of the order. If the
- * CA itself failed (RFC 8555 6.7, serverInternal), the user has nothing to
- * correct.
+ * authorizations or, if there are none, with the error of the order. If all
+ * errors are of the CA itself (RFC 8555 6.7, serverInternal), the user has
+ * nothing to correct.
  */
 static void
 validation_failed(const char *what, Str error)
@@ -8260,8 +8260,8 @@ types_needed(const struct authorization *a)
 }
 
 /*
- * End a step that waited (what) in vain (still) until its time limit. If
- * `after` is positive, the CA asks for that many seconds before the next
+ * End the step at its time limit: `what` it was doing, and what is `still` so.
+ * If `after` is positive, the CA asks for that many seconds before the next
  * request.
  */
 static void
@@ -8294,7 +8294,7 @@ order_lacks(const char *what, long after)
 
 /*
  * End the step if a challenge has failed; some CAs leave the order pending
- * then (see failures).
+ * then.
  */
 static void
 look_for_failures(void)
@@ -8309,9 +8309,9 @@ look_for_failures(void)
 
 /*
  * Wait before the next look at an order or an authorization: as long as the
- * CA asks (`after` seconds, if positive) or, if the step does not have that
- * time, for a growing pause of our own, in ms. The last one is cut to the
- * time that is left. False if none is left.
+ * CA asks (`after` seconds, if positive); else, or if the step does not have
+ * that time, *pause ms, which grow. The last pause is cut to the time that is
+ * left. False if none is left.
  */
 static bool
 pause_between(const char *what, long after, long long *pause)
@@ -8454,7 +8454,7 @@ persist_name(const struct challenge *c)
 /*
  * An issue-value that stays (draft-ietf-acme-dns-persist 3.1). It gives an
  * account at a CA a permanent right: so the account must be one of that CA,
- * and neither part may end early (RFC 8659 4.2).
+ * and neither part may contain a ";" (RFC 8659 4.2).
  */
 static Str
 persist_value(const struct challenge *c)
@@ -8676,7 +8676,7 @@ ask_to_validate(void)
 	acme_batch(p, r, n);
 	for (size_t i = 0; i < n; i++) {
 		if (has_type(&r[i], "conflict"))
-			continue;	/* it is being validated already */
+			continue;	/* it is already being validated */
 		if (r[i].status < 400 || r[i].status >= 500 ||
 		    r[i].status == 429) {
 			accept_response(&r[i]);
@@ -8692,13 +8692,12 @@ ask_to_validate(void)
 
 /* ----------------------------------------------- 39. Publishing files -- */
 
-enum { ENTROPY = 22 };	/* characters of a token of 128 bits, RFC 8555 8 */
+enum { ENTROPY = 22 };	/* characters of a token: 128 bits, RFC 8555 11.3 */
 
 /*
- * Does a file hold the content or a beginning of it, or is it empty? Then an
- * earlier run of ours, which was killed, has left it. A beginning may be one
- * letter, and the CA chooses the name: so the file must belong to our own
- * user, and its name must be longer than those that other programs choose.
+ * Did an earlier run that was killed leave this file? It holds the content or
+ * less: a beginning, or nothing. Less proves little, and the CA chooses the
+ * name: then the file must be our user's, and its name as long as a token's.
  */
 static bool
 is_leftover(int dir, const char *name, Str content)
@@ -8720,7 +8719,7 @@ is_leftover(int dir, const char *name, Str content)
 	    (st.st_uid == geteuid() && strlen(name) >= ENTROPY));
 }
 
-/* Give a temporary file the name of a challenge. A leftover is replaced. */
+/* Give a file its final name, replacing a leftover; false, with errno. */
 static bool
 name_published(int dir, const char *temporary, const char *name, Str content)
 {
@@ -8746,7 +8745,7 @@ publish_file(int dir, const char *dir_name, const struct challenge *c)
 	if (fd < 0)
 		die(NO_PLACE, "cannot create % in %: %", c->name,
 		    str(dir_name), why());
-	/* The web server is another user, whatever our umask. */
+	/* The web server, another user, needs this whatever our umask. */
 	if (!set_mode(fd, 0644, 0444, 0))
 		die(NO_PLACE, "cannot create % in %: its file system would "
 		    "not let the web server read it", c->name, str(dir_name));
@@ -8767,7 +8766,7 @@ publish_file(int dir, const char *dir_name, const struct challenge *c)
 		    str(dir_name), why());
 }
 
-/* http-01: publish a file for each token in DIR, for the web server. */
+/* http-01: publish a file in DIR for each token, for the web server. */
 static void
 publish_files(const char *dir_name)
 {
@@ -8816,8 +8815,8 @@ remove_leftovers(const char *dir_name)
 }
 
 /*
- * Is there a file that only respond -w of this account can have written? The
- * list is not closed: that would need free(), and more code.
+ * Is there a file whose name and content are the token and key authorization
+ * of a challenge of this account? closedir() is left out: it needs free().
  */
 static bool
 has_leftover(const char *dir_name)
@@ -8844,10 +8843,9 @@ has_leftover(const char *dir_name)
 }
 
 /*
- * The order needs no more responses: remove the files that an earlier run,
- * which was killed, left in DIR. The tokens are those of the challenge lines.
- * If there are none, and only if there is such a file, the CA is asked for
- * them.
+ * The order needs no more responses: remove the files that an earlier run
+ * that was killed left in DIR. The tokens are those of the challenge lines or,
+ * if there are none, the CA's, which is asked only if DIR has such a file.
  */
 static void
 clean_up_files(const char *dir_name)
@@ -8870,22 +8868,22 @@ clean_up_files(const char *dir_name)
 /* ------------------------------------------------- 40. HTTP responder -- */
 
 /*
- * With -l the challenges are answered by a process of our own. It has nothing
- * of value: no key except its own for tls-alpn-01, no connection to the CA,
- * no file, no right of root. It ends with the step. Its peers use only memory
- * that is set aside here.
+ * With -l a process of our own answers the challenges. It has nothing of
+ * value: no key except its own for tls-alpn-01, no connection to the CA, no
+ * file and, if it can give them up, no rights of root. It ends with the step.
+ * What it keeps of its peers is in the memory that is set aside here.
  */
 enum {
 	NOBODY    = 65534,	/* user and group that own nothing */
 	FILES     = 65536,	/* descriptors to close; low ones come first */
-	RETRY     = 100,	/* ms until the system may have more to give */
-	LISTENERS = 4,		/* TCP and UDP, IPv4 and IPv6 */
+	RETRY     = 100,	/* ms to pause if the system lacks resources */
+	LISTENERS = 4,		/* TCP and UDP of IPv4, then of IPv6 */
 	CLIENTS   = 256,	/* peers at once; one more ends the oldest */
 	PATIENCE  = 10,		/* seconds for a peer */
 	REQUEST   = 4096,	/* bytes of a peer's request, a TLS record */
 	PLAIN     = 512,	/* of a UDP response (RFC 1035 4.2.1), ... */
 	DATAGRAM  = 1232,	/* ... and with EDNS, DNS Flag Day 2020 */
-	FACTOR    = 4		/* most that it is longer than its query */
+	FACTOR    = 4		/* and at most this many times its query */
 };
 
 static struct client {
@@ -8893,7 +8891,7 @@ static struct client {
 	long long since;	/* by now_ms() */
 	bool answered;		/* what it sends now is ignored */
 	size_t n;		/* bytes in b */
-	unsigned char b[REQUEST + 325];	/* BR_SSL_BUFSIZE_MONO has it so */
+	unsigned char b[REQUEST + 325];	/* 325: see BR_SSL_BUFSIZE_MONO */
 	struct tls_server tls;
 } clients[CLIENTS];
 
@@ -8923,7 +8921,7 @@ client_send(struct client *c, Str s)
 		client_close(c);
 }
 
-/* Receive more; false at the end of the connection or of the buffer. */
+/* Receive more; false if the connection has ended or the buffer is full. */
 static bool
 client_read(struct client *c)
 {
@@ -8986,8 +8984,8 @@ http_serve(struct client *c)
 static Str validation[NAMES];
 
 /*
- * A self-signed certificate with the name and the digest in a critical
- * extension (RFC 8737 3, RFC 8738 4).
+ * A self-signed certificate for the name, with the digest in a critical
+ * extension (RFC 8737 3, RFC 8738 6).
  */
 static Str
 validation_certificate(const struct challenge *c)
@@ -9110,8 +9108,8 @@ dns_question(Str m, struct question *q)
 }
 
 /*
- * A record whose owner is the name at an offset in the question, to which it
- * points (RFC 1035 4.1.3).
+ * A record with a TTL of 0. Its owner is the name at an offset in the
+ * question, as a pointer to it (RFC 1035 4.1.3, 4.1.4).
  */
 static Str
 dns_record(size_t at, unsigned type, Str data)
@@ -9147,8 +9145,8 @@ dns_soa(size_t at)
 }
 
 /*
- * Find all answers to a question. *zone is the offset of our name in it, *n
- * the number of answers. False if the name is not ours.
+ * Find all answers to a question, *n of them; false if its name is neither a
+ * challenge's nor below one, which begins at offset *zone in it.
  */
 static bool
 dns_answers(const struct question *q, Str *answers, size_t *zone, size_t *n)
@@ -9195,9 +9193,9 @@ dns_extended(Str m, const struct question *q, size_t *limit)
 }
 
 /*
- * The response to a message, or NONE. Over UDP, where the source address may
- * be forged, it is at most FACTOR times as long as the query: for more there
- * is TCP.
+ * The response to a message; NONE if that is not a query. Over UDP, where the
+ * source address may be forged, it is at most FACTOR times as long as the
+ * query: for more there is TCP.
  */
 static Str
 dns_answer(Str m, size_t limit)
@@ -9331,10 +9329,10 @@ find_responder(Str type)
 }
 
 /*
- * The system lacks what another peer needs: descriptors (EMFILE, ENFILE) or
- * memory (ENOBUFS, ENOMEM). The peer keeps waiting, so accept() would fail
- * again immediately: pause. If this process has too many descriptors, let all
- * peers expire.
+ * accept() failed. If the system lacks descriptors (EMFILE, ENFILE) or memory
+ * (ENOBUFS, ENOMEM), the peer keeps waiting, and accept() would fail again
+ * immediately: pause. If this process has too many descriptors, let all peers
+ * expire.
  */
 static void
 accept_failed(void)
@@ -9373,9 +9371,10 @@ client_accept(const struct responder *how, int listener)
 }
 
 /*
- * List the open descriptors for poll(), and whose they are: the number of a
- * listener or, counted from LISTENERS, of a peer. poll() refuses lists that
- * are longer than the limit of descriptors, even if places are unused.
+ * Disconnect peers that took too long. List the other open descriptors for
+ * poll(), and whose they are: the number of a listener or, counted from
+ * LISTENERS, of a peer. TCP listeners are left out during a pause. poll()
+ * refuses a list longer than RLIMIT_NOFILE, even if places are unused.
  */
 static size_t
 list_open(struct pollfd *p, size_t *whose)
@@ -9443,8 +9442,8 @@ static struct {
 } answering;
 
 /*
- * End the responder. If its user is another one and kill() is not permitted,
- * the end of the pipe ends it.
+ * End the responder. If kill() is not permitted, since its user is another
+ * one, closing the pipe ends it.
  */
 static void
 stop_responder(const struct cleanup *d)
@@ -9514,7 +9513,7 @@ limit_to_zero(int resource)
 
 /*
  * Change from root to nobody. In a user namespace without nobody, or without
- * the capability, this is impossible, and root stays.
+ * the capabilities, this is impossible, and the process stays root.
  */
 static void
 give_up_root(void)
@@ -9531,14 +9530,14 @@ give_up_root(void)
 
 /*
  * Give up every right that serving peers does not need. Descriptors 0 to 2
- * become the pipe to the step, so that no peer gets such a number. The limit
- * of processes must precede the change of user: then Linux also refuses to
+ * become the pipe to the step, so that no peer gets such a number.
+ * RLIMIT_NPROC must be set before the user changes: then Linux also refuses to
  * execute programs.
  */
 static void
 confine(int step_fd)
 {
-	setsid();	/* no terminal: it could be made to type */
+	setsid();	/* no terminal: input could be put into it */
 	limit_to_zero(RLIMIT_NPROC);
 	give_up_root();
 	if (chdir("/") != 0)
@@ -9560,7 +9559,7 @@ confine(int step_fd)
 
 /*
  * The responder: it forgets what it does not need, serves peers, and ends
- * with the step. Signals are blocked, since they are for the step.
+ * with the step, which alone cleans up and handles signals (here blocked).
  */
 static void
 run_responder(const struct responder *how, int step_fd)
@@ -9610,7 +9609,7 @@ start_responder(const char *where)
 
 /* ------------------------------------------------------ 45. Listening -- */
 
-/* A bound socket; -1 and errno on failure. */
+/* A bound socket, which listens if it is TCP; -1 and errno on failure. */
 static int
 bind_to(const struct address *a, int type)
 {
@@ -9620,6 +9619,7 @@ bind_to(const struct address *a, int type)
 		return -1;
 	fcntl(fd, F_SETFD, FD_CLOEXEC);
 	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+	/* Not for UDP (length 0 fails): programs could share the port. */
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, type == SOCK_STREAM ?
 	    sizeof on : 0);
 	if (a->to.any.sa_family == AF_INET6) {
@@ -9637,8 +9637,8 @@ bind_to(const struct address *a, int type)
 }
 
 /*
- * Find all addresses of a host of ours; without a host, the one of each
- * family that stands for all. -4 and -6 apply to connecting only.
+ * Find all addresses of the host of -l; without a host, the wildcard address
+ * of each family. -4 and -6 apply to connecting only.
  */
 static void
 find_own_addresses(Str host)
@@ -9716,7 +9716,7 @@ listen_at(const struct responder *how, const char *where)
 	listen_on_addresses(how, str(where), htons((in_port_t)n));
 }
 
-/* -l answers one type of challenge, and only if peers can connect. */
+/* -l answers one type of challenge, and only within a step: not with -B. */
 static void
 prepare_responder(const char *where, const char *type)
 {
@@ -9745,7 +9745,7 @@ enum {
 
 static const struct hook_style *hook_style;
 static const char *hook_program, *hook_cleanup;	/* the latter: certbot's */
-static bool validated;		/* all of them, by the CA */
+static bool validated;		/* the CA has validated all challenges */
 
 static struct hook {
 	const char *call[2][HOOK_ARGS];	/* to publish and to clean up */
@@ -9835,7 +9835,7 @@ lego_hook(struct hook *h, const struct challenge *c, Str token)
 	set_call(h->call[1], str(hook_program), S("cleanup"), name, c->content);
 }
 
-/* The names of the record, separated by commas. */
+/* The names that have challenges, separated by commas. */
 static Str
 all_names(void)
 {
@@ -9850,7 +9850,7 @@ all_names(void)
 static void
 certbot_hook(struct hook *h, const struct challenge *c, Str token)
 {
-	static const char *all;		/* the same for each: it is long */
+	static const char *all;		/* one for all hooks: it is long */
 
 	(void)token;
 	set_call(h->call[0], str(hook_program));
@@ -9872,9 +9872,9 @@ static const struct hook_style {
 	void (*make)(struct hook *, const struct challenge *, Str token);
 	bool needs_token;	/* of every challenge */
 	bool only_txt;		/* answers only challenges in DNS */
-	bool may_decline;	/* a failure to publish is no error */
+	bool may_decline;	/* failing to publish is not an error */
 	bool passes_output;	/* of publishing to the clean-up */
-	const char *if_valid;	/* what cleans up once the CA has validated */
+	const char *if_valid;	/* in place of "failed" once all are valid */
 } hook_styles[] = {
 	{ "dehydrated", dehydrated_hook, .needs_token = true },
 	{ "uacme", uacme_hook, .needs_token = true, .may_decline = true,
@@ -10054,7 +10054,7 @@ hook_clean_up(const struct cleanup *d)
 		    str(h->call[1][0]), str(h->vars[2] + sizeof "ACME_NAME"));
 }
 
-/* Does a hook still run, or is there output to read? */
+/* Wait for output of a hook; false if it has ended and none is left. */
 static bool
 hook_has_output(int fd, pid_t pid)
 {
@@ -10071,8 +10071,8 @@ hook_has_output(int fd, pid_t pid)
 }
 
 /*
- * All output of a hook, up to a limit. Processes that it leaves behind may
- * hold the pipe open, so only the hook itself is waited for.
+ * All output of a hook, without newlines at its end. Processes that it leaves
+ * behind may hold the pipe open, so only the hook itself is waited for.
  */
 static Str
 hook_output(int fd, pid_t pid)
@@ -10093,7 +10093,7 @@ hook_output(int fd, pid_t pid)
 	return s;
 }
 
-/* Set the calls for a challenge. */
+/* Set the calls and variables of a hook for a challenge. */
 static void
 hook_make(struct hook *h, const struct challenge *c, Str token)
 {
@@ -10110,7 +10110,7 @@ hook_make(struct hook *h, const struct challenge *c, Str token)
 
 /*
  * Publish one challenge; false if the hook declines it, which only some
- * styles allow. Clean-up is registered.
+ * styles allow. Clean-up is registered, unless the hook exits with an error.
  */
 static bool
 hook_publish(struct hook *h, const struct challenge *c, Str token)
@@ -10154,8 +10154,8 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 }
 
 /*
- * The token of a challenge, which only an http-01 line contains: from its
- * authorization, if this step has fetched that, or from the CA.
+ * The token of a challenge, if the style needs one. Only an http-01 line has
+ * it; else it comes from a fetched authorization, or the CA is asked.
  */
 static Str
 fetch_token(const struct challenge *c)
@@ -10283,20 +10283,20 @@ prepare_hooks(const char *hook, const char *type)
 
 /*
  * Ways to publish: options of respond. What publish() does is undone by the
- * clean-up handlers that it registers, whatever ends the step.
+ * clean-up actions that it registers, unless the step ends to wait for -B.
  */
 static const struct publisher {
 	int letter;		/* of the option, whose value is `value` */
 	const char *(*type)(void);	/* without -t; NULL if it can be any */
 	/* Do the options go together? */
 	void (*check)(const char *value, const char *type);
-	/* Find out if it can work, before the CA is asked for anything. */
+	/* Get ready, or end the step, before challenges are fetched. */
 	void (*prepare)(const char *value, const char *type);
 	void (*publish)(const char *value);
-	/* What an earlier run that was killed has left is removed: if ... */
-	void (*clean_passed)(const char *value); /* the order was ready, ... */
-	void (*clean_ready)(const char *type);	/* ... became ready, or ... */
-	void (*clean_names)(const char *value);	/* ... some names did */
+	/* Remove what an earlier run that was killed left, if ... */
+	void (*clean_passed)(const char *value); /* the order was ready, */
+	void (*clean_ready)(const char *type);	/* it became ready, */
+	void (*clean_names)(const char *value);	/* or some names are done */
 } publishers[] = {
 	{ 'w', files_type, check_files, NULL, publish_files,
 	    clean_up_files, NULL, remove_leftovers },
@@ -10374,8 +10374,9 @@ has_certificate(size_t n, Str whole)
 }
 
 /*
- * Read the certificates of a response (RFC 8555 7.4.2, 11.4), which holds
- * nothing else. Some CAs repeat one; it counts once.
+ * Read the certificates of a response into issued[], and count them. It must
+ * hold nothing else (RFC 8555 7.4.2, 11.4). Some CAs repeat one; it counts
+ * once.
  */
 static size_t
 read_chain(const struct response *r)
@@ -10437,8 +10438,8 @@ top_issuer(size_t n)
 }
 
 /*
- * Choose the chain with a topmost issuer, first from the response, then from
- * the alternates in its Link headers (RFC 8555 7.4.2). If there is none the
+ * Read the chain with a topmost issuer: from *r, or from an alternate in its
+ * Link headers, which then replaces *r (RFC 8555 7.4.2). If there is none, the
  * step ends; the order stays valid.
  */
 static size_t
@@ -10466,7 +10467,7 @@ choose_chain(struct response *r, const char *issuer)
 
 /*
  * Download, check and print the certificate. It must be for `key`, unless
- * that is NONE.
+ * that is NONE; if it is not, the step exits with `status`.
  */
 static void
 print_certificate(const char *issuer, Str key, int status)
@@ -10494,9 +10495,9 @@ print_certificate(const char *issuer, Str key, int status)
 }
 
 /*
- * Send the CSR (RFC 8555 7.4). The CA may answer that the order is not ready,
- * because it is finished or not yet settled; the order decides. Returns
- * whether the CA accepted this CSR.
+ * Send the CSR (RFC 8555 7.4). The CA may respond that the order is not ready,
+ * because it is finished or not yet settled: then its new status decides what
+ * to do. Returns whether the CA accepted this CSR.
  */
 static bool
 send_request(Str csr)
@@ -10523,11 +10524,11 @@ send_request(Str csr)
 
 /* --------------------------------------------------- 50. Key commands -- */
 
-static const char *opt[128];	/* by letter; "" where it has no value */
+static const char *opt[128];	/* by letter; "": no value; NULL: not given */
 static const char *contact[CONTACTS];	/* -m */
 static size_t ncontact;
 
-/* -m, which can be there several times. */
+/* -m, which can be repeated. */
 static void
 add_contact(const char *value)
 {
@@ -10539,7 +10540,7 @@ add_contact(const char *value)
 	contact[ncontact++] = value;
 }
 
-/* -H, which can be there several times too. */
+/* -H, which can be repeated, too. */
 static void
 add_resolve(const char *value)
 {
@@ -10602,7 +10603,7 @@ take_names(char **arg)
 		Str name = str(*arg), ip = ip_bytes(name);
 		struct identifier id;
 
-		/* The root's dot belongs to DNS, not to a certificate. */
+		/* A trailing dot belongs to DNS, not to a certificate. */
 		if (!ip.n && name.n > 1 && name.p[name.n - 1] == '.')
 			name.n--;
 		id = canonical(ip.n ? S("ip") : S("dns"), name);
@@ -10667,7 +10668,7 @@ renewal_time(const struct cert *c)
 	return c->not_after - life / (life < 10 * 86400 ? 2 : 3);
 }
 
-/* Print the answer of due and its reason on one line. */
+/* Print the answer of due with its reason, and end the step. */
 static void
 due_answer(const char *file, bool due, Str reason)
 {
@@ -10825,7 +10826,7 @@ contacts(void)
 	return ncontact ? text("[%]", s) : NONE;
 }
 
-/* Take the first word off a text, and the white space around it. */
+/* Take the first word off a text, and the white space before it. */
 static Str
 take_word(Str *s)
 {
@@ -10839,7 +10840,7 @@ take_word(Str *s)
 	return (Str){ s->p - n, n };
 }
 
-/* For external account binding; NONE if there are neither. */
+/* For external account binding; both are NONE without it. */
 static struct {
 	Str kid, mac_key;
 } binding;
@@ -10939,7 +10940,7 @@ do_new_account(char **arg)
 	o = with(o, "contact", contacts());
 	o = with(o, "externalAccountBinding", account_binding());
 	r = ask_account(signer(), braces(o));
-	/* No HMAC key is text by chance; some tools encode it twice. */
+	/* No HMAC key is base64 by chance; some tools encode it twice. */
 	if (r.status >= 400 && unb64_any(binding.mac_key).n)
 		remedy = S("; the HMAC key was base64 of text that is "
 		    "base64, too: try that text");
@@ -11001,7 +11002,7 @@ list_orders(const struct response *account)
 		next = next_link(&links, S("next"));
 		if (same(next, r.url))
 			broken(&r, "names itself as its next page");
-		/* Both are kept, as one, and what the page took is not. */
+		/* Keep both, as one string, and free what the page took. */
 		next.p = keep(mark, cat(NONE, all, next)).p + all.n;
 		all.p = next.p - all.n;
 	}
@@ -11076,7 +11077,7 @@ check_key_change(char **arg)
 }
 
 /*
- * Some CAs take seconds until all of their servers know a new key. Wait for
+ * With some CAs it takes seconds until all servers know a new key. Wait for
  * that, at most LAG seconds, so that the next step can use it.
  */
 static void
@@ -11103,8 +11104,8 @@ await_new_key(void)
 }
 
 /*
- * key-change -K NEWKEY (RFC 8555 7.3.5). In any case one of the two files has
- * the account key, and the message says which.
+ * key-change -K NEWKEY (RFC 8555 7.3.5). One of the two files always has the
+ * account key, and the message says which, or to run the command again.
  */
 static void
 do_key_change(char **arg)
@@ -11247,8 +11248,8 @@ profile_option(void)
 }
 
 /*
- * The identifier of RFC 9773 4.1; NONE if the certificate has no key
- * identifier.
+ * The identifier of RFC 9773 4.1; NONE if the certificate has no authority
+ * key identifier.
  */
 static Str
 certificate_id(const struct cert *c)
@@ -11358,7 +11359,7 @@ challenge_type_names(void)
 	return list_text(&all);
 }
 
-/* -t: a challenge type that we know, or NULL. */
+/* -t, which must be a known challenge type; NULL if not given. */
 static const char *
 type_option(void)
 {
@@ -11388,7 +11389,7 @@ do_challenges(char **arg)
 	print_record();
 }
 
-/* How to publish: a row, or NULL if the user does that. */
+/* The chosen row of publishers[]; NULL if the user publishes. */
 static const struct publisher *
 chosen_publisher(void)
 {
@@ -11429,9 +11430,9 @@ check_respond(char **arg)
 }
 
 /*
- * Find the challenges to answer: one for each name, unless a hook may decline
- * some. A name that is not pending has none, but an earlier run that was
- * killed may have left something.
+ * Find the challenges to answer: one for each name or, without -t, all, if a
+ * hook may decline some. A name that is not pending has none, but what an
+ * earlier run that was killed left for it is removed.
  */
 static void
 find_challenges(const struct publisher *how, const char *type)
@@ -11645,7 +11646,8 @@ do_revoke_cert(char **arg)
 }
 
 /*
- * A moment in a window, always the same one for a certificate (RFC 9773 4.2).
+ * A moment in a window that is not empty, always the same one for the same
+ * certificate and window (RFC 9773 4.2).
  */
 static long long
 window_moment(const struct cert *c, long long start, long long end)
@@ -11818,14 +11820,14 @@ do_version(char **arg)
 /* ---------------------------------------------------------- 55. Table -- */
 
 /*
- * An option of one command, or a common one.  Parsing, usage errors,
+ * An option of one command, or a common one. Parsing, usage errors,
  * synopses and help all come from its row.
  */
 struct option {
-	void (*add)(const char *value);	/* if it can be repeated, or NULL */
+	void (*add)(const char *value);	/* NULL if it cannot be repeated */
 	const char *variable;	/* read if the option is not given */
 	Str (*choices)(void);	/* what the value can be */
-	short needs;		/* shared: for commands with one of these */
+	short needs;		/* shared: commands with one of these; 0: all */
 	char letter;
 	bool required;		/* the command cannot do without it */
 	bool or;		/* an alternative to the one before it */
@@ -12067,7 +12069,7 @@ find_command(const char *name)
 	return NULL;
 }
 
-/* What people try first with a program that they do not know. */
+/* "help" or "version" for what people try first; else s itself. */
 static const char *
 usual_name(const char *s)
 {
@@ -12088,7 +12090,7 @@ find_option(const struct command *c, int letter)
 	return NULL;
 }
 
-/* How many rows, of n, are the option o and those that take its place? */
+/* The number of rows, of n, that are o and the alternatives to it. */
 static size_t
 alternatives(const struct option *o, size_t n)
 {
@@ -12162,7 +12164,7 @@ option_help(const struct option *o)
 }
 
 /*
- * Has an option an effect on a command?  A command accepts all common ones,
+ * Does an option affect a command? A command accepts all common ones,
  * but a row of its own hides the common one with the same letter.
  */
 static bool
@@ -12239,7 +12241,7 @@ overview(void)
 static void
 do_help(char **arg)
 {
-	step = NONE;		/* if the name is wrong: see plain help */
+	step = NONE;		/* a wrong name then refers to plain help */
 	print(arg[0] ? command_help(find_command(arg[0])) : overview());
 }
 
@@ -12275,9 +12277,9 @@ hold_descriptors(void)
 
 /*
  * Make the constants that were relocated at the start read-only
- * (GNU_RELRO).  A dynamic loader does this, but not musl's start code of a
- * static program.  The program headers follow the ELF header, which is at
- * the start of the first segment.  If the kernel refuses, only this
+ * (GNU_RELRO). A dynamic loader does this, but musl's start code for a
+ * static program does not. The program headers follow the ELF header, which
+ * is at the start of the first segment. If the kernel refuses, only this
  * protection is missing.
  */
 static void
@@ -12300,7 +12302,7 @@ protect_relocated(void)
 	}
 }
 
-/* The value of an option, or of its variable if that is not empty; NULL. */
+/* An option's value; without it its variable's, or NULL if that is empty. */
 static const char *
 option(int letter)
 {
@@ -12329,7 +12331,7 @@ other_option(const struct command *c, const char *arg, Str letter)
 
 /*
  * Read the options, up to "--" or the first argument (POSIX XBD 12.2), and
- * return the arguments.  getopt() would bring all of stdio.
+ * return the arguments.  getopt() would bring in all of stdio.
  */
 static char **
 read_options(const struct command *c, char **arg)
@@ -12424,7 +12426,7 @@ add_all_resolved(Str s)
 
 /*
  * Read the `origin` lines of an account record, for a command that uses no
- * other line of it.  The file need not exist: new-account may create it.
+ * other line of it. The file need not exist: new-account may create it.
  */
 static void
 read_origins(const char *file)
@@ -12485,8 +12487,8 @@ open_output(const struct command *c, bool late)
 }
 
 /*
- * Check all that is local before a record is awaited.  In a pipe that can
- * take minutes, and a mistake is reported at once.
+ * Check all that is local first, so that a mistake is reported at once: in a
+ * pipe it can take minutes until the record is there.
  */
 static void
 check_local(const struct command *c, int needs, char **arg)
@@ -12501,7 +12503,7 @@ check_local(const struct command *c, int needs, char **arg)
 	open_output(c, false);
 }
 
-/* Read the records.  No time limit applies: an earlier step has its own. */
+/* Read the records. Standard input has no time limit: its writer has one. */
 static void
 read_records(int needs)
 {
@@ -12555,7 +12557,7 @@ prepare(const struct command *c, char **arg)
 }
 
 /*
- * Forbid core files, which would contain keys.  The user's programs that
+ * Forbid core files, which would contain keys. The user's programs that
  * the step runs get back the limit that they would have had.
  */
 static void

@@ -8881,7 +8881,7 @@ main(void)
 	    "%d ms after SIGTERM", ENDING, ENDING);
 	FACT("Keys are P-256, P-384, or RSA of %d to %d bits",
 	    MIN_MODULUS * 8, MAX_MODULUS * 8);
-	FACT("RSA keys of at least %d bits", MIN_MODULUS * 8);
+	FACT("RSA keys of %d to %d bits", MIN_MODULUS * 8, MAX_MODULUS * 8);
 	FACT("Only version 1.%d", BR_TLS12 - BR_TLS10);
 	FACT("SHA-256 to SHA-%d", br_sha512_SIZE * 8);
 	FACT("the step exits %d before it signs", BROKEN);
