@@ -164,7 +164,7 @@ typedef struct {
 #define COUNT(a)  (sizeof(a) / sizeof (a)[0])
 #define S(lit)    ((Str){ (const unsigned char *)(lit), sizeof(lit) - 1 })
 #define NONE      ((Str){ 0, 0 })
-#define STRS(...) (const Str[]){ __VA_ARGS__ }, COUNT(((Str[]){ __VA_ARGS__ }))
+#define STRS(...) COUNT(((Str[]){ __VA_ARGS__ })), __VA_ARGS__	/* n, strings */
 
 /*
  * Each gap, "%", of a template is filled with the next of the strings that
@@ -766,14 +766,32 @@ wipe_at_end(void *p, size_t n)
 #define cat(...)  join(STRS(__VA_ARGS__))
 
 static Str
-join(const Str *v, size_t nv)
+join_all(size_t n, va_list *ap)
 {
-	bool grow = v->n && v->p + v->n == heap + used;
-	Str s = grow ? *v : (Str){ heap + used, 0 };
+	Str next = va_arg(*ap, Str), s = { heap + used, 0 };
 
-	for (size_t i = grow; i < nv; s.n += v[i++].n)
-		if (v[i].n)
-			memcpy(alloc(v[i].n), v[i].p, v[i].n);
+	if (next.n && next.p + next.n == s.p) {
+		s = next;
+		next = NONE;
+	}
+	for (;; next = va_arg(*ap, Str)) {
+		if (next.n)
+			memcpy(alloc(next.n), next.p, next.n);
+		s.n += next.n;
+		if (--n == 0)
+			return s;
+	}
+}
+
+static Str
+join(size_t n, ...)
+{
+	Str s;
+	va_list ap;
+
+	va_start(ap, n);
+	s = join_all(n, &ap);
+	va_end(ap);
 	return s;
 }
 
@@ -1563,13 +1581,16 @@ enum {			/* identifier octets (X.690 8.1.2) */
 #define seq(...)       der(SEQUENCE, __VA_ARGS__)
 
 static Str
-element(int tag, const Str *v, size_t nv)
+element(int tag, size_t count, ...)
 {
-	size_t mark = used;
-	Str body = join(v, nv);
-	unsigned char head[2 + sizeof body.n];
-	size_t n = 0, k = 0;
+	size_t mark = used, n = 0, k = 0;
+	unsigned char head[2 + sizeof n];
+	Str body;
+	va_list ap;
 
+	va_start(ap, count);
+	body = join_all(count, &ap);
+	va_end(ap);
 	head[n++] = (unsigned char)tag;
 	if (body.n < 128)
 		head[n++] = (unsigned char)body.n;
@@ -2265,7 +2286,7 @@ is_output(const struct stat *st)
 static void
 remove_key(const struct cleanup *c)
 {
-	static const unsigned char zeros[512];
+	static unsigned char zeros[512];	/* no part of the file */
 	struct stat st;
 	bool gone = fstat(out.fd, &st) == 0 && lseek(out.fd, 0, SEEK_SET) == 0;
 
@@ -9789,11 +9810,15 @@ hook_environment(const struct hook *h)
 #define set_call(call, ...)  set_words(call, STRS(__VA_ARGS__))
 
 static void
-set_words(const char **call, const Str *v, size_t nv)
+set_words(const char **call, size_t n, ...)
 {
-	for (size_t i = 0; i < nv; i++)
-		call[i] = c_str(v[i]);
-	call[nv] = NULL;
+	va_list ap;
+
+	va_start(ap, n);
+	while (n-- > 0)
+		*call++ = c_str(va_arg(ap, Str));
+	va_end(ap);
+	*call = NULL;
 }
 
 /* The digest of tls-alpn-01 has colons between its bytes. */
