@@ -68,6 +68,7 @@
 #include <link.h>
 #include <netdb.h>
 #include <poll.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -122,6 +123,8 @@ enum {
 	DETAIL   = 500,		/* of a problem; Boulder's have up to 400 */
 	BRIEF    = 200,		/* of any other value in a message */
 	CONNECT  = 10,		/* seconds for each address of a name */
+	EARLY    = 10,		/* seconds for a connection made early */
+	IDLE     = 20,		/* seconds until a NAT may forget one */
 	ADDRESSES = 16,		/* of a name and family; more are not tried */
 	ATTEMPTS = 8,		/* connections tried at once */
 	HEAD_START = 250,	/* ms until the next address (RFC 8305 5) */
@@ -610,12 +613,16 @@ line_message(const char *template, va_list *ap)
 #define die(status, ...) \
     (ALL_STR(__VA_ARGS__, NONE), fail(status, __VA_ARGS__))
 
+static jmp_buf *retreat;	/* where a failure without effect returns to */
+
 /* The next step is told first: it reads, but standard error can be stuck. */
 static void
 fail(int status, const char *template, ...)
 {
 	va_list ap;
 
+	if (retreat)
+		longjmp(*retreat, 1);
 	finish(status);
 	if (begin_failed_line(status, step)) {
 		va_start(ap, template);
@@ -683,6 +690,7 @@ on_signal(int sig)
 		return;
 	if (leaving.phase == CLEANED_UP)
 		leave(leaving.status);
+	retreat = NULL;
 	preamble = NONE;	/* it is for a failure that has not happened */
 	if (sig != SIGALRM)
 		die(SIGNAL + sig, "ended by signal %",
@@ -1897,6 +1905,24 @@ time_left(void)
 	return deadline - now_ms();
 }
 
+/*
+ * A connection that is made early (see connect_early) must not delay what is
+ * on standard input. Wait until the other descriptor can be read, if it is
+ * not negative, for ms at most; if the input comes first, or the time limit,
+ * the attempt is over.
+ */
+static bool
+wait_early(int fd, long long ms)
+{
+	struct pollfd p[] = { { 0, POLLIN, 0 }, { fd, POLLIN, 0 } };
+
+	if (ms > time_left())
+		ms = time_left();
+	if (poll(p, 2, ms > 0 ? (int)ms : 0) < 0 && errno == EINTR)
+		return true;
+	return !p[0].revents && time_left() > 0;
+}
+
 /* On a terminal, show what is waited for; NULL clears the line again. */
 static void
 show_wait(const char *what, long long ms)
@@ -1999,8 +2025,15 @@ read_some(int fd, void *p, size_t n, const char *name)
 	return (size_t)got;
 }
 
+static void
+look_away(Str s)
+{
+	(void)s;
+}
+
+/* All of a file. look() sees each piece, with all those before it. */
 static Str
-read_all(int fd, const char *name)
+read_all(int fd, const char *name, void (*look)(Str))
 {
 	enum { PIECE = 4096 };
 	Str s = { heap + used, 0 };
@@ -2015,6 +2048,7 @@ read_all(int fd, const char *name)
 		if (s.n > INPUT)
 			die(BAD, "% is larger than % KiB", file_name(name),
 			    num(INPUT >> 10));
+		look(s);
 	} while (n > 0);
 	return s;
 }
@@ -2023,14 +2057,20 @@ read_all(int fd, const char *name)
 
 /* All of a file except a byte order mark; "-" is standard input. */
 static Str
-read_file(const char *name)
+read_file_and(const char *name, void (*look)(Str))
 {
 	int fd = open_input(name);
-	Str s = read_all(fd, name);
+	Str s = read_all(fd, name, look);
 
 	if (fd > 2)
 		close(fd);
 	return begins(s, BYTE_ORDER_MARK) ? from(s, 3) : s;
+}
+
+static Str
+read_file(const char *name)
+{
+	return read_file_and(name, look_away);
 }
 
 /* Is there no such file? */
@@ -4451,6 +4491,8 @@ tls_run(unsigned states)
 			return !(now & BR_SSL_CLOSED);
 		if (now & BR_SSL_SENDREC)
 			n = send_records(e, tls.fd);
+		else if (retreat && !wait_early(tls.fd, time_left()))
+			break;
 		else
 			n = receive_records(e, tls.fd);
 	}
@@ -4730,6 +4772,7 @@ become_child(void)
 	sigset_t none;
 
 	ncleanup = 0;
+	retreat = NULL;
 	on_record_pipe = false;
 	drop_secret_variables();
 	setrlimit(RLIMIT_CORE, &core_limit);
@@ -4977,6 +5020,7 @@ become_lookup(void)
 	sigset_t end;
 
 	ncleanup = 0;
+	retreat = NULL;
 	on_record_pipe = false;
 	wipe(heap, peak);
 	wipe_environment();
@@ -5104,13 +5148,20 @@ has_untried(void)
 static bool
 poll_way(long long end)
 {
-	long long ms = end - now_ms();
+	enum { TICK = 20 };	/* ms between looks at the input */
+	long long ms;
 	int n;
 
-	if (ms < 0)
-		ms = 0;
-	n = poll(way.fd, COUNT(way.fd), end == NEVER ? -1 : (int)ms);
-
+	do {
+		ms = end - now_ms();
+		if (ms < 0)
+			ms = 0;
+		else if (retreat && ms > TICK)
+			ms = TICK;
+		n = poll(way.fd, COUNT(way.fd), ms > INT_MAX ? -1 : (int)ms);
+		if (n == 0 && retreat && !wait_early(-1, 0))
+			die(LATER, "no early connection");
+	} while (n == 0 && ms == TICK && retreat);
 	if (n < 0 && errno != EINTR)
 		die(FAULT, "cannot wait for the network: %", why());
 	for (size_t i = 0; n > 0 && i < LOOKUPS; i++)
@@ -5170,6 +5221,7 @@ static struct {
 	const unsigned char *from;	/* what has been received: */
 	size_t at, have;
 	bool whole;			/* and that is all */
+	long long used;			/* when it last was, by now_ms() */
 } conn;
 
 /*
@@ -5665,7 +5717,8 @@ proxy_line(int fd, size_t *room, Str name)
 	unsigned char c;
 
 	for (;;) {
-		ssize_t n = read(fd, &c, 1);
+		ssize_t n = retreat && !wait_early(fd, time_left()) ? 0 :
+		    read(fd, &c, 1);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -5744,7 +5797,7 @@ dial_proxy(Str url, const char *host, const char *port)
 
 	read_proxy(url, &p);
 	basic = credentials(&p);
-	fd = dial_tcp(c_str(p.host), c_str(p.port));
+	conn.fd = fd = dial_tcp(c_str(p.host), c_str(p.port));
 	doing(CA_DOWN, "waiting for the proxy", c_str(p.host));
 	if (!write_all(fd, cat(text("CONNECT % HTTP/1.1\r\n", target),
 	    header("Host", target), header("Proxy-Authorization", basic),
@@ -5828,13 +5881,26 @@ conn_close(void)
 	conn.command = 0;
 }
 
+/*
+ * Can the connection be used? A server ends idle ones, which can be read
+ * then, and a NAT forgets them.
+ */
+static bool
+is_alive(void)
+{
+	struct pollfd p = { conn.fd, POLLIN, 0 };
+
+	return conn.fd >= 0 && conn.at == conn.have && poll(&p, 1, 0) == 0 &&
+	    now_ms() - conn.used < IDLE * 1000;
+}
+
 /* Connect to the host of a URL, unless the open connection leads there. */
 static void
 conn_open(const struct url *u)
 {
 	Str host = lower(u->host);
 
-	if (conn.fd >= 0 && same(host, str(conn.host)) &&
+	if (is_alive() && same(host, str(conn.host)) &&
 	    same(u->port, str(conn.port)))
 		return;
 	conn_close();
@@ -5845,6 +5911,35 @@ conn_open(const struct url *u)
 	doing(CA_DOWN, "negotiating TLS with", conn.host);
 	if (!tls_open(conn.fd, conn.host))
 		conn_failed();
+	conn.used = now_ms();
+}
+
+/*
+ * Connect to the host of a URL before there is a request for it. A failure
+ * has no effect, since the connection is made again when it is needed; so
+ * does input that comes first, or the limit of EARLY seconds.
+ */
+static void
+connect_early(const struct url *u)
+{
+	const size_t mark = ncleanup;
+	jmp_buf here;
+
+	deadline = now_ms() + EARLY * 1000;
+	retreat = &here;
+	if (setjmp(here) == 0)
+		conn_open(u);
+	else {
+		for (size_t i = 0; i < COUNT(way.fd); i++)
+			if (way.fd[i].fd > 2)
+				close(way.fd[i].fd);
+		if (conn.fd >= 0)
+			close(conn.fd);
+		conn.fd = -1;
+		remedy = NONE;
+	}
+	retreat = NULL;
+	clean_up_to(mark);
 }
 
 /* Receive more; false at the end of the connection. */
@@ -6229,6 +6324,7 @@ pipeline(const struct request *q, struct response *r, size_t n)
 			break;
 	if (got == 0 || got < m || r[got - 1].last)
 		conn_close();
+	conn.used = now_ms();
 	return got;
 }
 
@@ -6265,7 +6361,8 @@ box_read(const char *name, Str *s)
 	if (fd < 0)
 		die(MISSING, "cannot open % in %: %", str(name), str(box.name),
 		    why());
-	*s = read_all(fd, c_str(text("%/%", str(box.name), str(name))));
+	*s = read_all(fd, c_str(text("%/%", str(box.name), str(name))),
+	    look_away);
 	close(fd);
 	return true;
 }
@@ -6817,13 +6914,13 @@ static const struct keyword {
 	unsigned n;		/* where they are counted; 0: one place */
 	void (*read)(Str, void *);	/* NULL for a Str */
 	Str (*write)(const void *);	/* NULL for what begins with its Str */
-	bool of_account;	/* it is used from an account record (-a) */
+	bool of_account;	/* used from an account record, written early */
 } keywords[] = {
 	{ "directory", is_url, FIELD(directory), NULL, NULL, true },
 	{ "new-nonce", is_url, FIELD(new_nonce), NULL, NULL, true },
 	{ "origin", is_url, MANY(origin), NULL, NULL, true },
-	{ "nonce", is_nonce, FIELD(nonce), NULL, NULL, false },
 	{ "account", is_url, FIELD(account), NULL, NULL, true },
+	{ "nonce", is_nonce, FIELD(nonce), NULL, NULL, false },
 	{ "account-status", is_word, FIELD(account_status), NULL, NULL, false },
 	{ "contact", is_word, MANY(contact), NULL, NULL, false },
 	{ "order", is_url, FIELD(url), NULL, NULL, false },
@@ -7112,20 +7209,32 @@ record_read(Str rest, const char *file, bool account_only)
 		    S("the step that wrote it"));
 }
 
-/* The order as a record, without the line "end". */
+static Str early_lines;		/* of the record, that have been written */
+
+/* Add the lines of a keyword that have not been written yet. */
+static void
+add_lines(struct list *all, const struct keyword *k)
+{
+	Str value, s;
+
+	for (size_t i = 0; (value = value_of(k, i)).n; i++) {
+		s = text("% %\n", str(k->word), value);
+		if (!contains(early_lines, s))
+			list_add(all, "", s);
+		if (!k->n)
+			break;
+	}
+}
+
+/* The order as a record, without the line "end" and the early lines. */
 static Str
 record_text(void)
 {
 	struct list all = text_begin();
-	Str value, *other;
+	Str *other;
 
 	for (size_t k = 0; k < COUNT(keywords); k++)
-		for (size_t i = 0; (value = value_of(&keywords[k], i)).n; i++) {
-			list_add(&all, "", text("% %\n", str(keywords[k].word),
-			    value));
-			if (!keywords[k].n)
-				break;
-		}
+		add_lines(&all, &keywords[k]);
 	for each(other, rest)
 		list_add(&all, "", text("%\n", *other));
 	return list_text(&all);
@@ -7140,6 +7249,75 @@ need(const char *word)
 	if (!s.n)
 		die(BAD, "the record has no '%' line", str(word));
 	return s;
+}
+
+/*
+ * The steps of a pipeline run at the same time, and to connect takes three
+ * round trips. So a step whose record goes to a pipe writes at once what it
+ * knows of where the CA is, and a step that has read that connects while it
+ * waits for the rest of its record.
+ */
+
+/*
+ * Write lines of the record early, if the output is a pipe that has room for
+ * them. If it has not, or has no reader, all is written at the end.
+ */
+static void
+write_early(Str lines)
+{
+	struct pollfd p = { 1, POLLOUT, 0 };
+	struct stat st;
+
+	if (!on_record_pipe || out.fd != 1 || boxed || early_lines.n ||
+	    !lines.n || lines.n > PIPE_BUF || fstat(1, &st) != 0 ||
+	    !S_ISFIFO(st.st_mode) || poll(&p, 1, 0) != 1 ||
+	    p.revents != POLLOUT)
+		return;
+	if (write_all(1, lines))
+		early_lines = lines;
+}
+
+/* The lines of the record that say where the CA is. */
+static Str
+known_lines(void)
+{
+	struct list all = text_begin();
+
+	for (size_t k = 0; k < COUNT(keywords); k++)
+		if (keywords[k].of_account)
+			add_lines(&all, &keywords[k]);
+	return list_text(&all);
+}
+
+/*
+ * Look at the beginning of a record, s, whose end is still to come: if it has
+ * the lines that say where the CA is, pass them on and connect.
+ */
+static void
+look_early(Str s)
+{
+	static bool done;
+	size_t mark = used;
+	Str rest = s, at = NONE, all, value;
+	const struct keyword *k;
+	struct url u;
+
+	if (done || boxed || proxy_command || !s.n || s.p[s.n - 1] != '\n')
+		return;
+	done = true;
+	while (rest.n) {
+		all = value = cut(&rest, '\n');
+		k = keyword(cut(&value, ' '));
+		if (!k || !k->of_account || !is_line(all) || !k->ok(value))
+			return;
+		if (is(str(k->word), "directory") ||
+		    is(str(k->word), "new-nonce"))
+			at = value;
+	}
+	write_early(s);
+	if (url_read(at, &u))
+		connect_early(&u);
+	used = mark;
 }
 
 /* ------------------------------------------------------- 32. Problems -- */
@@ -12546,7 +12724,8 @@ read_records(int needs)
 	if (needs & RECORD_IN && isatty(0))
 		warn("reading a record from the terminal");
 	if (needs & RECORD_IN)
-		record_read(read_file(NULL), NULL, false);
+		record_read(read_file_and(NULL, needs & NET ? look_early :
+		    look_away), NULL, false);
 	if (needs & ACCOUNT_RECORD && file)
 		record_read(first ? account : read_file(file), file, true);
 	else if (needs & NET && file)
@@ -12576,6 +12755,7 @@ prepare(const struct command *c, char **arg)
 	choose_directory();
 	if (!boxed)
 		check_proxy(order.directory);
+	write_early(known_lines());
 	acme_start();
 	if (needs & ACCOUNT_URL)
 		need_account();

@@ -379,7 +379,7 @@ PATH=$tmp/bin:$PATH
 export PATH
 
 group() {
-	wanted=$(printf '%s\n' "$1" | grep -e "${ONLY-}")
+	wanted=$(printf '%s\n' "$1" | grep -Ee "${ONLY-}")
 	echo "# $1"
 }
 
@@ -476,7 +476,10 @@ world_start() {
 	server_start "$bin/pebble-challtestsrv" -dnsserver "127.0.0.1:$dns" \
 	    -management "127.0.0.1:$dns_control" -http01 '' -https01 '' \
 	    -tlsalpn01 '' -doh '' -defaultIPv4 127.0.0.1 -defaultIPv6 ''
-	server_start busybox httpd -f -p "127.0.0.1:$web" -h "$tmp/www"
+	# Its own listener would drop connections that come all at once.
+	server_start socat \
+	    "TCP-LISTEN:$web,bind=127.0.0.1,fork,reuseaddr,backlog=999" \
+	    "EXEC:busybox httpd -i -h $tmp/www"
 	up "$dns_control" "$web"
 }
 
@@ -505,6 +508,7 @@ certificates() {
 }
 
 eab=false
+retry_after=1
 mac_key=zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W
 
 # pebble_start [VARIABLE=VALUE]...: a new Pebble, in that environment.
@@ -521,7 +525,7 @@ pebble_start() {
 		"externalAccountMACKeys": {
 			"kid-1": "$mac_key", "kid-2": "$mac_key" },
 		"domainBlocklist": ["blocked.test"],
-		"retryAfter": { "authz": 1, "order": 1 },
+		"retryAfter": { "authz": $retry_after, "order": $retry_after },
 		"keyAlgorithm": "ecdsa",
 		"profiles": {
 			"default": {
@@ -678,40 +682,215 @@ run() {
 
 # ---------------------------------------------------------------- bench --
 
+# The clients are compared in pairs of runs, one after the other, on the same
+# machine and CA; of several runs the medians count.
+clients='acme-step lego uacme dehydrated certbot acme.sh'
+
 bench() {
 	world_start
+	retry_after=0
 	pebble_start PEBBLE_WFE_NONCEREJECT=0
-	meter
-	echo "size of the program: $(($(wc -c <"$acme") / 1024)) KiB"
-	echo "peak memory of an empty static process: $(memory empty) KiB"
-	echo "peak memory of a step without network:" \
-	    "$(memory acme-step version) KiB"
-	ACME_KEY=account.key
-	export ACME_KEY
-	acme-step key -o account.key
-	acme-step key -o leaf.key
-	acme-step new-account -y -o account || exit
-	front=$(free_port)
-	server_start sh -c \
-	    'exec socat -v -lf connections -d -d "$@" 2>>traffic' \
-	    sh "TCP-LISTEN:$front,bind=127.0.0.1,fork,reuseaddr,nodelay" \
-	    "TCP:127.0.0.1:$pebble,nodelay"
-	up "$front"
-	for names in 1 100; do
-		: >record
-		set --
-		while [ $# -lt "$names" ]; do
-			set -- "$@" "name-$#.bench.test"
-		done
-		measure $names new-order "$@"
-		measure $names respond -t http-01 -w "$www"
-		measure $names finalize -K leaf.key
+	unset ACME_DIRECTORY ACME_CA_FILE
+	tools
+	trust
+	echo "machine: $(nproc) CPUs, $(sed -n 's/^model name.*: //p;T;q' \
+	    /proc/cpuinfo); Debian $(cat /etc/debian_version)," \
+	    "Linux $(uname -r); Pebble $("$bin/pebble" -version 2>&1 |
+	    sed -n 's/.*version: //p')"
+	printf '\nsize on disk, in KiB, with all packages that it needs:\n'
+	echo "acme-step $(acme-step version): $(($(wc -c <"$acme") / 1024))"
+	for client in $clients; do
+		[ "$client" = acme-step ] || disk_size "$client"
 	done
+	echo "a step without network: $(memory acme-step version) KiB;" \
+	    "an empty static process: $(memory empty)"
+	job 25 1 5 small 'one name, 25 ms each way'
+	job 25 20 3 small 'twenty names, 25 ms each way'
+	job 0 1 5 small 'one name, no delay'
+	job 0 1 5 system 'one name, no delay, the trust anchors of the system'
+	job 0 100 1 small 'a hundred names, no delay'
 }
 
-# meter FILE COMMAND...: run it, and write peak memory and time to FILE.
-# It is small itself: a process counts what it had before exec, too.
-meter() {
+# disk_size PACKAGE: its version and size, with all that it depends on.
+disk_size() {
+	apt-get -q -y --no-install-recommends install "$1" >>apt.log 2>&1 || {
+		echo "$1: this release has no such package"
+		return
+	}
+	apt-cache depends --recurse --installed --no-recommends --no-suggests \
+	    --no-conflicts --no-breaks --no-replaces --no-enhances "$1" |
+	grep '^[a-z0-9]' | sort -u |
+	xargs dpkg-query -W -f '${Package} ${Version} ${Installed-Size}\n' |
+	awk -v p="$1" '{ all += $3 } $1 == p { v = $2; own = $3 }
+	    END { print p, v ": " all " (itself " own ")" }'
+}
+
+# trust: what /etc/ssl/certs is for the clients, in namespaces of their own:
+# small, with the root of Pebble alone, or as the system has it.
+trust() {
+	mkdir small system
+	cp ca.pem small/ca-certificates.crt
+	cp -rL /etc/ssl/certs/. system/
+	cat ca.pem >>system/ca-certificates.crt
+}
+trusting() {
+	certs=$1; shift
+	unshare -m sh -c 'mount --bind "$1" /etc/ssl/certs || exit
+	    shift; exec "$@"' sh "$certs" "$@"
+}
+
+# job MS NAMES RUNS CERTS TITLE: all clients, RUNS times in turn; a line for
+# each, with the medians.
+job() {
+	ms=$1 names=$2 runs=$3 certs=$4
+	printf '\n%s, %s run(s)\n' "$5" "$runs"
+	row='%-11s %9s %9s %9s %6s %9s %6s\n'
+	# shellcheck disable=SC2059	# they are its columns
+	printf "$row" client 'wall s' 'CPU s' 'peak KiB' conn. requests trips
+	front=$(free_port)
+	echo "$front" >front
+	server_start delay "$front" "$pebble" "$ms" traffic
+	relay=$!
+	up "$front"
+	: >results
+	for client in $clients; do
+		if ! command -v "$client" >>apt.log; then
+			echo "$client: absent" >>results
+		elif ! begin "$client"; then
+			echo "$client: failed: no account" >>results
+		fi
+	done
+	for run in $(seq "$runs"); do
+		for client in $clients; do
+			grep -q "^$client:" results || one_run
+		done
+	done
+	for client in $clients; do
+		grep "^$client:" results || medians
+	done
+	kill "$relay"
+}
+
+# one_run: by this client, for new names.
+one_run() {
+	set --
+	while [ $# -lt "$names" ]; do
+		set -- "$@" "n$#-$run-$ms-$certs-$names.bench.test"
+	done
+	: >traffic
+	before=$(asked)
+	if (cd "$client" && trusting "../$certs" ../bin/meter ../usage \
+	    sh ../order.sh "$client" "$@") >client.log 2>&1
+	then
+		# Of a pipeline the steps count, not the shell and the meter.
+		files=usage
+		[ "$client" != acme-step ] || files='step.1 step.2 step.3'
+		# shellcheck disable=SC2086	# files
+		peak=$(cut -d' ' -f1 $files | sort -n | tail -n 1)
+		echo "$client $peak $(cut -d' ' -f2- usage)" \
+		    "$(grep -c C traffic)" \
+		    "$(($(asked) - before)) $(trips <traffic)" >>results
+	else
+		echo "$client: failed: $(tail -n 1 client.log)" >>results
+	fi
+}
+asked() { grep -c 'calling handler' servers.log; }
+# trips: times when the clients' voice is followed by the CA's.
+trips() { tr -d 'C\n' | tr -s '<>' | tr -d '>' | wc -c; }
+
+medians() {
+	set -- "$client"
+	for column in 2 3 1 4 5 6; do
+		set -- "$@" "$(sed -n "s/^$client //p" results |
+		cut -d' ' -f"$column" | sort -n |
+		awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] }')"
+	done
+	# shellcheck disable=SC2059	# the words of job
+	printf "$row" "$@"
+}
+
+# begin CLIENT: a new account, in a directory named after the client.
+begin() (
+	rm -rf "$1"
+	mkdir -p "$1" && cd "$1" || exit
+	trusting ../small sh ../account.sh "$1" >../client.log 2>&1
+)
+
+# What users of these clients write, each in its directory; they share the
+# web server's directory and the elliptic curve.
+scripts() {
+	cat >account.sh <<-END
+	url=https://localhost:\$(cat ../front)/dir
+	case \$1 in
+	acme-step)
+		acme-step key -o key.pem && acme-step key -o leaf.pem &&
+		acme-step new-account -k key.pem -d "\$url" -y -o account ;;
+	lego)
+		set -- begin.bench.test
+		. ../lego.sh ;;
+	uacme)	uacme -y -a "\$url" -c conf -t EC new ;;
+	dehydrated)
+		cat >config <<-EOF
+		CA=\$url
+		CHALLENGETYPE=http-01
+		WELLKNOWN=$www
+		KEY_ALGO=prime256v1
+		BASEDIR=\$PWD
+		EOF
+		dehydrated -f config --register --accept-terms ;;
+	certbot)
+		set -- begin.bench.test
+		. ../certbot.sh ;;
+	esac
+	END
+	cat >lego.sh <<-END
+	lego --server "\$url" -a -m ops@example.com --path "\$PWD/lego" \
+	    -k ec256 --http --http.webroot "$tmp/www" \
+	    \$(printf -- '-d %s ' "\$@") run
+	END
+	cat >certbot.sh <<-END
+	certbot certonly -n --agree-tos -m ops@example.com --server "\$url" \
+	    --webroot -w "$tmp/www" --config-dir conf --work-dir work \
+	    --logs-dir logs --key-type ecdsa --elliptic-curve secp256r1 \
+	    \$(printf -- '-d %s ' "\$@")
+	END
+	cat >hook.sh <<-END
+	#!/bin/sh
+	[ "\$2" = http-01 ] || exit 1
+	case \$1 in
+	begin)	printf %s "\$5" >"$www/\$4" ;;
+	*)	rm "$www/\$4" ;;
+	esac
+	END
+	chmod +x hook.sh
+	cat >order.sh <<-END
+	url=https://localhost:\$(cat ../front)/dir
+	client=\$1
+	shift
+	case \$client in
+	acme-step)
+		ACME_KEY=key.pem ACME_ACCOUNT=account
+		export ACME_KEY ACME_ACCOUNT
+		meter=../bin/meter
+		\$meter ../step.1 acme-step new-order "\$@" |
+		\$meter ../step.2 acme-step respond -w "$www" |
+		\$meter ../step.3 acme-step finalize -K leaf.pem -o chain ;;
+	lego)	. ../lego.sh ;;
+	uacme)	uacme -a "\$url" -c conf -h ../hook.sh -t EC issue "\$@" ;;
+	dehydrated)
+		dehydrated -f config -c \$(printf -- '-d %s ' "\$@") ;;
+	certbot)
+		. ../certbot.sh ;;
+	esac
+	END
+}
+
+# tools: meter FILE COMMAND...: run it, and write peak memory in KiB, wall
+# and CPU seconds to FILE.  It is small itself: a process counts what it had
+# before exec, too.  delay PORT TO MS LOG: hand connections on, each byte MS
+# later, and write C for a connection, > for each write of a client, and <
+# for each of the server.
+tools() {
 	echo 'int main(void) { return 0; }' >empty.c
 	cat >meter.c <<-'END'
 	#include <stdio.h>
@@ -719,6 +898,7 @@ meter() {
 	#include <sys/wait.h>
 	#include <time.h>
 	#include <unistd.h>
+	#define S(t) (t.tv_sec + t.tv_usec / 1e6)
 	int
 	main(int argc, char **argv)
 	{
@@ -732,51 +912,168 @@ meter() {
 			execvp(argv[2], argv + 2);
 			_exit(127);
 		}
-		getrusage(RUSAGE_CHILDREN, &u);
 		wait(&status);
 		getrusage(RUSAGE_CHILDREN, &u);
 		clock_gettime(CLOCK_MONOTONIC, &b);
 		f = fopen(argv[1], "w");
-		fprintf(f, "%ld %.2f\n", u.ru_maxrss, (b.tv_sec - a.tv_sec) +
-		    (b.tv_nsec - a.tv_nsec) / 1e9);
+		fprintf(f, "%ld %.2f %.3f\n", u.ru_maxrss,
+		    (b.tv_sec - a.tv_sec) + (b.tv_nsec - a.tv_nsec) / 1e9,
+		    S(u.ru_utime) + S(u.ru_stime));
 		fclose(f);
-		return WEXITSTATUS(status);
+		return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
 	}
 	END
-	for name in empty meter; do
-		musl-gcc -Os -w -static -s -o "bin/$name" "$name.c" || exit
+	cat >delay.c <<-'END'
+	#include <arpa/inet.h>
+	#include <fcntl.h>
+	#include <netinet/tcp.h>
+	#include <poll.h>
+	#include <signal.h>
+	#include <stdio.h>
+	#include <stdlib.h>
+	#include <string.h>
+	#include <sys/socket.h>
+	#include <time.h>
+	#include <unistd.h>
+	enum { MOST = 64 };
+	struct piece {			/* n is 0: the end */
+		struct piece *next;
+		double due;
+		size_t n, at;
+		char b[16384];
+	};
+	static struct { int fd, other; struct piece *first, **last; } end[MOST];
+	static double
+	now(void)
+	{
+		struct timespec t;
+
+		clock_gettime(CLOCK_MONOTONIC, &t);
+		return t.tv_sec * 1e3 + t.tv_nsec / 1e6;
+	}
+	static int
+	place(int port, int listens)
+	{
+		struct sockaddr_in a = { .sin_family = AF_INET,
+		    .sin_port = htons(port),
+		    .sin_addr = { htonl(INADDR_LOOPBACK) } };
+		int fd = socket(AF_INET, SOCK_STREAM, 0), on = 1;
+
+		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+		if (listens ? bind(fd, (void *)&a, sizeof a) || listen(fd, 64) :
+		    connect(fd, (void *)&a, sizeof a))
+			exit(1);
+		return fd;
+	}
+	static void
+	add(int fd, int i, int other)
+	{
+		int on = 1;
+
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+		end[i].fd = fd;
+		end[i].other = other;
+		end[i].first = NULL;
+		end[i].last = &end[i].first;
+	}
+	static void
+	take(int i, double due)		/* what this end says, for the other */
+	{
+		struct piece *p = malloc(sizeof *p);
+		ssize_t n = read(end[i].fd, p->b, sizeof p->b);
+		int o = end[i].other;
+
+		p->next = NULL;
+		p->n = n > 0 ? n : 0;
+		p->at = 0;
+		p->due = due;
+		*end[o].last = p;
+		end[o].last = &p->next;
+		if (n <= 0)
+			end[i].other = -1;	/* not read again */
+	}
+	static void
+	give(int i, double t)
+	{
+		struct piece *p;
+
+		while ((p = end[i].first) && p->due <= t) {
+			if (p->n && write(end[i].fd, p->b, p->n) < 0)
+				end[i].other = -1;
+			if (!p->n)
+				shutdown(end[i].fd, SHUT_WR);
+			end[i].first = p->next;
+			if (!p->next)
+				end[i].last = &end[i].first;
+			free(p);
+		}
+	}
+	int
+	main(int argc, char **argv)
+	{
+		int from = place(atoi(argv[1]), 1), to = atoi(argv[2]), n = 0;
+		double ms = atof(argv[3]), born[MOST] = { 0 };
+
+		(void)argc;
+		signal(SIGPIPE, SIG_IGN);
+		for (;;) {
+			struct pollfd p[MOST + 1] = { { from, POLLIN, 0 } };
+			int log, wait = -1;
+			double t = now();
+
+			for (int i = 0; i < n; i++) {
+				p[i + 1].fd = end[i].other < 0 ? -1 : end[i].fd;
+				p[i + 1].events = POLLIN;
+				if (end[i].first && (wait < 0 ||
+				    end[i].first->due - t < wait))
+					wait = end[i].first->due < t ? 0 :
+					    end[i].first->due - t + 1;
+			}
+			poll(p, n + 1, wait);
+			t = now();
+			log = open(argv[4], O_WRONLY | O_APPEND | O_CREAT,
+			    0666);
+			if (p[0].revents) {
+				/* Where all is over, begin again. */
+				int over = 1;
+
+				for (int i = 0; i < n; i++)
+					over = over && end[i].other < 0 &&
+					    !end[i].first;
+				for (; over && n > 0; n--)
+					close(end[n - 1].fd);
+				if (n + 2 > MOST)
+					exit(2);
+				add(accept(from, NULL, NULL), n, n + 1);
+				add(place(to, 0), n + 1, n);
+				born[n] = t;
+				n += 2;
+				write(log, "C\n><\n", 5);
+			}
+			for (int i = 0; i < n; i++) {
+				/* The first bytes follow a handshake of TCP. */
+				if (p[i + 1].revents && p[i + 1].fd >= 0) {
+					write(log, i % 2 ? "<\n" : ">\n", 2);
+					take(i, t + ms + (i % 2 == 0 &&
+					    t < born[i] + 2 * ms ? 2 * ms -
+					    (t - born[i]) : 0));
+				}
+				give(i, t);
+			}
+			close(log);
+		}
+	}
+	END
+	for name in empty meter delay; do
+		musl-gcc -std=gnu99 -Os -w -static -s -o "bin/$name" \
+		    "$name.c" || exit
 	done
+	scripts
 }
 
 # memory COMMAND...: the most KiB that it had at any time.
 memory() {
 	bin/meter usage "$@" >/dev/null </dev/null && cut -d' ' -f1 usage
-}
-
-# measure NAMES COMMAND...: through a relay that sees who speaks when; a
-# round trip is a change from our voice to the CA's.
-measure() {
-	names=$1; shift
-	: >traffic
-	before=$(grep -c 'accepting connection' connections)
-	command=$1; shift
-	ACME_DIRECTORY=https://localhost:$front/dir bin/meter usage \
-	    acme-step "$command" -v "$@" <record >next 2>requests || {
-		tail -n 1 requests
-		exit 1
-	}
-	mv next record
-	echo "$command, $names name(s):" \
-	    "$(grep -c ' https:' requests) requests," \
-	    "$(round_trips <traffic) round trips," \
-	    "$(($(grep -c 'accepting connection' connections) - before))" \
-	    "connection(s), $(cut -d' ' -f2 usage) s," \
-	    "$(cut -d' ' -f1 usage) KiB"
-}
-
-round_trips() {
-	grep -ao '[<>] [0-9/]\{10\} [0-9:.]*  length=' | cut -c1 | uniq |
-	grep -c '<'
 }
 
 # ---------------------------------------------------------------- image --
@@ -2503,6 +2800,7 @@ issue server root "$here"
 cat >serve.sh <<'END'
 cr=$(printf '\r')
 cd www || exit
+echo connected >>connections
 while read -r method path rest; do
 	name=${method}_${path##*/}
 	echo "$name" >>requests
@@ -2586,8 +2884,8 @@ umask 022
 cat >account <<END
 directory $ca/dir
 new-nonce $ca/newNonce
-nonce from_the_record
 account $ca/account/1?x=y
+nonce from_the_record
 end
 END
 cat >record <<END
@@ -6780,7 +7078,7 @@ answer POST_order '200 OK' \
 check 'what a step that was killed has passed on is cut off' '
 	{ "$acme" order -C root.pem -k account.key <long-record &
 	echo $! >pid; wait; } |
-	{ dd bs=1 count=1 of=part; kill -9 "$(cat pid)"
+	{ dd bs=1 count=300 of=part; kill -9 "$(cat pid)"
 	await not kill -0 "$(cat pid)"; cat >>part; }
 	wc -c part; [ "$(wc -c <part)" -gt 1 ] && grep "^order " part &&
 	not grep -x end part'
@@ -6943,6 +7241,152 @@ check 'a reader that has gone is no crash' '
 	{ order_of record 2>err; echo $? >status; } | true
 	sleep 0.2; cat status err
 	case $(cat status) in 0|74) ;; *) exit 1 ;; esac'
+
+group 'pipes: what is known early'
+
+# first_part, second_part: of the record, as an earlier step writes it.
+first_part() { sed 3q record; }
+second_part() { sed 1,3d record; }
+# connected COUNT: so many connections came to the canned server.
+connected() { is "$1" 'grep -c . www/connections'; }
+fresh
+answer POST_newOrder "$created" "$(order pending)" "Location: $ca/order"
+mv www/POST_newOrder www/created
+runs POST_newOrder 'for i in $(seq 50); do [ ! -e ../seen ] || break
+    sleep 0.1; done; [ ! -e ../seen ] || cat created'
+check 'a pipe gets what is known before the first response' '
+    rm -f seen
+    new_order | { head -n 3 >first; touch seen; cat >rest; }
+    cat first rest; sed 3q record | diff - first &&
+    grep "^order $ca/order$" rest && is end "tail -n 1 rest" &&
+    not grep -e ^directory -e ^new-nonce -e "^account " rest'
+answer POST_newOrder '403 Forbidden' "$(problem unauthorized)"
+check 'the failed line follows it' '
+    new_order 2>err | cat >out; cat out
+    sed 3q record | diff - first && sed 3q out | diff first - &&
+    is 4 "grep -c . out" && tail -n 1 out | grep "^failed 77 new-order "'
+check 'and whoever reads that drops what came before' '
+    step order <out >out2 2>err; [ $? = 77 ] && cat out2 err &&
+    [ ! -s out2 ] && [ ! -s err ]'
+check 'a step that is told of it passes on that line alone' '
+    cat out | step order | cat >out2; tail -n 1 out | diff - out2'
+check 'a file gets nothing early' 'new_order >out; [ $? = 77 ] && [ ! -s out ]'
+check 'a box gets no early lines either' '
+    new_order_in() { step new-order -a account -B early.box a.example; }
+    new_order_in | cat >out; cat out; is 1 "grep -c . out" && grep ^failed out'
+
+fresh
+answer POST_order '200 OK' "$(order ready)"
+check 'a step connects while it waits for the rest of its record' '
+    rm -f seen
+    { first_part; await test -s www/connections && touch seen
+    second_part; } | step order >out && [ -e seen ] && cat out &&
+    connected 1 && grep "^status ready" out'
+check 'and passes on what it has read' '
+    rm -f passed; : >passed
+    { first_part; await test -s passed && touch seen; second_part; } |
+    step order | { head -n 3 >passed; cat >rest; }
+    cat passed rest; first_part | diff - passed && is end "tail -n 1 rest" &&
+    not grep ^directory rest'
+echo 'touch started; exec socat - "TCP:127.0.0.1:$1"' >started.sh
+check 'but not with -P, whose command may ask for a password' '
+    rm -f started none
+    { first_part; sleep 1; [ -e started ] || touch none; second_part; } |
+    step order -P "sh started.sh %p" >out && [ -e started ] && [ -e none ]'
+check 'nor where there is nothing but a record' '
+    rm -f www/connections; step order <record >out && connected 1'
+
+# before PORT: the record, of a CA at that port.
+before() { sed "s|localhost:$home|localhost:$1|" record >record.there; }
+# there: such a record comes in two parts, with a pause between.
+there() { sed 3q record.there; sleep "$1"; sed 1,3d record.there; }
+front=$(free_port)
+server_start socat -T 1 "TCP-LISTEN:$front,bind=127.0.0.1,fork,reuseaddr" \
+    "TCP:127.0.0.1:$home"
+up "$front"
+before "$front"
+answer POST_order '200 OK' "$(order ready | sed "s|:$home/|:$front/|g")"
+check 'a CA that closes idle connections after a second' '
+    there 3 | step order >out 2>err && cat out err && [ ! -s err ] &&
+    grep "^status ready" out'
+# The first connection gets no answer, each other one does.
+front=$(free_port)
+server_start socat "TCP-LISTEN:$front,bind=127.0.0.1,fork,reuseaddr" \
+    "SYSTEM:mkdir first.there && sleep 60 || socat - TCP\\:127.0.0.1\\:$home"
+up "$front"
+before "$front"
+answer POST_order '200 OK' "$(order ready | sed "s|:$home/|:$front/|g")"
+check 'a CA that accepts, and answers only the next time' '
+    rm -rf first.there; there 1 | step order >out 2>err && cat out err &&
+    [ -d first.there ] && [ ! -s err ] && grep "^status ready" out'
+silent() { rm -rf first.there; sed 3q record.there; sleep "$1"; echo "$2"; }
+later silent 'silent 1 "$failed" | step order'
+settle
+check 'a failure that comes meanwhile is not delayed' '
+    replay silent; [ $? = 75 ] && [ ! -s silent.err ] && [ ! -s silent.out ]'
+within silent 1 3
+check 'SIGTERM ends a step that connects early' '
+    rm -f ended; silent 5 end | { exec 3<&0
+	"$acme" order -C root.pem -k account.key <&3 2>err & pid=$!
+	await test -d first.there; kill "$pid"; wait "$pid"; echo $? >ended; }
+    cat err ended; is 143 "cat ended" && grep "ended by signal 15" err'
+
+fresh
+answer POST_newOrder "$created" "$(order pending)" "Location: $ca/order"
+cp www/GET_dir www/directory
+runs GET_dir 'while IFS= read -r line; do case $line in HEAD*) next=$line ;;
+    "$cr") break ;; esac; done; [ ! "$next" ] || cat directory HEAD_newNonce'
+check 'the directory and a nonce are asked for in one write' '
+    new_order | grep "^order "'
+check 'but no nonce if none is needed' '
+    fresh; step directory -a account -d "$ca/dir" >out && cat out &&
+    not grep HEAD www/requests'
+
+fresh
+authz '"type":"http-01","token":"'$token'"'
+answer POST_chall '200 OK' '{"type":"http-01","status":"valid"}'
+answer POST_order '200 OK' "$(order ready)"
+check 'a CA that validates at once is asked for the order once' '
+    step respond -w webroot <pending >out && cat out www/requests &&
+    grep "^status ready" out &&
+    printf "%s\n" POST_authz HEAD_newNonce POST_chall POST_order |
+    diff - www/requests'
+answer POST_order '200 OK' "$(order pending)"
+later polling 'step order -W <pending'
+two='"identifiers":[{"type":"dns","value":"a.example"},
+{"type":"dns","value":"b.example"}],"authorizations":["'$ca'/valid",
+"'$ca'/open"],"finalize":"'$ca'/finalize"'
+answer POST_order2 '200 OK' "{\"status\":\"pending\",$two}"
+answer POST_valid '200 OK' '{"status":"valid","identifier":
+{"type":"dns","value":"a.example"},"challenges":[]}'
+answer POST_open '200 OK' '{"status":"pending","identifier":
+{"type":"dns","value":"b.example"},"challenges":[]}'
+sed "s|$ca/order|&2|; s|^authorization.*|authorization $ca/valid\\
+authorization $ca/open|; s/^identifier.*/&\\
+identifier dns b.example/; s/ready/pending/" record >two.pending
+later looking 'step order -W -T 15 <two.pending'
+# This one is idle for longer than a NAT may remember it.
+front=$(free_port)
+server_start socat -d -d -lf idle.log \
+    "TCP-LISTEN:$front,bind=127.0.0.1,fork,reuseaddr" "TCP:127.0.0.1:$home"
+up "$front"
+before "$front"
+answer POST_order.idle '200 OK' "$(order ready | sed "s|:$home/|:$front/|g")"
+mv www/POST_order.idle www/POST_idle
+sed -i "s|/order$|/idle|" record.there
+later idle 'there 22 | step order'
+settle
+check 'a connection that was idle for long is made again' '
+    replay idle && is 2 "grep -c \"accepting connection\" idle.log"'
+dies 75 'b.example still needs' 'replay looking'
+check 'only what is pending is looked at again' '
+    sort www/requests | uniq -c; grep -c POST_open www/requests >open
+    grep -c POST_valid www/requests >valid
+    is 2 "cat valid" && [ "$(cat open)" -gt 2 ]'
+dies 75 'still pending' 'replay polling'
+check 'a pending order is not fetched too often' '
+    n=$(grep -cx POST_order www/requests); echo "$n"
+    [ "$n" -ge 6 ] && [ "$n" -le 16 ]'
 
 cd "$tmp" || exit 1
 
@@ -7249,10 +7693,12 @@ for shell in dash 'busybox ash' bash; do
 done
 check 'what stands on the pipe' '
     acme-step new-order blocked.test 2>err | cat >piped
-    cat piped err
-    sed "s/^acme-step: \([a-z-]*\): /failed 77 \1 /" err | diff - piped &&
+    cat piped err; tail -n 1 piped >failed
+    sed "\$d" piped | cut -d" " -f1 | tr "\n" " " >early
+    is "directory new-nonce account " "cat early" &&
+    sed "s/^acme-step: \([a-z-]*\): /failed 77 \1 /" err | diff - failed &&
     for step in order challenges "respond -t http-01 -w elsewhere"; do
-	acme-step $step <piped 2>err | diff piped - && [ ! -s err ] || exit
+	acme-step $step <piped 2>err | diff failed - && [ ! -s err ] || exit
     done'
 check 'a step that is told of a failure does nothing' '
     acme-step finalize -K one.key.pem <piped >out 2>err
@@ -8921,7 +9367,7 @@ check 'no limit of acme.c is missing in LIMITS' '
     [ "$(grep -c . a)" -gt 40 ] && while read -r limit; do
 	grep -qw "$limit" facts.c || echo "$limit"
     done <a >b; printf "%s\n" SLOTS PORT MAX_PORT REFUSALS LAG REMEDY DETAIL \
-	BRIEF HEAD_START LATE_IPV6 RESIDUE | diff - b'
+	BRIEF EARLY IDLE HEAD_START LATE_IPV6 RESIDUE | diff - b'
 check 'the README has at most 1100 lines' '
     awk "END { print NR; exit NR > 1100 }" "$src/README"'
 case $acme in
