@@ -26,8 +26,8 @@
  *  11. Reading files        30. Order                49. Finalization
  *  12. Writing files        31. Record               50. Key commands
  *  13. PEM                  32. Problems             51. Account commands
- *  14. Keys                 33. Directory            52. Order commands
- *  15. Addresses and URLs   34. Nonces and JWS       53. Certificate commands
+ *  14. Keys                 33. Directory and nonces 52. Order commands
+ *  15. Addresses and URLs   34. Signed requests      53. Certificate commands
  *  16. Certificates         35. Accounts             54. Raw requests
  *  17. Certificate requests 36. Authorizations       55. Table
  *  18. Trust anchors        37. Waiting              56. Main
@@ -2031,7 +2031,7 @@ look_away(Str s)
 	(void)s;
 }
 
-/* All of a file. look() sees each piece, with all those before it. */
+/* All of a file.  look() sees each piece, with all those before it. */
 static Str
 read_all(int fd, const char *name, void (*look)(Str))
 {
@@ -5221,7 +5221,8 @@ static struct {
 	const unsigned char *from;	/* what has been received: */
 	size_t at, have;
 	bool whole;			/* and that is all */
-	long long used;			/* when it last was, by now_ms() */
+	long long sent, used;		/* when requests were sent on it, and
+					 * when it last was of use; now_ms() */
 } conn;
 
 /*
@@ -6315,6 +6316,7 @@ pipeline(const struct request *q, struct response *r, size_t n)
 		    url_target(&v))));
 	} while (++m < n);
 	doing(CA_DOWN, "sending to", conn.host);
+	conn.sent = now_ms();
 	if (!tls_write(all))
 		m = 0;
 	used = mark;
@@ -6859,6 +6861,7 @@ struct authorization {
 	Str url;
 	struct identifier id;	/* this and the rest: as the CA says */
 	Str status;		/* NONE if it was not fetched */
+	bool settled;		/* it is no longer pending */
 	long retry_after;	/* of the response; seconds, or -1 */
 	struct challenge *challenge;	/* NULL: it has no such member */
 	size_t nchallenge;
@@ -7526,7 +7529,7 @@ accept_response(const struct response *r)
 	    brief(r->url), problem(r));
 }
 
-/* ------------------------------------------------------ 33. Directory -- */
+/* ------------------------------------------- 33. Directory and nonces -- */
 
 /* The history of a request. */
 struct attempt {
@@ -7654,20 +7657,59 @@ location(const struct response *r)
 	return url;
 }
 
-/* Send an unsigned request, which may be repeated. */
-static struct response
-fetch(const char *method, Str url)
+/* Nonces that no request has spent (RFC 8555 6.5). */
+static struct {
+	unsigned char b[NONCE];
+	size_t n;
+} nonce[WINDOW];
+static size_t nnonce;
+
+static void
+nonce_put(Str s)
 {
-	struct request q = { .method = method, .url = url };
+	if (!s.n || nnonce == WINDOW)
+		return;
+	memcpy(nonce[nnonce].b, s.p, s.n);
+	nonce[nnonce++].n = s.n;
+}
+
+static Str
+nonce_take(void)
+{
+	nnonce--;
+	return cat(NONE, (Str){ nonce[nnonce].b, nonce[nnonce].n });
+}
+
+/* A request for a nonce (RFC 8555 7.2). */
+static struct request
+nonce_request(void)
+{
+	return (struct request){ .method = "HEAD", .url = order.new_nonce };
+}
+
+/*
+ * Send an unsigned request, which may be repeated. If a nonce will be needed,
+ * and it is known where to get one, a request for that goes with it.
+ */
+static struct response
+fetch(Str url, bool with_nonce)
+{
+	struct request q[] = { { .method = "GET", .url = url },
+	    nonce_request() };
 	struct attempt a = { .post = 0 };
-	struct response r;
+	struct response r[2];
+	size_t n = with_nonce && have_account_key && !nnonce &&
+	    order.new_nonce.n ? 2 : 1;
 	long long pause;
 
 	for (size_t mark = used; ; used = mark) {
-		exchange(&q, &r, 1);
-		if ((pause = retry_pause(&r, &a, false)) < 0)
-			return r;
-		pause_after(&r, pause);
+		exchange(q, r, n);
+		if (n == 2)
+			nonce_put(r[1].nonce);
+		n = 1;
+		if ((pause = retry_pause(r, &a, false)) < 0)
+			return r[0];
+		pause_after(r, pause);
 	}
 }
 
@@ -7720,13 +7762,13 @@ directory(void)
 
 	if (directory_body.n)
 		return directory_body;
-	*r = fetch("GET", url);
+	*r = fetch(url, true);
 	if (r->status > 300 && r->status < 309 && r->location.n) {
 		url = absolute(url, r->location);
 		if (!is_url(url))
 			no_directory(text("it redirects to something other "
 			    "than an https URL: %", brief(url)));
-		*r = fetch("GET", url);
+		*r = fetch(url, false);
 	}
 	directory_body = directory_object(r);
 	directory_url = r->url;
@@ -7781,7 +7823,7 @@ refuse_redirected(void)
 		    origin(ca_url()));
 }
 
-/* ------------------------------------------------- 34. Nonces and JWS -- */
+/* ------------------------------------------------ 34. Signed requests -- */
 
 /* A request to be signed. Unless `jwk` is set, order.account is known then. */
 struct post {
@@ -7810,29 +7852,6 @@ signer(void)
 	return &account_key;
 }
 
-/* Nonces that no request has spent (RFC 8555 6.5). */
-static struct {
-	unsigned char b[NONCE];
-	size_t n;
-} nonce[WINDOW];
-static size_t nnonce;
-
-static void
-nonce_put(Str s)
-{
-	if (!s.n || nnonce == WINDOW)
-		return;
-	memcpy(nonce[nnonce].b, s.p, s.n);
-	nonce[nnonce++].n = s.n;
-}
-
-static Str
-nonce_take(void)
-{
-	nnonce--;
-	return cat(NONE, (Str){ nonce[nnonce].b, nonce[nnonce].n });
-}
-
 /*
  * Fetch nonces for n requests, or for NONCES of them: each response brings
  * another one (RFC 8555 7.2, 6.5). Some servers return a nonce only for GET.
@@ -7847,13 +7866,12 @@ nonce_fetch(size_t n)
 	size_t lack = want > nnonce ? want - nnonce : 0;
 
 	for (size_t i = 0; i < lack; i++)
-		q[i] = (struct request){ .method = "HEAD",
-		    .url = order.new_nonce };
+		q[i] = nonce_request();
 	exchange(q, r, lack);
 	for (size_t i = 0; i < lack; i++)
 		nonce_put(r[i].nonce);
 	while (nnonce == 0) {
-		last = fetch("GET", order.new_nonce);
+		last = fetch(order.new_nonce, false);
 		accept_response(&last);
 		if (!last.nonce.n)
 			broken(&last, "has no nonce");
@@ -7922,6 +7940,9 @@ keep_response(struct response *r)
 	r->body.p = r->body.n ? r->body.p : to + n;
 }
 
+/* The next round brings a nonce more than it takes: see ask_to_validate. */
+static bool want_nonce;
+
 /*
  * Send as many of the requests in todo[] as there are nonces for. Final
  * responses are kept in r[], all other memory of the round is freed. The
@@ -7933,8 +7954,8 @@ static size_t
 acme_round(const struct post *p, struct response *r, struct attempt *todo,
     size_t n, int *stuck)
 {
-	struct request q[WINDOW] = { { .method = NULL } };
-	struct response got[WINDOW], *slow = NULL;
+	struct request q[WINDOW + 1] = { { .method = NULL } };
+	struct response got[WINDOW + 1], *slow = NULL;
 	size_t mark = used, m = nonce_fetch(n < WINDOW ? n : WINDOW);
 	size_t left = 0;
 	long long pause, most = 0;
@@ -7945,7 +7966,11 @@ acme_round(const struct post *p, struct response *r, struct attempt *todo,
 		q[i] = (struct request){ "POST", post->url,
 		    signed_text(post), post->once, todo[i].lost };
 	}
-	exchange(q, got, m);
+	q[m] = nonce_request();
+	exchange(q, got, m + want_nonce);
+	if (want_nonce)
+		nonce_put(got[m].nonce);
+	want_nonce = false;
 	++*stuck;
 	for (size_t i = 0; i < m; i++) {
 		struct attempt *a = &todo[i];
@@ -7977,7 +8002,7 @@ acme_round(const struct post *p, struct response *r, struct attempt *todo,
 }
 
 /*
- * The only way to send signed requests: sign and send n, at most NAMES, and
+ * The only way to send signed requests: sign and send n, up to NAMES + 1, and
  * return their responses in the same order, whatever their status. Nothing is
  * signed unless all URLs are the CA's own (see is_own). If a nonce is refused,
  * the request is sent again with a fresh one, until the time limit (RFC 8555
@@ -7986,7 +8011,7 @@ acme_round(const struct post *p, struct response *r, struct attempt *todo,
 static void
 acme_batch(const struct post *p, struct response *r, size_t n)
 {
-	struct attempt todo[NAMES];
+	struct attempt todo[NAMES + 1];
 	int stuck = 0;
 
 	for (size_t i = 0; i < n; i++) {
@@ -8240,6 +8265,7 @@ authorization_store(const struct response *r, struct authorization *a)
 	a->status = member(r, o, "status", '"');
 	if (!a->status.n)
 		a->status = S("pending");
+	a->settled = !is(a->status, "pending");
 	a->retry_after = r->retry_after;
 	a->challenge = list.n ? offered + noffered : NULL;
 	a->nchallenge = 0;
@@ -8248,32 +8274,59 @@ authorization_store(const struct response *r, struct authorization *a)
 }
 
 /*
- * Fetch the authorizations of the order. If the CA refuses one, the step
- * ends; with `some` that one has no status and no challenges instead.
+ * Fetch authorizations of the order. If the CA refuses one, the step ends;
+ * with `some` that one has no status and no challenges instead.
  */
 static void
-fetch_authorizations(bool some)
+fetch_each(struct authorization **list, size_t n, bool some)
 {
 	static struct post p[NAMES];
 	static struct response r[NAMES];
 	long long start = now_ms();
 
-	need(order.nauthorization ? "identifier" : "order");
-	for (size_t i = 0; i < order.nauthorization; i++)
-		p[i] = (struct post){ .url = order.authorization[i].url,
-		    .made = true };
-	acme_batch(p, r, order.nauthorization);
+	for (size_t i = 0; i < n; i++)
+		p[i] = (struct post){ .url = list[i]->url, .made = true };
+	acme_batch(p, r, n);
 	report_time = (now_ms() - start) * 3 / 2;
 	noffered = 0;
-	for (size_t i = 0; i < order.nauthorization; i++) {
-		struct authorization *a = &order.authorization[i];
-
-		*a = (struct authorization){ .url = a->url };
+	for (size_t i = 0; i < n; i++) {
+		*list[i] = (struct authorization){ .url = list[i]->url };
 		if (some && r[i].status != 200)
 			continue;
 		accept_response(&r[i]);
-		authorization_store(&r[i], a);
+		authorization_store(&r[i], list[i]);
 	}
+}
+
+static void
+fetch_authorizations(bool some)
+{
+	static struct authorization *list[NAMES];
+
+	need(order.nauthorization ? "identifier" : "order");
+	for (size_t i = 0; i < order.nauthorization; i++)
+		list[i] = &order.authorization[i];
+	fetch_each(list, order.nauthorization, some);
+}
+
+/*
+ * Fetch those authorizations that may still be pending. The others are valid:
+ * a step does not wait if one has failed.
+ */
+static void
+fetch_pending(void)
+{
+	static struct authorization *list[NAMES];
+	struct authorization *a;
+	size_t n = 0;
+
+	for each(a, authorization)
+		if (a->settled)
+			*a = (struct authorization){ .url = a->url,
+			    .status = S("valid"), .settled = true };
+		else
+			list[n++] = a;
+	fetch_each(list, n, false);
 }
 
 static bool
@@ -8500,44 +8553,82 @@ look_for_failures(void)
 {
 	size_t mark = used;
 
-	fetch_authorizations(false);
+	fetch_pending();
 	if (failures().n)
 		validation_failed(NOT_VALIDATED, NONE);
 	used = mark;
 }
 
 /*
+ * The pauses between looks at an order, in ms: some CAs need 10 ms for what
+ * takes others seconds. Less than the first one is not worth another look.
+ */
+enum { FIRST_PAUSE = 50, LAST_PAUSE = 5000 };
+
+/*
  * Wait before the next look at an order or an authorization: as long as the
  * CA asks (`after` seconds, if positive); else, or if the step does not have
- * that time, *pause ms, which grow. The last pause is cut to the time that is
- * left. False if none is left.
+ * that time, *pause ms, which grow, since the last look was sent. The last
+ * pause is cut to the time that is left. False if none is left.
  */
 static bool
 pause_between(const char *what, long after, long long *pause)
 {
-	enum { LOOK = 50 };	/* ms: less is not worth another look */
 	long long own = *pause, most;
 
-	*pause = own < 4000 ? own * 2 : 5000;
+	*pause = own * 3 / 2 < LAST_PAUSE ? own * 3 / 2 : LAST_PAUSE;
 	if (after > 0 && pause_for(what, after * 1000LL))
 		return true;
-	most = time_to_wait() - LOOK;
-	if (!boxed && own > most)
-		own = most;
-	return own > 0 && pause_for(what, own);
+	if (boxed)
+		return pause_for(what, own);
+	own -= now_ms() - conn.sent;
+	most = time_to_wait() - FIRST_PAUSE;
+	return most > 0 && (own <= 0 || pause_for(what, own < most ? own :
+	    most));
+}
+
+/* Store an order if its status is not that of the record. */
+static bool
+is_news(const struct response *r)
+{
+	Str status = member(r, json_body(r), "status", '"');
+
+	if (status_bit(status) == order.status)
+		return false;
+	order_store(r);
+	return true;
 }
 
 /*
- * Fetch the order until its status is not in a set. Ends the step at the time
- * limit.
+ * Is it time to look for failures, which a pending order may not show? After
+ * three seconds, and when twice the time has passed. A box has no time: there
+ * it is each fourth look.
+ */
+static bool
+is_time_for_failures(long long start, long long *next, int looks)
+{
+	if (order.status != PENDING || time_to_wait() <= report_time)
+		return false;
+	if (boxed)
+		return looks % 4 == 0;
+	if (now_ms() - start < *next)
+		return false;
+	*next *= 2;
+	return true;
+}
+
+/*
+ * Fetch the order until its status is not in a set; `after` is what the CA
+ * asked for at the last look, in seconds, if positive. Ends the step at the
+ * time limit.
  */
 static void
 order_await(unsigned set, const char *what, long after)
 {
-	long long pause = 250;
+	long long pause = FIRST_PAUSE, start = now_ms(), next = 3000;
 	struct response r;
 
-	for (int polls = 1; order.status & set; polls++) {
+	for (int looks = 1; order.status & set; looks++) {
 		size_t mark = used;
 
 		if (!pause_between(what, after, &pause)) {
@@ -8548,15 +8639,11 @@ order_await(unsigned set, const char *what, long after)
 		}
 		r = acme_post(need("order"), NONE);
 		after = r.retry_after;
-		if (status_bit(member(&r, json_body(&r), "status", '"')) &
-		    order.status) {
-			if (order.status == PENDING && polls % 4 == 0 &&
-			    time_to_wait() > report_time)
-				look_for_failures();
-			used = mark;
+		if (is_news(&r))
 			continue;
-		}
-		order_store(&r);
+		if (is_time_for_failures(start, &next, looks))
+			look_for_failures();
+		used = mark;
 	}
 }
 
@@ -8567,14 +8654,14 @@ order_await(unsigned set, const char *what, long after)
 static void
 authorizations_await(const char *what)
 {
-	long long pause = 250;
+	long long pause = FIRST_PAUSE;
 
 	for (;;) {
 		const struct authorization *a;
 		size_t mark = used, waiting = 0;
 		long after = -1;
 
-		fetch_authorizations(false);
+		fetch_pending();
 		if (failures().n)
 			validation_failed(NOT_VALIDATED, NONE);
 		for each(a, authorization) {
@@ -8856,37 +8943,53 @@ add_validated(const char *type)
 }
 
 /*
- * Ask the CA to validate (RFC 8555 7.5.1). A CA that was asked before may
+ * The response to a request to validate. A CA that was asked before may
  * refuse; then the state of the challenge decides.
  */
 static void
-ask_to_validate(void)
+check_asked(const struct response *r, Str url)
 {
-	static struct post p[NAMES];
-	static struct response r[NAMES];
-	const struct challenge *c;
-	struct post look;
+	struct post look = { .url = url };
 	struct response now;
+
+	if (has_type(r, "conflict"))
+		return;		/* it is already being validated */
+	if (r->status < 400 || r->status >= 500 || r->status == 429) {
+		accept_response(r);
+		return;
+	}
+	acme_batch(&look, &now, 1);
+	if (now.status != 200 ||
+	    is(text_of(json_body(&now), "status"), "pending"))
+		accept_response(r);
+}
+
+/*
+ * Ask the CA to validate (RFC 8555 7.5.1). With `look` the order is fetched
+ * by the same write, if there is a nonce for that: some CAs validate at once.
+ * Returns the seconds that the CA asks for before the next look, or -1.
+ */
+static long
+ask_to_validate(bool look)
+{
+	static struct post p[NAMES + 1];
+	static struct response r[NAMES + 1];
+	const struct challenge *c;
 	size_t n = 0;
 
 	for each(c, challenge)
 		p[n++] = (struct post){ .url = c->url, .payload = S("{}"),
 		    .made = true };
-	acme_batch(p, r, n);
-	for (size_t i = 0; i < n; i++) {
-		if (has_type(&r[i], "conflict"))
-			continue;	/* it is already being validated */
-		if (r[i].status < 400 || r[i].status >= 500 ||
-		    r[i].status == 429) {
-			accept_response(&r[i]);
-			continue;
-		}
-		look = (struct post){ .url = p[i].url };
-		acme_batch(&look, &now, 1);
-		if (now.status != 200 ||
-		    is(text_of(json_body(&now), "status"), "pending"))
-			accept_response(&r[i]);
-	}
+	look = look && !boxed && (nnonce > n || n >= NONCES);
+	if (look)
+		p[n] = (struct post){ .url = need("order") };
+	acme_batch(p, r, n + look);
+	for (size_t i = 0; i < n; i++)
+		check_asked(&r[i], p[i].url);
+	if (!look || r[n].status != 200)
+		return -1;
+	is_news(&r[n]);
+	return r[n].retry_after;
 }
 
 /* ----------------------------------------------- 39. Publishing files -- */
@@ -11644,6 +11747,7 @@ find_challenges(const struct publisher *how, const char *type)
 	bool pending = order.status == PENDING;
 
 	if (fetched) {
+		want_nonce = !boxed;
 		fetch_authorizations(false);
 		if (how && how->clean_names)
 			how->clean_names(opt[how->letter]);
@@ -11676,6 +11780,7 @@ do_respond(char **arg)
 {
 	unsigned long settle = settling_time();
 	size_t before = ncleanup;
+	long after;
 	const struct publisher *how = chosen_publisher();
 	const char *type = respond_type(how), *value = how ?
 	    opt[how->letter] : NULL;
@@ -11697,9 +11802,9 @@ do_respond(char **arg)
 	    (long long)settle * 1000))
 		die(LATER, "too little of -T is left for -s; raise -T");
 	validating = how != NULL;
-	ask_to_validate();
+	after = ask_to_validate(!opt['n'] && order.url.n);
 	if (!opt['n'] && order.url.n)
-		order_await(PENDING, "waiting for the CA to validate", 0);
+		order_await(PENDING, "waiting for the CA to validate", after);
 	else if (!opt['n'])
 		authorizations_await("waiting for the CA to validate");
 	validated = order.status != INVALID;
@@ -11882,8 +11987,8 @@ do_renewal_info(char **arg)
 
 	(void)arg;
 	lines = certificate_id(&subject);
-	r = fetch("GET", cat(NONE, base, base.p[base.n - 1] == '/' ? NONE :
-	    S("/"), lines));
+	r = fetch(cat(NONE, base, base.p[base.n - 1] == '/' ? NONE : S("/"),
+	    lines), false);
 	accept_response(&r);
 	o = json_body(&r);
 	window = need_member(&r, o, "suggestedWindow", '{');
