@@ -752,21 +752,25 @@ job() {
 	server_start delay "$front" "$pebble" "$ms" traffic
 	relay=$!
 	up "$front"
-	: >results
+	: >results >failures
+	here=
 	for client in $clients; do
 		if ! command -v "$client" >>apt.log; then
-			echo "$client: absent" >>results
+			echo "$client: absent" >>failures
 		elif ! begin "$client"; then
-			echo "$client: failed: no account" >>results
+			echo "$client: no account" >>failures
+		else
+			here="$here $client"
 		fi
 	done
 	for run in $(seq "$runs"); do
-		for client in $clients; do
-			grep -q "^$client:" results || one_run
+		for client in $here; do
+			one_run
 		done
 	done
 	for client in $clients; do
-		grep "^$client:" results || medians
+		! grep -q "^$client " results || medians
+		grep "^$client:" failures | uniq -c
 	done
 	kill "$relay"
 }
@@ -791,7 +795,7 @@ one_run() {
 		    "$(grep -c C traffic)" \
 		    "$(($(asked) - before)) $(trips <traffic)" >>results
 	else
-		echo "$client: failed: $(tail -n 1 client.log)" >>results
+		echo "$client: $(tail -n 1 client.log | cut -c1-60)" >>failures
 	fi
 }
 asked() { grep -c 'calling handler' servers.log; }
