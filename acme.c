@@ -1647,12 +1647,11 @@ integer(Str s)
                         "\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07"
 #define P384_KEY        "\x30\x10" ID_EC "\x06\x05\x2b\x81\x04\x00\x22"
 #define P521_KEY        "\x30\x10" ID_EC "\x06\x05\x2b\x81\x04\x00\x23"
-#define RSA_KEY         "\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d" \
-                        "\x01\x01\x01\x05\x00"
 #define ECDSA_SHA256    "\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02"
 #define ECDSA_SHA384    "\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x03"
-#define RSA_SHA256      "\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d" \
-                        "\x01\x01\x0b\x05\x00"
+#define PKCS1           "\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01"
+#define RSA_KEY         PKCS1 "\x01\x05\x00"
+#define RSA_SHA256      PKCS1 "\x0b\x05\x00"
 
 /* One of these; its second byte is the length of the rest. */
 static Str
@@ -3559,20 +3558,96 @@ csr_der(const struct key *k, Str names, Str cn)
 	    bits(sign(k, info, true)));
 }
 
-/* The public key in a CSR; false if the DER is not a CSR. */
+/* Does an RSA signature over a hash verify by an RSAPublicKey? */
 static bool
-csr_key(Str whole, Str *key)
+rsa_verifies(Str public, const unsigned char *hash_oid, Str h, Str signature)
 {
-	Str outer, info, skip, rest = whole;
+	unsigned char got[br_sha256_SIZE];
+	br_rsa_public_key key;
+	Str list, n, e;
+
+	if (!der_next(&public, SEQUENCE, &list) ||
+	    !der_next(&list, INTEGER, &n) || !der_next(&list, INTEGER, &e))
+		return false;
+	key = (br_rsa_public_key){ (unsigned char *)n.p, n.n,
+	    (unsigned char *)e.p, e.n };
+	return br_rsa_i31_pkcs1_vrfy(signature.p, signature.n, hash_oid, h.n,
+	    &key, got) && same(h, (Str){ got, h.n });
+}
+
+/*
+ * Does a signature (a BIT STRING's contents) over s verify by the key of a
+ * SubjectPublicKeyInfo? One that is not of a type of ours passes.
+ */
+static bool
+verifies(Str public, Str algorithm, Str s, Str signature)
+{
+	const struct key_type *t = key_types;
+	br_ec_public_key point;
+	Str all, body, type, key, h;
 	int tag;
 
-	return der_next(&rest, SEQUENCE, &outer) && rest.n == 0 &&
-	    der_next(&outer, SEQUENCE, &info) &&
-	    der_next(&info, INTEGER, &skip) &&
-	    der_next(&info, SEQUENCE, &skip) &&
-	    der_any(&info, &tag, &skip, key) && tag == SEQUENCE &&
-	    der_next(&outer, SEQUENCE, &skip) &&
-	    der_next(&outer, BITS, &skip) && outer.n == 0;
+	if (!der_next(&public, SEQUENCE, &all) ||
+	    !der_any(&all, &tag, &body, &type) || !der_next(&all, BITS, &key))
+		return false;
+	while (!same(type, algorithm_of(t->public)) ||
+	    !same(algorithm, algorithm_of(t->signature)))
+		if (++t == key_types + COUNT(key_types))
+			return true;
+	h = hash(t->hash, s);
+	key = from(key, 1);
+	signature = from(signature, 1);
+	if (!t->curve)
+		return signature.n > MAX_MODULUS ||
+		    rsa_verifies(key, t->hash_oid, h, signature);
+	point = (br_ec_public_key){ t->curve, (unsigned char *)key.p, key.n };
+	return br_ecdsa_i31_vrfy_asn1(curves, h.p, h.n, &point, signature.p,
+	    signature.n);
+}
+
+/*
+ * Read the extensions that the attributes of a CSR ask for (RFC 2985 5.4.2);
+ * false if they are malformed.
+ */
+static bool
+csr_attributes(Str list, struct cert *c)
+{
+	Str attribute, id, values, extensions;
+
+	while (list.n > 0) {
+		if (!der_next(&list, SEQUENCE, &attribute) ||
+		    !der_next(&attribute, OID, &id) ||
+		    !der_next(&attribute, SET, &values))
+			return false;
+		if (same(id, from(EXTENSIONS, 2)) &&
+		    (!der_next(&values, SEQUENCE, &extensions) ||
+		    !cert_extensions(extensions, c)))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Read a CSR (RFC 2986 4) as far as it has what a certificate has: subject,
+ * key, names. *genuine: its signature verifies. False if it is malformed.
+ */
+static bool
+csr_read(Str whole, struct cert *c, bool *genuine)
+{
+	Str rest = whole, outer, info, signed_part, skip, algorithm, signature;
+	int tag;
+
+	*c = (struct cert){ .der = whole };
+	if (!der_next(&rest, SEQUENCE, &outer) || rest.n ||
+	    !der_any(&outer, &tag, &info, &signed_part) || tag != SEQUENCE ||
+	    !der_any(&outer, &tag, &skip, &algorithm) || tag != SEQUENCE ||
+	    !der_next(&outer, BITS, &signature) || outer.n ||
+	    !der_next(&info, INTEGER, &skip) ||
+	    !der_any(&info, &tag, &skip, &c->subject) || tag != SEQUENCE ||
+	    !der_any(&info, &tag, &skip, &c->public_key) || tag != SEQUENCE)
+		return false;
+	*genuine = verifies(c->public_key, algorithm, signed_part, signature);
+	return !der_next(&info, ATTRS, &skip) || csr_attributes(skip, c);
 }
 
 /* -------------------------------------------------- 18. Trust anchors -- */
@@ -6912,33 +6987,33 @@ static struct order {
 static const struct keyword {
 	char word[16];
 	bool (*ok)(Str);	/* can this be its value? */
-	unsigned to, size;	/* in struct order: its first place */
-	unsigned places;
+	unsigned to;		/* in struct order: its first place */
+	unsigned short size, places;
 	unsigned n;		/* where they are counted; 0: one place */
+	bool of_account;	/* used from an account record, written early */
 	void (*read)(Str, void *);	/* NULL for a Str */
 	Str (*write)(const void *);	/* NULL for what begins with its Str */
-	bool of_account;	/* used from an account record, written early */
 } keywords[] = {
-	{ "directory", is_url, FIELD(directory), NULL, NULL, true },
-	{ "new-nonce", is_url, FIELD(new_nonce), NULL, NULL, true },
-	{ "origin", is_url, MANY(origin), NULL, NULL, true },
-	{ "account", is_url, FIELD(account), NULL, NULL, true },
-	{ "nonce", is_nonce, FIELD(nonce), NULL, NULL, false },
-	{ "account-status", is_word, FIELD(account_status), NULL, NULL, false },
-	{ "contact", is_word, MANY(contact), NULL, NULL, false },
-	{ "order", is_url, FIELD(url), NULL, NULL, false },
-	{ "status", is_status, FIELD(status), read_status, status_text, false },
-	{ "expires", is_word, FIELD(expires), NULL, NULL, false },
-	{ "identifier", is_identifier, MANY(identifier), read_identifier,
-	    identifier_text, false },
-	{ "authorization", is_url, MANY(authorization), read_authorization,
-	    NULL, false },
-	{ "finalize", is_url, FIELD(finalize), NULL, NULL, false },
-	{ "certificate", is_url, FIELD(certificate), NULL, NULL, false },
-	{ "profile", is_word, FIELD(profile), NULL, NULL, false },
-	{ "replaces", is_word, FIELD(replaces), NULL, NULL, false },
-	{ "challenge", is_challenge, MANY(challenge), read_challenge,
-	    challenge_text, false },
+	{ "directory", is_url, FIELD(directory), true, NULL, NULL },
+	{ "new-nonce", is_url, FIELD(new_nonce), true, NULL, NULL },
+	{ "origin", is_url, MANY(origin), true, NULL, NULL },
+	{ "account", is_url, FIELD(account), true, NULL, NULL },
+	{ "nonce", is_nonce, FIELD(nonce), false, NULL, NULL },
+	{ "account-status", is_word, FIELD(account_status), false, NULL, NULL },
+	{ "contact", is_word, MANY(contact), false, NULL, NULL },
+	{ "order", is_url, FIELD(url), false, NULL, NULL },
+	{ "status", is_status, FIELD(status), false, read_status, status_text },
+	{ "expires", is_word, FIELD(expires), false, NULL, NULL },
+	{ "identifier", is_identifier, MANY(identifier), false, read_identifier,
+	    identifier_text },
+	{ "authorization", is_url, MANY(authorization), false,
+	    read_authorization, NULL },
+	{ "finalize", is_url, FIELD(finalize), false, NULL, NULL },
+	{ "certificate", is_url, FIELD(certificate), false, NULL, NULL },
+	{ "profile", is_word, FIELD(profile), false, NULL, NULL },
+	{ "replaces", is_word, FIELD(replaces), false, NULL, NULL },
+	{ "challenge", is_challenge, MANY(challenge), false, read_challenge,
+	    challenge_text },
 };
 
 static const struct keyword *
@@ -7142,7 +7217,7 @@ take_line(Str all, bool account_only)
 static const char *
 not_a_record(Str s)
 {
-	static const char *const kind[][2] = {
+	static const char kind[][2][25] = {
 		{ "CERTIFICATE REQUEST-----", "a certificate request" },
 		{ "PRIVATE KEY-----", "a key" },
 		{ "CERTIFICATE-----", "a certificate" },
@@ -10647,12 +10722,32 @@ read_csr_key(const char *file)
 	return key;
 }
 
-/* Read a CSR, PEM or DER, and its public key. */
-static Str
-read_csr(const char *file, Str *key)
+/*
+ * Add the common name of a CSR to its names, if it is one and not there. A
+ * word without a dot is only taken for a name if there are no others.
+ */
+static void
+add_common_name(struct cert *csr)
+{
+	Str cn = common_name(csr->subject), ip = ip_bytes(cn);
+	struct identifier id = canonical(ip.n ? S("ip") : S("dns"), cn), name;
+	Str list = csr->alt_names;
+
+	if (!is_name(id.type, id.value) ||
+	    (list.n && !ip.n && !contains(cn, S("."))))
+		return;
+	while (cert_name(&list, &name))
+		if (same_identifier(&id, &name))
+			return;
+	csr->alt_names = cat(NONE, csr->alt_names, general_name(&id));
+}
+
+/* Read a CSR, PEM or DER, with all of its names. */
+static void
+read_csr(const char *file, struct cert *csr)
 {
 	Str s = read_file(file), rest = s, label, block = s;
-	bool bad;
+	bool bad, genuine = false;
 
 	while (pem_next(&rest, &label, &block, &bad))
 		if (is(label, "CERTIFICATE REQUEST") ||
@@ -10660,11 +10755,14 @@ read_csr(const char *file, Str *key)
 			break;
 		else
 			block = s;
-	if (!csr_key(block, key))
+	if (!csr_read(block, csr, &genuine))
 		die(BAD, "% is not a certificate request (PEM or DER)",
 		    file_name(file));
-	not_of_account(file, *key);
-	return block;
+	if (!genuine)
+		die(BAD, "the signature of the certificate request % is not "
+		    "by its key", file_name(file));
+	not_of_account(file, csr->public_key);
+	add_common_name(csr);
 }
 
 static struct cert issued[CERTS];
@@ -10901,6 +10999,17 @@ name_hint(Str s)
 	return "";
 }
 
+/* Add a name to the order, if it is not there. */
+static void
+add_name(const struct identifier *id)
+{
+	if (has_identifier(id))
+		return;
+	if (order.nidentifier == NAMES)
+		die(FAULT, "more than % names", num(NAMES));
+	set_value(keyword(S("identifier")), identifier_text(id));
+}
+
 /* Add names from the command line to the order, each once. */
 static void
 take_names(char **arg)
@@ -10916,11 +11025,7 @@ take_names(char **arg)
 		if (!is_name(id.type, name))
 			usage("'%' is neither a DNS name nor an IP address%",
 			    brief(name), str(name_hint(name)));
-		if (has_identifier(&id))
-			continue;
-		if (order.nidentifier == NAMES)
-			die(FAULT, "more than % names", num(NAMES));
-		set_value(keyword(S("identifier")), identifier_text(&id));
+		add_name(&id);
 	}
 }
 
@@ -11083,7 +11188,7 @@ static void
 do_directory(char **arg)
 {
 	static const struct {
-		const char *member, *word;
+		char member[12], word[13];
 	} urls[] = {
 		{ "newAccount", "new-account" }, { "newOrder", "new-order" },
 		{ "newAuthz", "new-authz" }, { "revokeCert", "revoke-cert" },
@@ -11597,9 +11702,35 @@ replaced_before(const struct response *r)
 	    has_type(r, "unauthorized") || has_type(r, "serverInternal");
 }
 
+/* Order the names of a CSR (-r): all, and no others. */
+static void
+take_csr_names(const char *file)
+{
+	struct cert csr;
+	struct identifier name;
+	Str list;
+
+	read_csr(file, &csr);
+	for (list = csr.alt_names; cert_name(&list, &name); ) {
+		if (!is_name(name.type, name.value))
+			die(BAD, "% asks for what is neither a DNS name nor an "
+			    "IP address: %", file_name(file),
+			    brief(name.value));
+		add_name(&name);
+	}
+	if (!order.nidentifier)
+		die(BAD, "% has no names", file_name(file));
+}
+
 static void
 check_new_order(char **arg)
 {
+	if (opt['r'] && *arg)
+		usage("-r CSR and names cannot be combined");
+	if (opt['r'])
+		take_csr_names(opt['r']);
+	else if (!*arg)
+		usage("too few arguments");
 	take_names(arg);
 	time_option('b');
 	time_option('u');
@@ -11608,7 +11739,7 @@ check_new_order(char **arg)
 }
 
 /*
- * new-order [-p PROFILE] [-R CERT] [-b NOTBEFORE] [-u NOTAFTER] NAME...
+ * new-order [-r CSR] [-p PROFILE] [-R CERT] [-b TIME] [-u TIME] [NAME...]
  * (RFC 8555 7.4, RFC 9773 5)
  */
 static void
@@ -11818,30 +11949,41 @@ do_respond(char **arg)
 
 /* ------------------------------------------- 53. Certificate commands -- */
 
-static struct {
-	Str csr;			/* in DER; NONE: it is made with -K */
-	Str key;			/* public */
-} wanted;			/* by finalize */
+static struct cert wanted;	/* by finalize: the CSR of -r, the key of -K */
 
 static void
 check_finalize(char **arg)
 {
 	(void)arg;
 	if (opt['K'])
-		wanted.key = read_csr_key(opt['K']);
+		wanted.public_key = read_csr_key(opt['K']);
 	else
-		wanted.csr = read_csr(opt['r'], &wanted.key);
+		read_csr(opt['r'], &wanted);
+}
+
+/* End the step if the names of the CSR of -r are not those of the order. */
+static void
+check_csr_names(void)
+{
+	Str fault = NONE;
+
+	if (opt['r'] && order.nidentifier)
+		fault = names_differ(&wanted);
+	if (fault.n)
+		die(BAD, "the names of % differ from the order's: it %",
+		    file_name(opt['r']), fault);
 }
 
 /* finalize (-K KEY | -r CSR) (RFC 8555 7.4) */
 static void
 do_finalize(char **arg)
 {
-	Str csr = wanted.csr;
+	Str csr = wanted.der;
 	bool sent = false;
 
 	(void)arg;
 	need("order");
+	check_csr_names();
 	if (opt['K'])
 		csr = csr_der(&other_key, record_names(), NONE);
 	if (!order.status)
@@ -11854,6 +11996,7 @@ do_finalize(char **arg)
 			    "ready", 0);
 			break;
 		case READY:
+			check_csr_names();
 			if (sent)
 				order_await(READY, "waiting for the "
 				    "certificate", 0);
@@ -11871,7 +12014,7 @@ do_finalize(char **arg)
 		default:
 			if (!order.certificate.n)
 				order_refresh();
-			print_certificate(opt['i'], wanted.key, sent ?
+			print_certificate(opt['i'], wanted.public_key, sent ?
 			    BROKEN : BAD);
 			return;
 		}
@@ -12171,13 +12314,15 @@ static const char *const groups[] = {
     .options = (const struct option[]){ __VA_ARGS__ }, \
     .noptions = COUNT(((const struct option[]){ __VA_ARGS__ }))
 
+enum { ANY = SHRT_MAX };		/* as many arguments as there are */
+
 static const struct command {
-	char name[18], gist[48];
+	char name[17], gist[44];
+	char group, min;
+	short max, needs;		/* arguments: min to max */
+	unsigned char noptions;
 	const char *args;		/* after the options; NULL: none */
 	const struct option *options;	/* its own */
-	size_t noptions;
-	int group, needs;
-	int min, max;			/* arguments */
 	/* What must be right before a record is awaited or a request sent. */
 	void (*check)(char **arg);
 	void (*run)(char **arg);
@@ -12190,7 +12335,7 @@ static const struct command {
 	{ .letter = 'o', .arg = "FILE", .required = true,
 	    .gist = "the new file for the key" }) },
 { .name = "csr", .group = DETAILS,
-	.args = "NAME...", .min = 1, .max = INT_MAX,
+	.args = "NAME...", .min = 1, .max = ANY,
 	.gist = "make a certificate request", .run = do_csr,
 	OPTIONS(
 	{ .letter = 'K', .arg = "KEY", .required = true,
@@ -12200,7 +12345,7 @@ static const struct command {
 { .name = "thumbprint", .group = DETAILS, .needs = KEY,
 	.gist = "print the account key's thumbprint", .run = do_thumbprint },
 { .name = "due", .group = RENEWAL,
-	.args = "CERT [NAME...]", .min = 1, .max = INT_MAX,
+	.args = "CERT [NAME...]", .min = 1, .max = ANY,
 	.gist = "check whether it is time to renew", .run = do_due,
 	OPTIONS(
 	{ .letter = 'K', .arg = "KEY",
@@ -12239,17 +12384,19 @@ static const struct command {
 	.gist = "create an authorization without an order",
 	.check = take_names, .run = do_new_authz },
 { .name = "new-order", .group = ISSUE, .needs = RECORD_OUT | SIGNED,
-	.args = "NAME...", .min = 1, .max = INT_MAX,
+	.args = "[NAME...]", .max = ANY,
 	.gist = "order a certificate",
 	.check = check_new_order, .run = do_new_order,
 	OPTIONS(
+	{ .letter = 'r', .arg = "CSR",
+	    .gist = "order the names of this certificate request" },
 	{ .letter = 'p', .arg = "PROFILE",
 	    .gist = "profile, as directory prints it (the CA's choice)" },
 	{ .letter = 'R', .arg = "CERT",
 	    .gist = "the certificate that this one replaces (none)" },
-	{ .letter = 'b', .arg = "NOTBEFORE",
+	{ .letter = 'b', .arg = "TIME",
 	    .gist = "start, as in 2026-11-24T12:00:00Z (CA's choice)" },
-	{ .letter = 'u', .arg = "NOTAFTER",
+	{ .letter = 'u', .arg = "TIME",
 	    .gist = "end, in the same form (the CA's choice)" }) },
 { .name = "order", .group = DETAILS, .needs = RECORD_OUT | ORDER,
 	.gist = "fetch the order, and optionally wait", .run = do_order,
@@ -12792,6 +12939,8 @@ open_output(const struct command *c, bool late)
 		usage("keys are not written to standard output; use -o FILE");
 	if (!is_std(file) && special == late)
 		out_open(file, c->needs & KEY_OUT);
+	else if (special)
+		out.fd = -1;
 }
 
 /*

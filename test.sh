@@ -6321,6 +6321,81 @@ check 'and nothing was asked' '
 dies 66 none.key 'step finalize -K none.key <record'
 dies 64 . 'step finalize <record'
 
+group 'ACME: the names of a certificate request'
+
+# request NAME SUBJECT ALT-NAMES [OPTION]...: NAME.csr, by openssl.
+request() {
+	csr=$1 names=${3:+subjectAltName=$3} subject=$2; shift 3
+	[ -e "$csr.key" ] || cp leaf.key "$csr.key"
+	openssl req -new -key "$csr.key" -subj "$subject" \
+	    ${names:+-addext "$names"} "$@" -out "$csr.csr" 2>>req.log
+}
+fresh
+answer POST_newOrder '400 Bad Request' "$(problem malformed)"
+# asks NAME IDENTIFIER...: new-order -r orders these, and no others.
+asks() {
+	csr=$1; shift
+	check "the names of $csr.csr are ordered: $*" '
+	    rm -f www/requests
+	    step new-order -a account -r $csr.csr 2>err; [ $? = 77 ] &&
+	    part www/body.POST_newOrder.1 payload | from_base64url >payload &&
+	    "$acme" json identifiers payload | while read -r one; do
+		echo "$one" | "$acme" json value; done | sort | tr "\n" " " >got
+	    is "$want" "cat got"'
+}
+request names /CN=ignored 'DNS:B.example,DNS:*.a.example,IP:192.0.2.7'
+want='*.a.example 192.0.2.7 b.example ' asks names
+request common /CN=A.Example DNS:b.example
+want='a.example b.example ' asks common
+request alone /CN=a.example ''
+want='a.example ' asks alone
+request label /CN=localhost ''
+want='localhost ' asks label
+openssl req -in names.csr -outform DER -out der.csr
+want='*.a.example 192.0.2.7 b.example ' asks der
+request mail / 'DNS:a.example,email:ops@a.example'
+dies 65 'mail.csr asks for .* neither a DNS name nor an IP address: ops@a.ex' \
+    'step new-order -a account -r mail.csr'
+request none '/CN=a name' ''
+dies 65 'none.csr has no names' 'step new-order -a account -r none.csr'
+dies 64 '-r CSR and names cannot be combined' \
+    'step new-order -a account -r names.csr a.example'
+dies 66 'nowhere' 'step new-order -a account -r nowhere'
+dies 65 'leaf.key is not a certificate request' \
+    'step new-order -a account -r leaf.key'
+# Keys of all types, and what BearSSL does not verify.
+for type in ec256 ec384 rsa2048 rsa4096; do
+	"$acme" key -t "$type" -o "$type.key"
+	"$acme" csr -K "$type.key" a.example >"$type.csr"
+	want='a.example ' asks "$type"
+	openssl req -in "$type.csr" -outform DER -out whole.der
+	{ head -c -9 whole.der; printf '123456789'; } >forged.csr
+	dies 65 'signature of the certificate request forged.csr is not by' \
+	    ": $type; step new-order -a account -r forged.csr"
+	dies 65 'signature of the certificate request forged.csr is not by' \
+	    ": $type; step finalize -r forged.csr <record"
+done
+openssl genpkey -algorithm ed25519 -out ed25519.key
+request ed25519 / DNS:a.example
+request ec384 / DNS:a.example -sha512
+request rsa2048 / DNS:a.example -sha384
+for name in ed25519 ec384 rsa2048; do
+	want='a.example ' asks "$name"
+done
+# differs NAME WORDS: finalize says so before anything is sent.
+differs() {
+	rm -f www/requests
+	dies 65 "the names of $1.csr differ from the order's: it $2" \
+	    "step finalize -r $1.csr <record"
+	check 'and nothing was asked' '[ ! -e www/requests ]'
+}
+request more / DNS:a.example,DNS:b.example
+differs more 'has b.example, which is not asked for'
+request other / DNS:b.example
+differs other 'lacks a.example'
+request wild / 'DNS:*.a.example'
+differs wild 'lacks a.example'
+
 group 'RFC 9773: the name of a certificate'
 # cert_with EXTENSION SERIAL: a certificate with these, named.pem.
 cert_with() {
@@ -7286,6 +7361,9 @@ check 'a step connects while it waits for the rest of its record' '
     { first_part; await test -s www/connections && touch seen
     second_part; } | step order >out && [ -e seen ] && cat out &&
     connected 1 && grep "^status ready" out'
+check 'but nothing on standard output if the record goes elsewhere' '
+    { first_part; sleep 0.5; second_part; } |
+    step order -o /dev/null | cat >out; cat out; [ ! -s out ]'
 check 'and passes on what it has read' '
     rm -f passed; : >passed
     { first_part; await test -s passed && touch seen; second_part; } |
