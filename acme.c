@@ -12886,8 +12886,11 @@ add_all_resolved(Str s)
 static void
 read_origins(const char *file)
 {
-	Str s = is_std(file) ? NONE : read_if_there(file), value;
+	Str s, value;
 
+	if (is_std(file))
+		return;
+	s = read_if_there(file);
 	for (size_t n = 1; s.n; n++) {
 		value = cut(&s, '\n');
 		if (!is(cut(&value, ' '), "origin"))
