@@ -4979,6 +4979,17 @@ static struct {
 	int error;			/* errno of a failed attempt, or 0 */
 } way;
 
+/* Close all descriptors that lead to a host. */
+static void
+close_way(void)
+{
+	for (size_t i = 0; i < COUNT(way.fd); i++) {
+		if (way.fd[i].fd > 2)
+			close(way.fd[i].fd);
+		way.fd[i].fd = -1;
+	}
+}
+
 /* Forget the way to the previous host. */
 static void
 begin_way(void)
@@ -5505,9 +5516,8 @@ dial_tcp(const char *name, const char *port)
 		die(CA_DOWN, "cannot connect to % port %: %", str(name),
 		    str(port), str(strerror(way.error)));
 	fd = way.fd[winner].fd;
-	for (size_t i = 0; i < COUNT(way.fd); i++)
-		if (i != winner && way.fd[i].fd >= 0)
-			close(way.fd[i].fd);
+	way.fd[winner].fd = -1;
+	close_way();
 	clean_up_to(mark);
 	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
@@ -6006,9 +6016,7 @@ connect_early(const struct url *u)
 	if (setjmp(here) == 0)
 		conn_open(u);
 	else {
-		for (size_t i = 0; i < COUNT(way.fd); i++)
-			if (way.fd[i].fd > 2)
-				close(way.fd[i].fd);
+		close_way();
 		if (conn.fd >= 0)
 			close(conn.fd);
 		conn.fd = -1;
@@ -11725,12 +11733,8 @@ take_csr_names(const char *file)
 static void
 check_new_order(char **arg)
 {
-	if (opt['r'] && *arg)
-		usage("-r CSR and names cannot be combined");
 	if (opt['r'])
 		take_csr_names(opt['r']);
-	else if (!*arg)
-		usage("too few arguments");
 	take_names(arg);
 	time_option('b');
 	time_option('u');
@@ -11739,7 +11743,7 @@ check_new_order(char **arg)
 }
 
 /*
- * new-order [-r CSR] [-p PROFILE] [-R CERT] [-b TIME] [-u TIME] [NAME...]
+ * new-order [-r CSR] [-p PROFILE] [-R CERT] [-b TIME] [-u TIME] NAME...
  * (RFC 8555 7.4, RFC 9773 5)
  */
 static void
@@ -12319,6 +12323,7 @@ enum { ANY = SHRT_MAX };		/* as many arguments as there are */
 static const struct command {
 	char name[17], gist[44];
 	char group, min;
+	char or;			/* an option in place of arguments */
 	short max, needs;		/* arguments: min to max */
 	unsigned char noptions;
 	const char *args;		/* after the options; NULL: none */
@@ -12384,12 +12389,12 @@ static const struct command {
 	.gist = "create an authorization without an order",
 	.check = take_names, .run = do_new_authz },
 { .name = "new-order", .group = ISSUE, .needs = RECORD_OUT | SIGNED,
-	.args = "[NAME...]", .max = ANY,
+	.args = "NAME...", .min = 1, .max = ANY, .or = 'r',
 	.gist = "order a certificate",
 	.check = check_new_order, .run = do_new_order,
 	OPTIONS(
 	{ .letter = 'r', .arg = "CSR",
-	    .gist = "order the names of this certificate request" },
+	    .gist = "a certificate request, in place of names" },
 	{ .letter = 'p', .arg = "PROFILE",
 	    .gist = "profile, as directory prints it (the CA's choice)" },
 	{ .letter = 'R', .arg = "CERT",
@@ -12843,15 +12848,16 @@ check_all_given(const struct option *o, size_t count)
 static void
 check_usage(const struct command *c, char **arg)
 {
+	bool none = c->or && opt[(int)c->or];
 	int n = 0;
 
 	check_all_given(c->options, c->noptions);
 	check_all_given(shared, COUNT(shared));
 	while (arg[n])
 		n++;
-	if (n < c->min)
+	if (n < c->min && !none)
 		usage("too few arguments");
-	if (n > c->max)
+	if (n > (none ? 0 : c->max))
 		usage("too many arguments");
 }
 

@@ -6358,7 +6358,7 @@ dies 65 'mail.csr asks for .* neither a DNS name nor an IP address: ops@a.ex' \
     'step new-order -a account -r mail.csr'
 request none '/CN=a name' ''
 dies 65 'none.csr has no names' 'step new-order -a account -r none.csr'
-dies 64 '-r CSR and names cannot be combined' \
+dies 64 'too many arguments' \
     'step new-order -a account -r names.csr a.example'
 dies 66 'nowhere' 'step new-order -a account -r nowhere'
 dies 65 'leaf.key is not a certificate request' \
