@@ -1339,16 +1339,23 @@ json_number(struct scan *j)
 static bool
 json_string(struct scan *j)
 {
-	for (j->p++; j->p < j->end && *j->p >= 0x20; ) {
-		if (eat_one(j, "\""))
-			return true;
-		if (!eat_one(j, "\\")) {
-			size_t n = utf8((Str){ j->p, (size_t)(j->end - j->p) });
+	size_t n;
 
+	for (j->p++; j->p < j->end && *j->p >= 0x20; ) {
+		if (*j->p == '"') {
+			j->p++;
+			return true;
+		}
+		if (*j->p != '\\') {
+			n = *j->p < 0x80 ? 1 : utf8((Str){ j->p,
+			    (size_t)(j->end - j->p) });
 			if (n == 0)
 				return false;
 			j->p += n;
-		} else if (eat_one(j, "u")) {
+			continue;
+		}
+		j->p++;
+		if (eat_one(j, "u")) {
 			for (int i = 0; i < 4; i++)
 				if (!eat_one(j, DIGIT "abcdefABCDEF"))
 					return false;
