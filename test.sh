@@ -6356,8 +6356,8 @@ want='*.a.example 192.0.2.7 b.example ' asks der
 request mail / 'DNS:a.example,email:ops@a.example'
 dies 65 'mail.csr asks for .* neither a DNS name nor an IP address: ops@a.ex' \
     'step new-order -a account -r mail.csr'
-request none '/CN=a name' ''
-dies 65 'none.csr has no names' 'step new-order -a account -r none.csr'
+request unnamed '/CN=a name' ''
+dies 65 'unnamed.csr has no names' 'step new-order -a account -r unnamed.csr'
 dies 64 'too many arguments' \
     'step new-order -a account -r names.csr a.example'
 dies 66 'nowhere' 'step new-order -a account -r nowhere'
