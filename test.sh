@@ -152,6 +152,7 @@ needs() {
 	diff				diffutils
 	ctags				universal-ctags
 	dig				bind9-dnsutils
+	idn2				idn2
 	mount				mount
 	openssl				openssl
 	setpriv				util-linux
@@ -2197,6 +2198,9 @@ wrong() { dies 64 "'$1' is neither .*address$2" \
 wrong http://a.example "; give the host's name alone"
 wrong a.example,b.example '; separate names with spaces'
 wrong "$(printf 'b\303\274cher.example')" '; .*xn--.*idn2'
+check 'the form that idn2 prints is a name' '
+    name=$(LC_ALL=C.UTF-8 idn2 "$(printf "b\303\274cher.example")") &&
+    names DNS:xn--bcher-kva.example "$name"'
 wrong a-.example ' ('
 wrong a.example- ' ('
 wrong 192.0.2.256 ' ('
