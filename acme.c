@@ -613,7 +613,7 @@ line_message(const char *template, va_list *ap)
 #define die(status, ...) \
     (ALL_STR(__VA_ARGS__, NONE), fail(status, __VA_ARGS__))
 
-static jmp_buf *retreat;	/* where a failure without effect returns to */
+static sigjmp_buf *retreat;	/* where a failure without effect returns to */
 
 /* The next step is told first: it reads, but standard error can be stuck. */
 static void
@@ -622,7 +622,7 @@ fail(int status, const char *template, ...)
 	va_list ap;
 
 	if (retreat)
-		longjmp(*retreat, 1);
+		siglongjmp(*retreat, 1);
 	finish(status);
 	if (begin_failed_line(status, step)) {
 		va_start(ap, template);
@@ -6016,11 +6016,11 @@ static void
 connect_early(const struct url *u)
 {
 	const size_t mark = ncleanup;
-	jmp_buf here;
+	sigjmp_buf here;	/* with the signals, which may be blocked */
 
 	deadline = now_ms() + EARLY * 1000;
 	retreat = &here;
-	if (setjmp(here) == 0)
+	if (sigsetjmp(here, 1) == 0)
 		conn_open(u);
 	else {
 		close_way();

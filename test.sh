@@ -7416,6 +7416,19 @@ check 'SIGTERM ends a step that connects early' '
 	"$acme" order -C root.pem -k account.key <&3 2>err & pid=$!
 	await test -d first.there; kill "$pid"; wait "$pid"; echo $? >ended; }
     cat err ended; is 143 "cat ended" && grep "ended by signal 15" err'
+if [ "$(id -u)" = 0 ]; then
+	cp "$acme" lone.bin && chmod 755 . lone.bin
+	cp account.key lone.key && chmod 644 lone.key
+	check 'SIGTERM ends it where no process can look the name up' '
+	    sed "s/localhost:/name.test:/" record >record.there
+	    silent 5 end | { exec 3<&0
+		setpriv --reuid=65531 --regid=65531 --clear-groups bash -c "
+		    ulimit -u 1; exec ./lone.bin order -C root.pem -k lone.key
+		    " <&3 2>err & pid=$!
+		sleep 1; kill "$pid"; wait "$pid"; echo $? >ended; }
+	    cat err; is 143 "cat ended"'
+	rm -f lone.bin lone.key
+fi
 
 fresh
 answer POST_newOrder "$created" "$(order pending)" "Location: $ca/order"
