@@ -3218,8 +3218,9 @@ ip_text(Str b)
 	return s;
 }
 
-/* The parts of a URL (RFC 3986 3); only https, as RFC 8555 6.1 requires. */
+/* The parts of a URL (RFC 3986 3). */
 struct url {
+	Str authority;			/* host:port as written */
 	Str host, port, path;		/* the path with its query */
 	Str origin;			/* https://host:port as written */
 };
@@ -3260,11 +3261,14 @@ host_port(Str s, Str *host, Str *port)
 	    port->n <= PORT && number(*port, MAX_PORT, &n) && n > 0;
 }
 
-/* Read a URL; false unless it is https and has no forbidden character. */
+/*
+ * Read a URL; false unless it begins with the scheme, such as "https://",
+ * and has no forbidden character. Without a port it has the one given.
+ */
 static bool
-url_read(Str s, struct url *u)
+url_of(Str s, Str scheme, Str port, struct url *u)
 {
-	Str scheme = S("https://"), rest, authority;
+	Str rest;
 	size_t n = 0;
 
 	for (size_t i = 0; i < s.n; i++)
@@ -3277,11 +3281,18 @@ url_read(Str s, struct url *u)
 	rest = from(s, scheme.n);
 	while (n < rest.n && rest.p[n] != '/' && rest.p[n] != '?')
 		n++;
-	authority = (Str){ rest.p, n };
+	u->authority = (Str){ rest.p, n };
 	u->path = from(rest, n);
 	u->origin = (Str){ s.p, scheme.n + n };
-	u->port = S("443");
-	return host_port(authority, &u->host, &u->port);
+	u->port = port;
+	return host_port(u->authority, &u->host, &u->port);
+}
+
+/* Read a URL of the CA; only https, as RFC 8555 6.1 requires. */
+static bool
+url_read(Str s, struct url *u)
+{
+	return url_of(s, S("https://"), S("443"), u);
 }
 
 /* Do two https URLs have the same origin (RFC 6454 4)? */
@@ -6361,7 +6372,7 @@ http_text(const struct request *q, const struct url *u, Str target)
 {
 	return text("% % HTTP/1.1\r\nHost: %\r\n"
 	    "User-Agent: acme-step/" VERSION "\r\n%\r\n%",
-	    str(q->method), target, from(u->origin, 8), q->body.n ?
+	    str(q->method), target, u->authority, q->body.n ?
 	    text("Content-Type: application/jose+json\r\n"
 	        "Content-Length: %\r\n", num(q->body.n)) : NONE, q->body);
 }
