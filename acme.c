@@ -131,6 +131,9 @@ enum {
 	LATE_IPV6 = 50,		/* ms by which AAAA may be late (RFC 8305 3) */
 	RESOLVED = 16,		/* addresses of -H and ACME_RESOLVE */
 	RESIDUE  = 16 << 10,	/* stack below a use of keys; BearSSL: 6 KB */
+	LOOKS    = 8,		/* processes that look (-c) at once */
+	LOOK     = 15,		/* seconds for each of them */
+	SETTLE   = 30,		/* seconds for -c without -s */
 	MAX_WAIT = 86400 * 30	/* seconds for -T and -s */
 };
 
@@ -614,6 +617,20 @@ line_message(const char *template, va_list *ap)
     (ALL_STR(__VA_ARGS__, NONE), fail(status, __VA_ARGS__))
 
 static sigjmp_buf *retreat;	/* where a failure without effect returns to */
+static Str looking_for;		/* in a process that looks (-c): the name, ... */
+static Str looking_at;		/* ... and the place where it looks */
+
+/* Begin a line of the report of a look (section 43). */
+static void
+begin_report(const char *kind)
+{
+	line_begin(1);
+	line_add(str(kind));
+	line_add(looking_for);
+	line_add(S(": "));
+	line_add(looking_at);
+	line_add(S(": "));
+}
 
 /* The next step is told first: it reads, but standard error can be stuck. */
 static void
@@ -621,6 +638,12 @@ fail(int status, const char *template, ...)
 {
 	va_list ap;
 
+	if (retreat && looking_for.n) {
+		begin_report("-");
+		va_start(ap, template);
+		line_message(template, &ap);
+		va_end(ap);
+	}
 	if (retreat)
 		siglongjmp(*retreat, 1);
 	finish(status);
@@ -993,6 +1016,20 @@ variable(const char *name)
 	while (s.n && s.p[s.n - 1] <= ' ')
 		s.n--;
 	return s;
+}
+
+/* Take the first word off a text, and the white space before it. */
+static Str
+take_word(Str *s)
+{
+	size_t n = 0;
+
+	while (s->n && s->p[0] <= ' ')
+		*s = from(*s, 1);
+	while (n < s->n && s->p[n] > ' ')
+		n++;
+	*s = from(*s, n);
+	return (Str){ s->p - n, n };
 }
 
 /* Does s have only characters of a set, and at least one? */
@@ -3798,7 +3835,7 @@ curve_of(Str algorithm)
  * the certificate; false if it is of a type that BearSSL does not support.
  */
 static bool
-anchor_key(Str spki, br_x509_pkey *key)
+key_in(Str spki, br_x509_pkey *key)
 {
 	Str s, algorithm, public, skip, n, e;
 	int tag, curve;
@@ -3831,7 +3868,7 @@ decode_anchor(const struct cert *c)
 {
 	br_x509_pkey key;
 
-	if (!anchor_key(c->public_key, &key) || has_twice(c))
+	if (!key_in(c->public_key, &key) || has_twice(c))
 		return false;
 	add_anchor(c, c->issues ? BR_X509_TA_CA : 0, &key);
 	return true;
@@ -4136,6 +4173,8 @@ static struct {
 	size_t n;
 	size_t lost;			/* certificates over a limit */
 	Str fault;			/* by our own rules, or NONE */
+	bool any;			/* nothing is checked: only to look (-c) */
+	br_x509_pkey key;		/* then: the server's, unchecked */
 } chain;
 
 static void
@@ -4346,6 +4385,16 @@ path_fault(size_t n)
 	return fault;
 }
 
+/* Use the server's certificate unchecked; 0, or BearSSL's error. */
+static unsigned
+chain_take(void)
+{
+	if (chain.n == 0 || !cert_read(chain.der[0], &chain.cert[0]))
+		return BR_ERR_X509_UNEXPECTED;
+	return key_in(chain.cert[0].public_key, &chain.key) ? 0 :
+	    BR_ERR_X509_UNSUPPORTED;
+}
+
 /* 0 if the chain is trusted, else BearSSL's error: see chain_fault(). */
 static unsigned
 chain_end(const br_x509_class **self)
@@ -4356,6 +4405,8 @@ chain_end(const br_x509_class **self)
 	(void)self;
 	if (chain.lost)
 		return BR_ERR_X509_LIMIT_EXCEEDED;
+	if (chain.any)
+		return chain_take();
 	for (size_t i = 0; i < chain.n; i++)
 		if (!cert_read(chain.der[i], &chain.cert[i])) {
 			chain.fault = S("a certificate in its chain is "
@@ -4379,7 +4430,11 @@ chain_key(const br_x509_class *const *self, unsigned *usages)
 	const br_x509_class *const *v = &chain.inner.vtable;
 
 	(void)self;
-	return (*v)->get_pkey(v, usages);
+	if (!chain.any)
+		return (*v)->get_pkey(v, usages);
+	if (usages)
+		*usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
+	return &chain.key;
 }
 
 static const br_x509_class chain_vtable = {
@@ -4486,8 +4541,9 @@ chain_fault(int err)
 
 /*
  * The only section that uses BearSSL's TLS.  For a connection to a CA it has
- * five calls: tls_open(), tls_write(), tls_read(), tls_end() and tls_close().
- * For a peer that validates tls-alpn-01 it has two: tls_accept() and
+ * five calls: tls_open(), tls_write(), tls_read(), tls_end() and tls_close();
+ * for a server at which respond -c looks, tls_open_any() and
+ * tls_has_protocol(); for a peer that validates tls-alpn-01, tls_accept() and
  * tls_serve().
  */
 static struct {
@@ -4497,6 +4553,8 @@ static struct {
 	int error;		/* BearSSL's, once TLS has ended */
 	size_t returned;	/* bytes, by the last tls_read() */
 } tls;
+
+#define ACME_TLS "acme-tls/1"	/* the protocol of RFC 8737 6.2 */
 
 /*
  * Prepare an engine for TLS 1.2 with the suites of RFC 9325 4.2 and RFC 7905
@@ -4594,21 +4652,49 @@ tls_run(unsigned states)
 }
 
 /*
- * Negotiate TLS over a connection to a host, a name or an address, and
- * validate its certificate. False: tls_end() has the reason.
+ * Negotiate TLS over a connection to a host, a name or an address, whose
+ * certificate can be `any` or must be valid, with a protocol (RFC 7301) or
+ * NULL. False: tls_end() has the reason.
  */
 static bool
-tls_open(int fd, const char *host)
+tls_negotiate(int fd, const char *host, bool any, const char *protocol)
 {
+	static const char *offer[1];
+
 	tls.fd = fd;
 	tls.returned = 0;
+	chain.any = any;
 	chain.ip = ip_bytes(str(host));
 	chain.vtable = &chain_vtable;
 	br_ssl_client_zero(&tls.client);
 	tls_engine(&tls.client.eng, tls.buffer, sizeof tls.buffer, 1);
 	br_ssl_engine_set_x509(&tls.client.eng, &chain.vtable);
+	offer[0] = protocol;
+	br_ssl_engine_set_protocol_names(&tls.client.eng, offer,
+	    protocol != NULL);
 	br_ssl_client_reset(&tls.client, chain.ip.n ? NULL : host, 0);
 	return tls_run(BR_SSL_SENDAPP);
+}
+
+/* The same with a CA: its certificate is validated. */
+static bool
+tls_open(int fd, const char *host)
+{
+	return tls_negotiate(fd, host, false, NULL);
+}
+
+/* The same with a server to which nothing is entrusted. */
+static bool
+tls_open_any(int fd, const char *host, const char *protocol)
+{
+	return tls_negotiate(fd, host, true, protocol);
+}
+
+/* Did the server agree to the protocol that it was offered? */
+static bool
+tls_has_protocol(void)
+{
+	return br_ssl_engine_get_selected_protocol(&tls.client.eng) != NULL;
 }
 
 /* Send all of s; false if TLS ends before that. */
@@ -4657,7 +4743,8 @@ enum tls_end {
 enum {			/* BearSSL's errors for alerts that the peer sent */
 	ALERT_HANDSHAKE_FAILURE = BR_ERR_RECV_FATAL_ALERT + 40,
 	ALERT_PROTOCOL_VERSION  = BR_ERR_RECV_FATAL_ALERT + 70,
-	ALERT_UNRECOGNIZED_NAME = BR_ERR_RECV_FATAL_ALERT + 112
+	ALERT_UNRECOGNIZED_NAME = BR_ERR_RECV_FATAL_ALERT + 112,
+	ALERT_NO_PROTOCOL       = BR_ERR_RECV_FATAL_ALERT + 120
 };
 
 /* How TLS ended, and the cause if it is one of the last two. */
@@ -4687,6 +4774,9 @@ tls_end(Str *cause)
 		break;
 	case ALERT_UNRECOGNIZED_NAME:
 		*cause = S("it does not serve that name");
+		break;
+	case ALERT_NO_PROTOCOL:
+		*cause = S("it does not know the protocol " ACME_TLS);
 		break;
 	default:
 		*cause = text("BearSSL error %", num((unsigned)tls.error));
@@ -4794,7 +4884,7 @@ static void
 tls_accept(struct tls_server *s, void *buffer, size_t size,
     const struct key *key, Str (*find)(Str sni))
 {
-	static const char *protocol[] = { "acme-tls/1" };
+	static const char *protocol[] = { ACME_TLS };
 	br_ssl_engine_context *e = &s->context.eng;
 
 	s->policy = &alpn_policy;
@@ -5028,9 +5118,9 @@ add_address(const struct address *a)
 		way.known[i].list[way.known[i].n++] = *a;
 }
 
-/* Add an address of 4 or 16 bytes. */
-static void
-add_ip(Str ip)
+/* The address of 4 or 16 bytes. */
+static struct address
+address_of(Str ip)
 {
 	struct address a = { .n = sizeof a.to.v4 };
 
@@ -5042,6 +5132,14 @@ add_ip(Str ip)
 		a.to.v6.sin6_family = AF_INET6;
 		memcpy(&a.to.v6.sin6_addr, ip.p, ip.n);
 	}
+	return a;
+}
+
+static void
+add_ip(Str ip)
+{
+	struct address a = address_of(ip);
+
 	add_address(&a);
 }
 
@@ -5096,6 +5194,10 @@ in_hosts(Str name)
 
 /* As in resolv.h, whose macros clash with names of ours and of elf.h. */
 int res_query(const char *, int, int, unsigned char *, int);
+int res_mkquery(int, const char *, int, int, const unsigned char *, int,
+    const unsigned char *, unsigned char *, int);
+int dn_expand(const unsigned char *, const unsigned char *,
+    const unsigned char *, char *, int);
 
 /*
  * Was the response of the name server truncated? The resolver of musl before
@@ -5325,6 +5427,7 @@ static struct {
 	const unsigned char *from;	/* what has been received: */
 	size_t at, have;
 	bool whole;			/* and that is all */
+	bool plain;			/* without TLS: only to look (-c) */
 	long long sent, used;		/* when requests were sent on it, and
 					 * when it last was of use; now_ms() */
 } conn;
@@ -5384,6 +5487,14 @@ free_attempt(void)
 	return 0;
 }
 
+/* Does an error mean that the machine has no way to a family's addresses? */
+static bool
+lacks_family(int error)
+{
+	return error == ENETUNREACH || error == EAFNOSUPPORT ||
+	    error == EADDRNOTAVAIL;
+}
+
 /*
  * Note why an attempt failed. That the machine cannot use a family is reported
  * only if no other error occurred.
@@ -5391,8 +5502,7 @@ free_attempt(void)
 static void
 note_error(int error)
 {
-	if (!way.error || (error != ENETUNREACH && error != EAFNOSUPPORT &&
-	    error != EADDRNOTAVAIL))
+	if (!way.error || !lacks_family(error))
 		way.error = error;
 }
 
@@ -5968,7 +6078,7 @@ is_cut_off(void)
 {
 	Str words;
 
-	return !conn.whole && tls_end(&words) != CLOSED;
+	return !conn.whole && !conn.plain && tls_end(&words) != CLOSED;
 }
 
 static void
@@ -6044,6 +6154,18 @@ connect_early(const struct url *u)
 	clean_up_to(mark);
 }
 
+/* The next bytes of a connection without TLS, as tls_read() has them. */
+static Str
+plain_read(void)
+{
+	static unsigned char b[2048];
+	ssize_t n = 0;
+
+	if (wait_early(conn.fd, time_left()))
+		n = read(conn.fd, b, sizeof b);
+	return (Str){ b, n > 0 ? (size_t)n : 0 };
+}
+
 /* Receive more; false at the end of the connection. */
 static bool
 conn_fill(void)
@@ -6052,11 +6174,11 @@ conn_fill(void)
 
 	if (conn.whole)
 		return false;
-	s = tls_read();
+	s = conn.plain ? plain_read() : tls_read();
 	conn.from = s.p;
 	conn.at = 0;
 	conn.have = s.n;
-	if (s.n == 0 && tls_end(&words) >= UNTRUSTED)
+	if (s.n == 0 && !conn.plain && tls_end(&words) >= UNTRUSTED)
 		conn_failed();
 	return s.n > 0;
 }
@@ -6896,6 +7018,7 @@ static const struct challenge_type {
 	bool has_token;		/* RFC 8555 8 */
 	bool stays;		/* what it publishes is not removed */
 	const struct responder *responder;	/* for -l */
+	void (*look)(const struct challenge *);	/* for -c */
 } challenge_types[5];
 
 /* NULL if the type is unknown. */
@@ -9352,11 +9475,12 @@ content_of(Str name)
 	return NONE;
 }
 
+#define WELL_KNOWN "/.well-known/acme-challenge/"
+
 /* Respond to one request (RFC 9112 3, RFC 8555 8.3), and then close. */
 static void
 http_serve(struct client *c)
 {
-	static const char well_known[] = "/.well-known/acme-challenge/";
 	bool more = client_read(c);
 	Str s = { c->b, c->n }, method, path, content = NONE;
 
@@ -9370,8 +9494,8 @@ http_serve(struct client *c)
 	method = cut(&s, ' ');
 	path = cut(&s, ' ');
 	if ((is(method, "GET") || is(method, "HEAD")) &&
-	    has_prefix(path, S(well_known)) && begins(s, "HTTP/1."))
-		content = content_of(from(path, sizeof well_known - 1));
+	    begins(path, WELL_KNOWN) && begins(s, "HTTP/1."))
+		content = content_of(from(path, sizeof WELL_KNOWN - 1));
 	client_send(c, text("HTTP/1.1 %\r\nContent-Type: "
 	    "application/octet-stream\r\nContent-Length: %\r\n"
 	    "Connection: close\r\n\r\n%", content.n ? S("200 OK") :
@@ -9684,6 +9808,800 @@ dns_serve(struct client *c)
 		client_close(c);
 }
 
+/* ----------------------------------------------------------- 43. Looks -- */
+
+/*
+ * With respond -c a process for each challenge (section 50) looks, as a CA
+ * would, whether its content is shown at all places where a CA can look: it
+ * visits one after another, and reports each in a line. What is there can be
+ * hostile: all that it can do is to make the look end without success.
+ */
+enum {
+	PLACES    = 64,		/* that one look visits */
+	PACKETS   = 500,	/* that one look sends by UDP */
+	REACH     = 3,		/* seconds to connect to an address */
+	REDIRECTS = 10,		/* that Boulder follows */
+	ALIASES   = 8		/* and delegations, from a name on */
+};
+
+/* Report what was seen at this place; a failure is reported by fail(). */
+static void
+report(const char *kind, Str what)
+{
+	begin_report(kind);
+	line_add(what);
+	line_end();
+}
+
+static void
+hang_up(void)
+{
+	if (conn.fd >= 0)
+		close(conn.fd);
+	conn.fd = -1;
+}
+
+/* Look at one place; false if that failed, which is reported then. */
+static bool
+visit(Str place, void (*look)(void *), void *arg)
+{
+	static size_t places;
+	volatile bool done = false;
+	sigjmp_buf here;
+
+	looking_at = place;
+	if (++places > PLACES) {
+		report("-", S("there are too many places to look at"));
+		leave(DONE);
+	}
+	retreat = &here;
+	if (sigsetjmp(here, 0) == 0) {
+		look(arg);
+		done = true;
+	}
+	retreat = NULL;
+	hang_up();
+	preamble = remedy = NONE;
+	return done;
+}
+
+/* Wait until a descriptor can be used, by `end` at the latest. */
+static bool
+ready(int fd, short events, long long end)
+{
+	struct pollfd p = { fd, events, 0 };
+	long long ms = (end < deadline ? end : deadline) - now_ms();
+
+	return wait_for(&p, ms > 0 ? (int)ms : 0) > 0;
+}
+
+/*
+ * An address cannot be reached. If this machine has no way to its family, it
+ * was not looked at, which is no failure.
+ */
+static void
+not_reached(int error, int port)
+{
+	if (lacks_family(error)) {
+		report("~", text("cannot be reached from here: %",
+		    str(strerror(error))));
+		siglongjmp(*retreat, 1);
+	}
+	die(CA_DOWN, "cannot connect to port %: %", num((unsigned)port),
+	    str(strerror(error)));
+}
+
+/* Connect to an address by TCP. */
+static void
+reach(struct address *a, int port)
+{
+	int error = 0;
+	socklen_t n = sizeof error;
+
+	hang_up();
+	conn.fd = start_connecting(a, htons((in_port_t)port));
+	if (conn.fd < 0)
+		error = errno;
+	else if (!ready(conn.fd, POLLOUT, now_ms() + REACH * 1000))
+		error = ETIMEDOUT;
+	else if (getsockopt(conn.fd, SOL_SOCKET, SO_ERROR, &error, &n) != 0)
+		error = errno;
+	if (error)
+		not_reached(error, port);
+	fcntl(conn.fd, F_SETFL, fcntl(conn.fd, F_GETFL) & ~O_NONBLOCK);
+}
+
+static Str
+address_text(const struct address *a)
+{
+	return ip_text(a->to.any.sa_family == AF_INET ?
+	    (Str){ (const unsigned char *)&a->to.v4.sin_addr, 4 } :
+	    (Str){ (const unsigned char *)&a->to.v6.sin6_addr, 16 });
+}
+
+/* A host and all its addresses. */
+struct host {
+	Str name, port;
+	struct address at[2 * ADDRESSES];
+	size_t n;
+};
+
+/* Find them in this process, which cannot start others: with -H's first. */
+static void
+look_up_host(void *arg)
+{
+	struct host *h = arg;
+	Str ip = ip_bytes(h->name);
+	struct addrinfo hint = { .ai_socktype = SOCK_STREAM }, *list = NULL;
+	struct address *a, found;
+	int error = 0;
+
+	begin_way();
+	if (add_resolved_addresses(h->name, h->port))
+		;
+	else if (ip.n)
+		add_ip(ip);
+	else
+		error = getaddrinfo(c_str(in_hosts(h->name) ? h->name :
+		    text("%.", h->name)), NULL, &hint, &list);
+	if (error)
+		die(CA_DOWN, "%", str(gai_strerror(error)));
+	for (; list; list = list->ai_next) {
+		found.n = list->ai_addrlen;
+		memcpy(&found.to, list->ai_addr, list->ai_addrlen);
+		add_address(&found);
+	}
+	for (h->n = 0; h->n < COUNT(h->at) && (a = next_address()); h->n++)
+		h->at[h->n] = *a;
+}
+
+static bool
+find_host(struct host *h)
+{
+	return visit(text("address of %", h->name), look_up_host, h);
+}
+
+/* -------------------------------------------------------- 44. HTTP look -- */
+
+/* A URL that is looked at, at one address of its host. */
+struct page {
+	const struct challenge *challenge;
+	Str url, next;		/* where it redirects to, or NONE */
+	struct url part;
+	bool secure;		/* it is https */
+	struct address at;
+};
+
+/* Begin with a URL; false if it is malformed, or neither http nor https. */
+static bool
+page_of(Str url, struct page *p)
+{
+	p->url = url;
+	p->secure = url_read(url, &p->part);
+	return p->secure || url_of(url, S("http://"), S("80"), &p->part);
+}
+
+/* The URL of a reference in a page (RFC 3986 5.2), except for dot segments. */
+static Str
+reference(const struct page *p, Str ref)
+{
+	Str path = p->part.path, base = cut(&path, '?');
+
+	ref = cut(&ref, '#');
+	if (begins(ref, "//"))
+		return text("%:%", p->secure ? S("https") : S("http"), ref);
+	if (begins(ref, "/"))
+		return cat(NONE, p->part.origin, ref);
+	if (contains(ref, S("://")))
+		return ref;
+	while (base.n && base.p[base.n - 1] != '/')
+		base.n--;
+	return cat(NONE, p->part.origin, base.n ? base : S("/"), ref);
+}
+
+static bool
+is_redirect(int status)
+{
+	return (status >= 301 && status <= 303) || status == 307 ||
+	    status == 308;
+}
+
+/* A CA follows redirects to the ports of http and https alone. */
+static void
+redirect(struct page *p, Str to)
+{
+	struct page next;
+	Str url = reference(p, to);
+
+	if (!page_of(url, &next))
+		die(LATER, "redirects to an invalid URL: %", brief(to));
+	if (!is(next.part.port, "80") && !is(next.part.port, "443"))
+		die(LATER, "redirects to port %, where CAs do not look",
+		    next.part.port);
+	p->next = url;
+}
+
+/* Is this the content of a challenge? White space may follow it (8.3). */
+static bool
+is_content(Str body, Str content)
+{
+	while (body.n && strchr(" \t\r\n", body.p[body.n - 1]))
+		body.n--;
+	return same(body, content);
+}
+
+/* Request the page; what it shows is the content, or a redirect. */
+static void
+look_at_page(void *arg)
+{
+	struct page *p = arg;
+	struct request q = { .method = "GET", .url = p->url };
+	struct response r;
+	Str ask = http_text(&q, &p->part, url_target(&p->part));
+	unsigned long port;
+
+	number(p->part.port, MAX_PORT, &port);
+	reach(&p->at, (int)port);
+	conn.plain = !p->secure;
+	conn.at = conn.have = 0;
+	memcpy(conn.host, c_str(p->part.host), p->part.host.n + 1);
+	if (p->secure && !tls_open_any(conn.fd, conn.host, NULL))
+		conn_failed();
+	if (p->secure ? !tls_write(ask) : !write_all(conn.fd, ask))
+		die(CA_DOWN, "closed the connection");
+	if (!http_receive(&q, &r))
+		die(CA_DOWN, "no response");
+	if (is_redirect(r.status) && r.location.n)
+		redirect(p, r.location);
+	else if (r.status != 200)
+		die(LATER, "status %", num((unsigned)r.status));
+	else if (!is_content(r.body, p->challenge->content))
+		die(LATER, "other content: %", brief(r.body));
+}
+
+/* Look at a URL, at all addresses of its host. */
+static void
+look_at_url(const struct challenge *c, Str url, int redirects)
+{
+	struct page p = { .challenge = c };
+	struct host h;
+	Str place;
+
+	if (!page_of(url, &p))
+		return;
+	h.name = p.part.host;
+	h.port = p.part.port;
+	if (!find_host(&h))
+		return;
+	for (size_t i = 0; i < h.n; i++) {
+		size_t mark = used;
+
+		p.at = h.at[i];
+		p.next = NONE;
+		place = address_text(&p.at);
+		if (redirects)
+			place = text("% (%)", place, brief(url));
+		if (visit(place, look_at_page, &p) && !p.next.n)
+			report("+", S("as published"));
+		else if (p.next.n && redirects == REDIRECTS)
+			report("-", S("too many redirects"));
+		else if (p.next.n)
+			look_at_url(c, keep(mark, p.next), redirects + 1);
+		used = mark;
+	}
+}
+
+/* http-01 (RFC 8555 8.3) */
+static void
+look_at_http(const struct challenge *c)
+{
+	look_at_url(c, text(ip_bytes(c->id.value).n == 16 ?
+	    "http://[%]" WELL_KNOWN "%" : "http://%" WELL_KNOWN "%",
+	    c->id.value, c->name), 0);
+}
+
+/* ---------------------------------------------------- 45. TLS-ALPN look -- */
+
+struct alpn_place {
+	const struct challenge *challenge;
+	struct address at;
+};
+
+/* Is the certificate that a server sent that of a challenge (RFC 8737 3)? */
+static void
+look_at_alpn(void *arg)
+{
+	struct alpn_place *p = arg;
+	const struct challenge *c = p->challenge;
+	const struct cert *sent = &chain.cert[0];
+	struct extension e;
+	struct identifier name;
+	Str list, digest = NONE;
+
+	reach(&p->at, 443);
+	memcpy(conn.host, c_str(c->name), c->name.n + 1);
+	if (!tls_open_any(conn.fd, conn.host, ACME_TLS))
+		conn_failed();
+	if (!tls_has_protocol())
+		die(LATER, "does not know the protocol " ACME_TLS);
+	list = sent->alt_names;
+	if (!cert_name(&list, &name) || list.n ||
+	    !same_identifier(&name, &c->id))
+		die(LATER, "its certificate is not for this name alone");
+	if (find_extension(sent, from(ACME_IDENTIFIER, 2), &e) && e.critical)
+		der_next(&e.value, OCTETS, &digest);
+	if (!same(hex(digest), lower(c->content)))
+		die(LATER, "its certificate has another acmeIdentifier, or "
+		    "none");
+}
+
+/* tls-alpn-01 */
+static void
+look_at_tls(const struct challenge *c)
+{
+	struct host h = { .name = c->id.value, .port = S("443") };
+	struct alpn_place p = { .challenge = c };
+
+	if (!find_host(&h))
+		return;
+	for (size_t i = 0; i < h.n; i++) {
+		p.at = h.at[i];
+		if (visit(address_text(&p.at), look_at_alpn, &p))
+			report("+", S("as published"));
+	}
+}
+
+/* --------------------------------------------------------- 46. DNS look -- */
+
+enum {
+	A = 1, NS = 2, CNAME = 5, AAAA = 28, DNS_PORT = 53,
+	NO_NAME = 3,		/* NXDOMAIN */
+	ASKED = 3,		/* times by UDP, each for ... */
+	ANSWER = 1000		/* ... so many ms */
+};
+
+/* Take a name, in lower case with dots, off a message at an offset. */
+static bool
+dns_name(Str m, size_t *at, Str *name)
+{
+	char b[HOSTNAME + 2];
+	int n = *at < m.n ? dn_expand(m.p, m.p + m.n, m.p + *at, b,
+	    sizeof b) : -1;
+
+	if (n < 0)
+		return false;
+	*at += (size_t)n;
+	*name = lower(str(b));
+	return true;
+}
+
+/* The records of a message, as they are read one after another. */
+struct reader {
+	Str m;
+	size_t at;
+	unsigned left[3];	/* of the sections of a message */
+};
+
+enum { ANSWERS, AUTHORITY, ADDITIONAL };	/* these (RFC 1035 4.1) */
+
+struct record {
+	int section;
+	Str owner, data;
+	size_t at;		/* of the data in the message */
+	unsigned type;
+};
+
+/* Begin to read the records of an answer, behind its question. */
+static struct reader
+dns_records(Str m)
+{
+	struct reader w = { .m = m, .at = DNS_HEAD };
+	Str name;
+
+	for (size_t i = 0; i < COUNT(w.left); i++)
+		w.left[i] = u16_at(m, 6 + 2 * i);
+	dns_name(m, &w.at, &name);
+	w.at += 4;
+	return w;
+}
+
+/* Read the next record; false at the end, or at one that is malformed. */
+static bool
+dns_next(struct reader *w, struct record *r)
+{
+	int i = 0;
+	size_t n;
+
+	while (i < (int)COUNT(w->left) && !w->left[i])
+		i++;
+	if (i == COUNT(w->left) || !dns_name(w->m, &w->at, &r->owner) ||
+	    w->m.n - w->at < 10)
+		return false;
+	w->left[i]--;
+	r->section = i;
+	r->type = u16_at(w->m, w->at + 2) == IN ? u16_at(w->m, w->at) : 0;
+	n = u16_at(w->m, w->at + 8);
+	r->at = w->at + 10;
+	if (n > w->m.n - r->at)
+		return false;
+	r->data = (Str){ w->m.p + r->at, n };
+	w->at = r->at + n;
+	return true;
+}
+
+struct query {
+	Str wire;
+	size_t end;		/* of its question */
+};
+
+/* A question; an extended one allows answers of DATAGRAM bytes, signed ones. */
+static struct query
+dns_query(Str name, unsigned type, bool extended)
+{
+	enum { SIZE = DNS_HEAD + HOSTNAME + 2 + 4 };
+	unsigned char *b = alloc(SIZE);
+	int n = res_mkquery(0, c_str(name), IN, (int)type, NULL, 0, NULL, b,
+	    SIZE);
+	struct query q;
+
+	if (n < 0)
+		die(LATER, "is not a name for DNS");
+	random_bytes(b, 2);
+	b[2] = b[3] = 0;	/* no recursion */
+	b[11] = extended;
+	q.wire = (Str){ b, (size_t)n };
+	q.end = q.wire.n;
+	if (extended)
+		q.wire = cat(NONE, q.wire, S("\0"), u16(OPT), u16(DATAGRAM),
+		    S("\0\0\200\0" "\0\0"));
+	return q;
+}
+
+/* Does a message answer a question? */
+static bool
+is_answer(Str m, const struct query *q)
+{
+	return m.n >= q->end && u16_at(m, 0) == u16_at(q->wire, 0) &&
+	    u16_at(m, 2) & IS_REPLY && u16_at(m, 4) == 1 &&
+	    same_nocase((Str){ m.p + DNS_HEAD, q->end - DNS_HEAD },
+	    (Str){ q->wire.p + DNS_HEAD, q->end - DNS_HEAD });
+}
+
+/* Ask a server by UDP; NONE, with errno, if it does not answer. */
+static Str
+ask_udp(struct address *a, const struct query *q)
+{
+	static size_t packets;
+	unsigned char *b = alloc(REQUEST);
+	ssize_t n;
+
+	hang_up();
+	set_port(a, htons(DNS_PORT));
+	conn.fd = socket(a->to.any.sa_family, SOCK_DGRAM, 0);
+	if (conn.fd < 0 || connect(conn.fd, &a->to.any, a->n) != 0)
+		return NONE;
+	for (int i = 0; i < ASKED; i++) {
+		long long end = now_ms() + ANSWER;
+
+		if (++packets > PACKETS)
+			die(LATER, "too many questions to name servers");
+		n = send(conn.fd, q->wire.p, q->wire.n, 0);
+		while (n >= 0 && ready(conn.fd, POLLIN, end)) {
+			n = recv(conn.fd, b, REQUEST, 0);
+			if (n > 0 && is_answer((Str){ b, (size_t)n }, q))
+				return (Str){ b, (size_t)n };
+		}
+		if (n < 0)
+			return NONE;
+	}
+	errno = ETIMEDOUT;
+	return NONE;
+}
+
+/* The next n bytes of a connection. */
+static Str
+receive(size_t n)
+{
+	unsigned char *p = alloc(n);
+	size_t got = 0;
+
+	while (got < n) {
+		ssize_t more = ready(conn.fd, POLLIN, NEVER) ?
+		    read(conn.fd, p + got, n - got) : 0;
+
+		if (more <= 0)
+			die(CA_DOWN, "its answer over TCP is incomplete");
+		got += (size_t)more;
+	}
+	return (Str){ p, n };
+}
+
+/* Ask a server by TCP (RFC 1035 4.2.2). */
+static Str
+ask_tcp(struct address *a, const struct query *q)
+{
+	Str m;
+
+	reach(a, DNS_PORT);
+	if (!write_all(conn.fd, cat(NONE, u16(q->wire.n), q->wire)))
+		die(CA_DOWN, "closed the connection");
+	m = receive(u16_at(receive(2), 0));
+	if (!is_answer(m, q))
+		die(CA_DOWN, "its answer over TCP is not that of the question");
+	return m;
+}
+
+static unsigned
+code_of(Str m)
+{
+	return u16_at(m, 2) & 15;
+}
+
+/* The name of an error (RFC 1035 4.1.1), or its number. */
+static Str
+error_text(unsigned code)
+{
+	static const char name[][9] = { "", "FORMERR", "SERVFAIL", "NXDOMAIN",
+	    "NOTIMP", "REFUSED" };
+
+	return code < COUNT(name) ? str(name[code]) : num(code);
+}
+
+/* Ask a server; NONE, with errno, if it does not answer. */
+static Str
+dns_ask(struct address *a, Str name, unsigned type)
+{
+	struct query q = dns_query(name, type, true);
+	Str m = ask_udp(a, &q);
+
+	if (m.n && (code_of(m) == FORMAT_ERROR ||
+	    code_of(m) == NOT_IMPLEMENTED)) {	/* it has no EDNS */
+		q = dns_query(name, type, false);
+		m = ask_udp(a, &q);
+	}
+	return m.n && u16_at(m, 2) & TRUNCATED ? ask_tcp(a, &q) : m;
+}
+
+/*
+ * What the resolver says about a name; NONE if it has no answer. res_query()
+ * returns no length if the name, or the type, does not exist.
+ */
+static Str
+dns_resolve(Str name, unsigned type)
+{
+	unsigned char *b = alloc(REQUEST);
+	Str m = { b, REQUEST };
+
+	memset(b, 0, REQUEST);
+	res_query(c_str(name), IN, (int)type, b, REQUEST);
+	return u16_at(m, 2) & IS_REPLY && (code_of(m) == 0 ||
+	    code_of(m) == NO_NAME) ? m : NONE;
+}
+
+/* A search for a TXT record: the zone's servers, and what they say. */
+static struct {
+	Str first, content;	/* of the record */
+	Str name;		/* the same, or what it is an alias of */
+	Str zone;		/* whose servers are asked */
+	struct server {
+		Str name;
+		struct address at;
+	} server[PLACES];
+	size_t n;
+	Str alias;		/* what the name is an alias of, or NONE */
+	Str child;		/* a zone below it that they delegate, or NONE */
+	Str referral;		/* the message that does */
+} search;
+
+/* Add the address of a server, if a record has one. */
+static void
+add_server(Str name, const struct record *r)
+{
+	if (search.n < PLACES && ((r->type == A && r->data.n == 4) ||
+	    (r->type == AAAA && r->data.n == 16)))
+		search.server[search.n++] = (struct server){ name,
+		    address_of(r->data) };
+}
+
+/* Find the addresses of a server. */
+static void
+find_server(Str name)
+{
+	static const unsigned types[] = { A, AAAA };
+	size_t before = search.n;
+	struct record r;
+
+	for (size_t i = 0; i < COUNT(types); i++) {
+		size_t mark = used;
+		Str m = dns_resolve(name, types[i]);
+		struct reader w = { .m = NONE };
+
+		if (m.n)
+			w = dns_records(m);
+		while (dns_next(&w, &r))
+			if (r.section == ANSWERS)
+				add_server(name, &r);
+		used = mark;
+	}
+	if (search.n == before)
+		report("-", text("cannot find the address of its name "
+		    "server %", name));
+}
+
+/* Use the servers of a zone that are in a section of a message, if any. */
+static bool
+use_servers(Str m, int section, Str zone)
+{
+	struct reader w = dns_records(m), glue;
+	struct record r, g;
+	size_t n = 0, before;
+	Str name;
+
+	search.n = 0;
+	while (search.n < PLACES && dns_next(&w, &r)) {
+		if (r.section != section || r.type != NS ||
+		    !same(r.owner, zone) || !dns_name(m, &r.at, &name))
+			continue;
+		n++;
+		before = search.n;
+		for (glue = w; section != ANSWERS && dns_next(&glue, &g); )
+			if (same(g.owner, name))
+				add_server(name, &g);
+		if (search.n == before)
+			find_server(name);
+	}
+	return n > 0;
+}
+
+/* Find the zone of the name and its servers, through the resolver. */
+static void
+find_zone(void *arg)
+{
+	Str m;
+
+	(void)arg;
+	search.zone = search.name;
+	for (; search.zone.n; cut(&search.zone, '.')) {
+		m = dns_resolve(search.zone, NS);
+		if (m.n && use_servers(m, ANSWERS, search.zone))
+			return;
+	}
+	die(CA_DOWN, "cannot find its name servers");
+}
+
+/* Use the servers to which the zone's own ones refer. */
+static void
+follow_referral(void *arg)
+{
+	(void)arg;
+	search.zone = search.child;
+	use_servers(search.referral, AUTHORITY, search.zone);
+}
+
+/* Is this TXT record, in strings (RFC 1035 3.3.14), a content? */
+static bool
+is_txt(Str data, Str content)
+{
+	while (data.n) {
+		size_t n = data.p[0];
+
+		if (n >= data.n || !has_prefix(content, (Str){ data.p + 1, n }))
+			return false;
+		data = from(data, 1 + n);
+		content = from(content, n);
+	}
+	return content.n == 0;
+}
+
+/* Is a name the same as a domain, or below it? */
+static bool
+is_within(Str name, Str domain)
+{
+	size_t above = name.n - domain.n;
+
+	return domain.n <= name.n && same(from(name, above), domain) &&
+	    (above == 0 || name.p[above - 1] == '.');
+}
+
+/* Remember what the name is an alias of: for all servers the same. */
+static void
+note_alias(Str alias)
+{
+	if (search.alias.n && !same(search.alias, alias))
+		die(LATER, "has it as an alias of %", alias);
+	search.alias = alias;
+}
+
+/*
+ * Ask one server for the record. It has it, or knows that it is elsewhere;
+ * anything else is a failure.
+ */
+static void
+look_at_server(void *arg)
+{
+	const struct server *from = arg;
+	struct address at = from->at;
+	Str m = dns_ask(&at, search.name, TXT), alias = NONE, child = NONE;
+	struct reader w;
+	struct record r;
+	size_t others = 0;
+
+	if (!m.n && errno == ETIMEDOUT)
+		die(CA_DOWN, "does not answer");
+	if (!m.n)
+		not_reached(errno, DNS_PORT);
+	for (w = dns_records(m); dns_next(&w, &r); ) {
+		bool ours = r.section == ANSWERS && same(r.owner, search.name);
+
+		if (ours && r.type == CNAME)
+			dns_name(m, &r.at, &alias);
+		if (ours && r.type == TXT && is_txt(r.data, search.content)) {
+			report("+", S("as published"));
+			return;
+		}
+		others += ours && r.type == TXT;
+		if (r.section == AUTHORITY && r.type == NS &&
+		    r.owner.n > search.zone.n &&
+		    is_within(search.name, r.owner))
+			child = r.owner;
+	}
+	if (alias.n)
+		note_alias(alias);
+	else if (code_of(m) != 0 && code_of(m) != NO_NAME)
+		die(LATER, "answers with error %", error_text(code_of(m)));
+	else if (u16_at(m, 2) & AUTHORITATIVE)
+		die(LATER, others ? "has other TXT records (%)" :
+		    "has no TXT record", num(others));
+	else if (child.n) {
+		search.child = child;
+		search.referral = m;
+	} else
+		die(LATER, "is not a name server of this zone");
+}
+
+static void
+look_at_servers(void)
+{
+	for (size_t i = 0; i < search.n; i++) {
+		struct server *from = &search.server[i];
+		size_t mark = used;
+		Str place;
+
+		place = text("% (%)", from->name, address_text(&from->at));
+		if (!same(search.name, search.first))
+			place = text("% at %", search.name, place);
+		visit(place, look_at_server, from);
+		if (!search.alias.n && !search.child.n)
+			used = mark;
+	}
+}
+
+/*
+ * dns-01 and its like: at all servers of the zone, following aliases and
+ * delegations.
+ */
+static void
+look_at_dns(const struct challenge *c)
+{
+	search.first = search.name = lower(c->name);
+	search.content = c->content;
+	if (!visit(search.name, find_zone, NULL))
+		return;
+	for (int i = 0; i <= ALIASES; i++) {
+		search.alias = search.child = NONE;
+		look_at_servers();
+		if (search.alias.n) {
+			search.name = search.alias;
+			if (!visit(search.name, find_zone, NULL))
+				return;
+		} else if (!search.child.n ||
+		    !visit(search.child, follow_referral, NULL))
+			return;
+	}
+	looking_at = search.name;
+	report("-", S("too many aliases and delegations"));
+}
+
 /* ---------------------------------------------------------- 43. Peers -- */
 
 /* How peers that validate challenges are served. */
@@ -9701,15 +10619,15 @@ static const struct responder dns_responder =
 
 static const struct challenge_type challenge_types[] = {
 	{ "http-01", token_of, key_authorization_of, FILE_TOKEN,
-	    true, false, &http_responder },		/* RFC 8555 8.3 */
+	    true, false, &http_responder, look_at_http },		/* RFC 8555 8.3 */
 	{ "dns-01", txt_name, txt_digest, TXT_RECORD,
-	    true, false, &dns_responder },		/* RFC 8555 8.4 */
+	    true, false, &dns_responder, look_at_dns },		/* RFC 8555 8.4 */
 	{ "tls-alpn-01", sni_name, alpn_digest, CERT_DIGEST,
-	    true, false, &alpn_responder },		/* RFC 8737 3 */
+	    true, false, &alpn_responder, look_at_tls },		/* RFC 8737 3 */
 	{ "dns-account-01", account_txt_name, txt_digest, TXT_RECORD,
-	    true, false, &dns_responder },
+	    true, false, &dns_responder, look_at_dns },
 	{ "dns-persist-01", persist_name, persist_value, TXT_RECORD,
-	    false, true, &dns_responder },
+	    false, true, &dns_responder, look_at_dns },
 };
 
 static const struct responder *responder;	/* the one of this step */
@@ -9885,7 +10803,7 @@ on_child(int sig)
 	errno = error;
 }
 
-/* Overwrite all that the step knows, except the challenges. */
+/* Overwrite all that the step knows, except the challenges and -H. */
 static void
 forget_step(void)
 {
@@ -9893,10 +10811,14 @@ forget_step(void)
 	const struct challenge *c;
 	Str all;
 
+	for (size_t i = 0; i < nresolved; i++)
+		list_add(&lines, "\n", resolved[i]);
 	for each(c, challenge)
 		list_add(&lines, "\n", challenge_text(c));
 	all = keep(0, list_text(&lines));
 	wipe(heap + used, peak - used);
+	for (size_t i = 0; i < nresolved; i++)
+		resolved[i] = cut(&all, '\n');
 	order.nchallenge = 0;
 	while (all.n)
 		set_value(keyword(S("challenge")), cut(&all, '\n'));
@@ -9931,6 +10853,24 @@ give_up_root(void)
 		warn("the responder cannot give up root: %", why());
 }
 
+static int last_descriptor;	/* none above it is open */
+
+/*
+ * Find that once. Those that the step opens later get the lowest free
+ * numbers: SPARE is more than it has open at any time.
+ */
+static void
+find_descriptors(void)
+{
+	enum { SPARE = 64 };
+	int fd = FILES;
+
+	while (!last_descriptor && fd > 2 && fcntl(fd, F_GETFD) < 0)
+		fd--;
+	if (!last_descriptor)
+		last_descriptor = fd + SPARE;
+}
+
 /*
  * Give up every right that serving peers does not need. Descriptors 0 to 2
  * become the pipe to the step, so that no peer gets such a number.
@@ -9950,7 +10890,7 @@ confine(int step_fd)
 	for (int fd = 0; fd < 3; fd++)
 		if (dup2(step_fd, fd) != fd)
 			leave(FAULT);
-	for (int fd = 3; fd < FILES; fd++) {
+	for (int fd = 3; fd <= last_descriptor; fd++) {
 		size_t i = 0;
 
 		while (i < LISTENERS && listeners[i].fd != fd)
@@ -9989,6 +10929,7 @@ start_responder(const char *where)
 	pid_t pid;
 
 	(void)where;
+	find_descriptors();
 	block_signals(&old);
 	sigfillset(&act.sa_mask);
 	sigaction(SIGCHLD, &act, NULL);
@@ -10005,9 +10946,226 @@ start_responder(const char *where)
 	sigprocmask(SIG_SETMASK, &old, NULL);
 	close(fds[0]);
 	fcntl(fds[1], F_SETFD, FD_CLOEXEC);
-	for (size_t i = 0; i < LISTENERS; i++)
+	for (size_t i = 0; i < LISTENERS; i++) {
 		if (listeners[i].fd >= 0)
 			close(listeners[i].fd);
+		listeners[i].fd = -1;
+	}
+}
+
+/* --------------------------------------------------- 49. Look processes -- */
+
+enum { REPORT = 8192 };		/* bytes of one; a line has about 80 */
+
+/* The processes that look, each at a challenge, as the step sees them. */
+static struct look {
+	volatile pid_t pid;	/* 0: this place is free */
+	int fd;			/* of its report, ... */
+	size_t n;		/* ... of which there is so much */
+	size_t challenge;	/* its number in the order */
+	unsigned char b[REPORT];
+} looks[LOOKS];
+
+static bool visible[NAMES];	/* the challenges that are seen everywhere */
+static struct list not_seen;	/* what is reported of the others */
+
+/*
+ * The process: as the responder it forgets what it does not need, and gives
+ * up its rights. It ends by itself, at `end` at the latest. What it reads from
+ * others goes no further than its report.
+ */
+static void
+run_look(size_t i, long long end, int fd)
+{
+	long long most = now_ms() + LOOK * 1000;
+	sigset_t alarmed;
+
+	ncleanup = 0;
+	on_record_pipe = verbose = false;
+	answering.pid = 0;
+	forget_step();
+	looking_for = order.challenge[i].id.value;
+	confine(fd);
+	conn.fd = -1;
+	family = AF_UNSPEC;	/* -4 and -6 are for the CA alone */
+	deadline = end < most ? end : most;
+	signal(SIGALRM, SIG_DFL);
+	alarm(1 + (unsigned)(time_left() / 1000));
+	sigemptyset(&alarmed);
+	sigaddset(&alarmed, SIGALRM);
+	sigprocmask(SIG_UNBLOCK, &alarmed, NULL);
+	find_challenge_type(order.challenge[i].type)->look(
+	    &order.challenge[i]);
+	write_all(1, S(".\n"));
+	leave(DONE);
+}
+
+static void
+start_look(struct look *l, size_t i, long long end)
+{
+	sigset_t old;
+	int fds[2];
+	pid_t pid;
+
+	block_signals(&old);
+	if (pipe(fds) != 0 || (pid = fork()) < 0)
+		die(FAULT, "cannot start a process: %", why());
+	if (pid == 0)
+		run_look(i, end, fds[1]);
+	l->fd = fds[0];
+	l->n = 0;
+	l->challenge = i;
+	l->pid = pid;
+	sigprocmask(SIG_SETMASK, &old, NULL);
+	close(fds[1]);
+	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
+}
+
+static void
+stop_look(struct look *l)
+{
+	if (!l->pid)
+		return;
+	close(l->fd);
+	kill(l->pid, SIGKILL);
+	waitpid(l->pid, NULL, 0);
+	l->pid = 0;
+}
+
+static void
+stop_looks(const struct cleanup *d)
+{
+	(void)d;
+	for (size_t i = 0; i < LOOKS; i++)
+		stop_look(&looks[i]);
+}
+
+/*
+ * A look has ended. Its challenge is seen if it is wherever the look came to,
+ * at one place at least, and the report is complete.
+ */
+static void
+end_look(struct look *l)
+{
+	Str all = { l->b, l->n }, entry = NONE;
+	Str name = order.challenge[l->challenge].id.value;
+	size_t good = 0, bad = 0;
+
+	stop_look(l);
+	while (all.n) {
+		entry = cut(&all, '\n');
+		good += begins(entry, "+");
+		if (begins(entry, "-")) {
+			bad++;
+			list_add(&not_seen, "; ", from(entry, 1));
+		}
+		if (verbose && !is(entry, "."))
+			warn("%", from(entry, 1));
+	}
+	if (!is(entry, "."))
+		list_add(&not_seen, "; ", text("%: no result in time", name));
+	else if (!good && !bad)
+		list_add(&not_seen, "; ", text("%: nothing of it can be "
+		    "reached from here", name));
+	else
+		visible[l->challenge] = !bad;
+}
+
+/* Read more of the report of a look; false at its end, or if it is too long. */
+static bool
+read_report(struct look *l)
+{
+	ssize_t n = read(l->fd, l->b + l->n, REPORT - l->n);
+
+	if (n > 0)
+		l->n += (size_t)n;
+	return n > 0 || (n < 0 && errno == EINTR);
+}
+
+/* Read what looks report, until `end`; false if none is under way. */
+static bool
+await_reports(long long end)
+{
+	struct pollfd p[LOOKS];
+	struct look *whose[LOOKS];
+	size_t n = 0;
+	long long ms = end - now_ms();
+	int got;
+
+	for (struct look *l = looks; l < looks + LOOKS; l++)
+		if (l->pid) {
+			whose[n] = l;
+			p[n++] = (struct pollfd){ l->fd, POLLIN, 0 };
+		}
+	if (n == 0)
+		return false;
+	got = poll(p, n, ms > 0 ? (int)ms : 0);
+	if (got < 0 && errno != EINTR)
+		die(FAULT, "cannot wait for a process: %", why());
+	for (size_t i = 0; got >= 0 && i < n; i++)
+		if (got == 0 || (p[i].revents && !read_report(whose[i])))
+			end_look(whose[i]);
+	return true;
+}
+
+/* A free place for a look; NULL if there is none. */
+static struct look *
+free_look(void)
+{
+	for (struct look *l = looks; l < looks + LOOKS; l++)
+		if (!l->pid)
+			return l;
+	return NULL;
+}
+
+/* Look once at all challenges that were not seen; are all seen now? */
+static bool
+look_at_all(long long end)
+{
+	size_t next = 0;
+	struct look *l;
+
+	not_seen = list_begin();
+	do
+		while (next < order.nchallenge && (l = free_look())) {
+			if (!visible[next])
+				start_look(l, next, end);
+			next++;
+		}
+	while (await_reports(end + 1000));
+	return not_seen.n == 0;
+}
+
+/*
+ * respond -c: look at what is published until it is seen everywhere, or end
+ * the step after so many seconds.
+ */
+static void
+await_published(unsigned long seconds)
+{
+	long long left = time_to_wait(), end, pause = 1000;
+	size_t before = ncleanup, mark = used;
+
+	if (left > (long long)seconds * 1000)
+		left = (long long)seconds * 1000;
+	end = now_ms() + left;
+	find_descriptors();
+	add_cleanup(stop_looks, 0, NULL);
+	for (;;) {
+		doing(LATER, "looking at what is published (-c)", "");
+		used = mark;
+		if (look_at_all(end))
+			break;
+		if (now_ms() + pause < end && pause_for("waiting for what is "
+		    "published to be seen everywhere (-c)", pause)) {
+			pause = pause * 3 / 2 < LAST_PAUSE ? pause * 3 / 2 :
+			    LAST_PAUSE;
+			continue;
+		}
+		remedy = S("; the CA was not asked to validate");
+		die(LATER, "not yet: %", list_text(&not_seen));
+	}
+	clean_up_to(before);
 }
 
 /* ------------------------------------------------------ 45. Listening -- */
@@ -10341,27 +11499,27 @@ can_run(const char *file)
 	return S_ISREG(st.st_mode);
 }
 
-/* Does a program exist, in PATH or by its path? If not, errno says why. */
-static bool
-is_program(const char *name)
+/* The path of a program, which can be in PATH; NULL, with errno, if none. */
+static const char *
+find_program(const char *name)
 {
 	Str path = str(getenv("PATH")), dir;
 	int cause = ENOENT;
 
 	if (strchr(name, '/'))
-		return can_run(name);
+		return can_run(name) ? name : NULL;
 	while (path.n) {
 		const char *file;
 
 		dir = cut(&path, ':');
 		file = c_str(text("%/%", dir.n ? dir : S("."), str(name)));
 		if (can_run(file))
-			return true;
+			return file;
 		if (access(file, F_OK) == 0)
 			cause = EACCES;
 	}
 	errno = cause;
-	return false;
+	return NULL;
 }
 
 /* End the step if a hook cannot be run, before the CA is asked to validate. */
@@ -10371,7 +11529,7 @@ check_program(const char *name)
 	Str cause;
 	const char *hint = "";
 
-	if (is_program(name))
+	if (find_program(name))
 		return;
 	cause = why();
 	if (errno == EACCES)
@@ -10398,11 +11556,14 @@ check_hook(void)
 static void
 hook_exec(const struct hook *h, const char *const *call, int says)
 {
+	const char *file = find_program(call[0]);
+
 	become_child();
 	setpgid(0, 0);
 	environ = hook_environment(h);
 	dup2(says, 1);
-	execvp(call[0], (char *const *)call);
+	if (file)
+		execv(file, (char *const *)call);
 	leave(127);
 }
 
@@ -11263,20 +12424,6 @@ contacts(void)
 	return ncontact ? text("[%]", s) : NONE;
 }
 
-/* Take the first word off a text, and the white space before it. */
-static Str
-take_word(Str *s)
-{
-	size_t n = 0;
-
-	while (s->n && s->p[0] <= ' ')
-		*s = from(*s, 1);
-	while (n < s->n && s->p[n] > ' ')
-		n++;
-	*s = from(*s, n);
-	return (Str){ s->p - n, n };
-}
-
 /* For external account binding; both are NONE without it. */
 static struct {
 	Str kid, mac_key;
@@ -11862,12 +13009,16 @@ chosen_publisher(void)
 static unsigned long
 settling_time(void)
 {
-	unsigned long n = 0;
+	unsigned long n = opt['c'] ? SETTLE : 0;
 
 	if (opt['s'] && !number(str(opt['s']), MAX_WAIT, &n))
 		usage("-s needs a number of seconds, not %", str(opt['s']));
-	if (n >= activity.limit)
+	if (opt['s'] && n >= activity.limit)
 		usage("-s must be less than -T");
+	if (opt['c'] && n == 0)
+		usage("-s must be at least 1 with -c");
+	if (opt['c'] && boxed)
+		usage("-c cannot be used with -B");
 	return n;
 }
 
@@ -11925,7 +13076,7 @@ respond_type(const struct publisher *how)
 }
 
 /*
- * respond [-t TYPE] [-w DIR | -l ADDR | -x HOOK] [-s SECONDS] [-n]
+ * respond [-t TYPE] [-w DIR | -l ADDR | -x HOOK] [-c] [-s SECONDS] [-n]
  * (RFC 8555 7.5.1)
  */
 static void
@@ -11951,7 +13102,9 @@ do_respond(char **arg)
 	find_challenges(how, type);
 	if (how)
 		how->publish(value);
-	if (settle && !pause_for("waiting after publishing (-s)",
+	if (opt['c'])
+		await_published(settle);
+	else if (settle && !pause_for("waiting after publishing (-s)",
 	    (long long)settle * 1000))
 		die(LATER, "too little of -T is left for -s; raise -T");
 	validating = how != NULL;
@@ -12445,8 +13598,10 @@ static const struct command {
 	{ .letter = 'x', .arg = "HOOK", .or = true,
 	    .choices = hook_style_names,
 	    .gist = "publish with [STYLE:]PROGRAM (style dehydrated)" },
+	{ .letter = 'c',
+	    .gist = "look at all that is published before the CA does" },
 	{ .letter = 's', .arg = "SECONDS",
-	    .gist = "wait after publishing (0)" },
+	    .gist = "wait after publishing (0; with -c at most 30)" },
 	{ .letter = 'n', .gist = "do not wait for the CA to validate" }) },
 { .name = "finalize", .group = ISSUE, .needs = ORDER,
 	.gist = "get the certificate",
