@@ -9416,6 +9416,7 @@ static struct client {
 	int fd;
 	long long since;	/* by now_ms() */
 	bool answered;		/* what it sends now is ignored */
+	bool begun;		/* its own bytes come now, not a balancer's */
 	size_t n;		/* bytes in b */
 	unsigned char b[REQUEST + 325];	/* 325: see BR_SSL_BUFSIZE_MONO */
 	struct tls_server tls;
@@ -10666,6 +10667,68 @@ accept_failed(void)
 	accept_after = now_ms() + RETRY;
 }
 
+static bool proxied;		/* -l proxy: */
+
+/* Do two strings agree as far as the shorter one goes? */
+static bool
+agree(Str a, Str b)
+{
+	size_t n = a.n < b.n ? a.n : b.n;
+
+	return same((Str){ a.p, n }, (Str){ b.p, n });
+}
+
+/*
+ * How many bytes to read next of the header that a balancer sends first (The
+ * PROXY protocol 2.1, 2.2): 0 if s is all of it, -1 if it is none. No more
+ * than it has may be read: what follows is for TLS.
+ */
+static int
+header_needs(Str s)
+{
+	enum { LINE = 107, FIXED = 16 };	/* bytes of its two forms */
+	size_t n = FIXED;
+
+	if (s.n && agree(s, S("PROXY "))) {
+		if (s.p[s.n - 1] == '\n')
+			return 0;
+		return s.n < LINE ? 1 : -1;
+	}
+	if (!agree(s, S("\r\n\r\n\0\r\nQUIT\n")))
+		return -1;
+	if (s.n >= FIXED)
+		n += u16_at(s, FIXED - 2);
+	if (n > REQUEST)
+		return -1;
+	return s.n ? (int)(n - s.n) : 1;
+}
+
+/* Begin to serve a peer; what comes now is its own. */
+static void
+client_begin(const struct responder *how, struct client *c)
+{
+	c->begun = true;
+	c->n = 0;
+	if (how->begin)
+		how->begin(c);
+}
+
+/* Read the header of the balancer before a peer's own bytes. */
+static void
+skip_header(const struct responder *how, struct client *c)
+{
+	ssize_t n = 1;
+	int need;
+
+	while ((need = header_needs((Str){ c->b, c->n })) > 0 &&
+	    (n = read(c->fd, c->b + c->n, (size_t)need)) > 0)
+		c->n += (size_t)n;
+	if (need == 0)
+		client_begin(how, c);
+	else if (need < 0 || n == 0 || (errno != EAGAIN && errno != EINTR))
+		client_close(c);
+}
+
 /* Accept a peer into a free slot, or in place of the oldest one. */
 static void
 client_accept(const struct responder *how, int listener)
@@ -10685,10 +10748,20 @@ client_accept(const struct responder *how, int listener)
 	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 	c->fd = fd;
 	c->since = now_ms();
-	c->answered = false;
+	c->answered = c->begun = false;
 	c->n = 0;
-	if (how->begin)
-		how->begin(c);
+	if (!proxied)
+		client_begin(how, c);
+}
+
+/* Serve a peer from which something came. */
+static void
+client_serve(const struct responder *how, struct client *c)
+{
+	if (c->begun)
+		how->serve(c);
+	else
+		skip_header(how, c);
 }
 
 /*
@@ -10744,7 +10817,8 @@ answer_peers(const struct responder *how)
 			if (!p[1 + i].revents)
 				continue;
 			if (whose[i] >= LISTENERS)
-				how->serve(&clients[whose[i] - LISTENERS]);
+				client_serve(how,
+				    &clients[whose[i] - LISTENERS]);
 			else if (whose[i] % 2)
 				how->datagram(p[1 + i].fd);
 			else
@@ -11256,20 +11330,26 @@ listen_on_addresses(const struct responder *how, Str where, in_port_t port)
 }
 
 /*
- * Listen on [HOST:]PORT, in each family that the machine has, before the CA
- * is asked to validate.
+ * Listen on [proxy:][HOST:]PORT, in each family that the machine has, before
+ * the CA is asked to validate.
  */
 static void
 listen_at(const struct responder *how, const char *where)
 {
-	Str port = str(where), host = contains(port, S(":")) ?
-	    take_host(&port) : NONE;
+	Str port = str(where), host;
 	unsigned long n;
 
+	proxied = begins(port, "proxy:");
+	if (proxied)
+		port = from(port, 6);
+	if (proxied && how->datagram)
+		usage("-l proxy: is for http-01 and tls-alpn-01");
+	host = contains(port, S(":")) ? take_host(&port) : NONE;
 	for (size_t i = 0; i < LISTENERS; i++)
 		listeners[i] = (struct pollfd){ -1, POLLIN, 0 };
 	if (host.n > HOSTNAME || !number(port, MAX_PORT, &n) || n == 0)
-		usage("-l needs [HOST:]PORT, not %", str(where));
+		usage("-l needs [proxy:][HOST:]PORT, not %",
+		    str(where));
 	find_own_addresses(host);
 	if (!has_untried())
 		die(NO_PLACE, "cannot listen on %: %", str(where),
