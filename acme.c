@@ -13,25 +13,27 @@
  * act on (DONE to SIGNAL below). It keeps no state of its own.
  *
  * Contents:
- *   1. Text                 20. Validation           39. Publishing files
- *   2. Messages             21. TLS                  40. HTTP responder
- *   3. Clean-up             22. Processes            41. TLS-ALPN responder
- *   4. Signals              23. Name look-up         42. DNS responder
- *   5. Memory               24. Dialing              43. Peers
- *   6. Strings              25. Proxies              44. Responder process
- *   7. Encodings            26. Connection           45. Listening
- *   8. JSON                 27. HTTP                 46. Hook styles
- *   9. DER                  28. Box                  47. Hooks
- *  10. Time                 29. Identifiers          48. Publishing
- *  11. Reading files        30. Order                49. Finalization
- *  12. Writing files        31. Record               50. Key commands
- *  13. PEM                  32. Problems             51. Account commands
- *  14. Keys                 33. Directory and nonces 52. Order commands
- *  15. Addresses and URLs   34. Signed requests      53. Certificate commands
- *  16. Certificates         35. Accounts             54. Raw requests
- *  17. Certificate requests 36. Authorizations       55. Table
- *  18. Trust anchors        37. Waiting              56. Main
- *  19. Name constraints     38. Challenges
+ *   1. Text                 22. Processes            43. Looks
+ *   2. Messages             23. Name look-up         44. HTTP look
+ *   3. Clean-up             24. Dialing              45. TLS-ALPN look
+ *   4. Signals              25. Proxies              46. DNS questions
+ *   5. Memory               26. Connection           47. DNS look
+ *   6. Strings              27. HTTP                 48. Peers
+ *   7. Encodings            28. Box                  49. Responder process
+ *   8. JSON                 29. Identifiers          50. Look processes
+ *   9. DER                  30. Order                51. Listening
+ *  10. Time                 31. Record               52. Hook styles
+ *  11. Reading files        32. Problems             53. Hooks
+ *  12. Writing files        33. Directory and nonces 54. Publishing
+ *  13. PEM                  34. Signed requests      55. Finalization
+ *  14. Keys                 35. Accounts             56. Key commands
+ *  15. Addresses and URLs   36. Authorizations       57. Account commands
+ *  16. Certificates         37. Waiting              58. Order commands
+ *  17. Certificate requests 38. Challenges           59. Certificate commands
+ *  18. Trust anchors        39. Publishing files     60. Raw requests
+ *  19. Name constraints     40. HTTP responder       61. Table
+ *  20. Validation           41. TLS-ALPN responder   62. Main
+ *  21. TLS                  42. DNS responder
  *
  * Each section uses only those above it.
  *
@@ -42,7 +44,7 @@
  * which ends the step; leave() then runs the clean-up handlers.
  *
  * To understand the rest, read struct order in section 30, which is all
- * that flows through a pipe, then the table in section 55, one command, for
+ * that flows through a pipe, then the table in section 61, one command, for
  * example do_new_order(), and acme_batch() in section 34, which sends every
  * signed request.
  */
@@ -159,7 +161,7 @@ enum {			/* exit statuses; most are those of sysexits.h */
 	SIGNAL   = 128	/* and the signal's number */
 };
 
-/* ------------------------------------------------------------ 1. Text -- */
+/* ------------------------------------------------------------- 1. Text -- */
 
 /* Bytes with a length: the one type of all data; they never change. */
 typedef struct {
@@ -245,7 +247,7 @@ harmless(Str s)
 	return n;
 }
 
-/* -------------------------------------------------------- 2. Messages -- */
+/* --------------------------------------------------------- 2. Messages -- */
 
 static Str step;		/* the command, for messages */
 static Str preamble, remedy;	/* of the message of a failure */
@@ -391,7 +393,7 @@ begin_failed_line(int status, Str name)
 	return true;
 }
 
-/* -------------------------------------------------------- 3. Clean-up -- */
+/* --------------------------------------------------------- 3. Clean-up -- */
 
 /*
  * Clean-up actions, run in reverse order at the end of the step: they
@@ -555,6 +557,7 @@ wipe_and_exit(int status)
 }
 
 static void leave(int) __attribute__((noreturn));
+static void fail_by(int, const char *, va_list *) __attribute__((noreturn));
 static void fail(int, const char *, ...) __attribute__((noreturn));
 
 enum { LAST_WORDS = 3 };	/* seconds that the last messages may take */
@@ -617,7 +620,7 @@ line_message(const char *template, va_list *ap)
     (ALL_STR(__VA_ARGS__, NONE), fail(status, __VA_ARGS__))
 
 static sigjmp_buf *retreat;	/* where a failure without effect returns to */
-static Str looking_for;		/* in a process that looks (-c): the name, ... */
+static Str looking_for;		/* in a process that looks: the name, ... */
 static Str looking_at;		/* ... and the place where it looks */
 
 /* Begin a line of the report of a look (section 43). */
@@ -634,32 +637,35 @@ begin_report(const char *kind)
 
 /* The next step is told first: it reads, but standard error can be stuck. */
 static void
-fail(int status, const char *template, ...)
+fail_by(int status, const char *template, va_list *ap)
 {
-	va_list ap;
+	va_list again;
 
+	va_copy(again, *ap);
 	if (retreat && looking_for.n) {
 		begin_report("-");
-		va_start(ap, template);
-		line_message(template, &ap);
-		va_end(ap);
+		line_message(template, ap);
 	}
 	if (retreat)
 		siglongjmp(*retreat, 1);
 	finish(status);
-	if (begin_failed_line(status, step)) {
-		va_start(ap, template);
-		line_message(template, &ap);
-		va_end(ap);
-	}
+	if (begin_failed_line(status, step))
+		line_message(template, &again);
 	say_begin();
-	va_start(ap, template);
-	line_message(template, &ap);
-	va_end(ap);
+	line_message(template, ap);
 	leave(status);
 }
 
-/* --------------------------------------------------------- 4. Signals -- */
+static void
+fail(int status, const char *template, ...)
+{
+	va_list ap;
+
+	va_start(ap, template);
+	fail_by(status, template, &ap);
+}
+
+/* ---------------------------------------------------------- 4. Signals -- */
 
 static struct rlimit core_limit;	/* as the step was started with */
 
@@ -752,7 +758,7 @@ catch_signals(void)
 	sigaction(SIGCHLD, &act, NULL);
 }
 
-/* ---------------------------------------------------------- 5. Memory -- */
+/* ----------------------------------------------------------- 5. Memory -- */
 
 /*
  * Allocate n bytes. Nothing is freed one by one; keep() and resetting
@@ -787,7 +793,7 @@ wipe_at_end(void *p, size_t n)
 	secret[nsecret++].n = n;
 }
 
-/* --------------------------------------------------------- 6. Strings -- */
+/* ---------------------------------------------------------- 6. Strings -- */
 
 /*
  * Join any number of strings. If the first is the newest on the heap, it
@@ -844,14 +850,20 @@ make_text(const char *template, ...)
 }
 
 /* End the step because of the way it was called. */
-#define usage(...)  (see_help(), die(USAGE, __VA_ARGS__))
+#define usage(...)  (ALL_STR(__VA_ARGS__, NONE), fail_usage(__VA_ARGS__))
+
+static void fail_usage(const char *, ...) __attribute__((noreturn));
 
 static void
-see_help(void)
+fail_usage(const char *template, ...)
 {
 	Str call = step.n ? cat(S("help "), step) : S("help");
 
+	va_list ap;
+
 	remedy = text(" (see acme-step %)", call);
+	va_start(ap, template);
+	fail_by(USAGE, template, &ap);
 }
 
 static bool
@@ -1120,6 +1132,19 @@ list_text(const struct list *l)
 	return l->more ? text("%, and % more", all, num(l->more)) : all;
 }
 
+/* The names with which the rows of a table begin, in one line. */
+#define NAMES_OF(table)  row_names(table, sizeof (table)[0], COUNT(table))
+
+static Str
+row_names(const void *row, size_t size, size_t n)
+{
+	struct list all = list_begin();
+
+	for (const char *name = row; n > 0; n--, name += size)
+		list_add(&all, " ", str(name));
+	return list_text(&all);
+}
+
 /* For system calls; s must have no NUL in it. */
 static const char *
 c_str(Str s)
@@ -1127,7 +1152,7 @@ c_str(Str s)
 	return (const char *)cat(NONE, s, S("\0")).p;
 }
 
-/* ------------------------------------------------------- 7. Encodings -- */
+/* -------------------------------------------------------- 7. Encodings -- */
 
 static const char BASE64URL[] =
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
@@ -1255,7 +1280,7 @@ base32(Str s)
 	return encode(s, "abcdefghijklmnopqrstuvwxyz234567", 5);
 }
 
-/* ------------------------------------------------------------ 8. JSON -- */
+/* ------------------------------------------------------------- 8. JSON -- */
 
 /* A JSON string (RFC 8259 7); the bytes of s must be UTF-8. */
 static Str
@@ -1604,7 +1629,7 @@ list_of(Str o, const char *name)
 	return json_kind(v) == '[' ? v : NONE;
 }
 
-/* ------------------------------------------------------------- 9. DER -- */
+/* -------------------------------------------------------------- 9. DER -- */
 
 enum {			/* identifier octets (X.690 8.1.2) */
 	BOOLEAN   = 0x01,
@@ -1750,7 +1775,7 @@ der_next(Str *in, int tag, Str *body)
 	return true;
 }
 
-/* ----------------------------------------------------------- 10. Time -- */
+/* ------------------------------------------------------------ 10. Time -- */
 
 /* The seconds since 1970 of a date and time in UTC. */
 static long long
@@ -1907,6 +1932,16 @@ now_ms(void)
 	return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
 }
 
+/* Do nothing for so long, whatever signals come. */
+static void
+sleep_for(long long ms)
+{
+	long long end = now_ms() + ms;
+
+	while ((ms = end - now_ms()) > 0)
+		poll(NULL, 0, ms < INT_MAX ? (int)ms : INT_MAX);
+}
+
 /* A number from 0 to 99. */
 static Str
 two_digits(int n)
@@ -2010,9 +2045,6 @@ time_to_wait(void)
 static bool
 pause_for(const char *what, long long ms)
 {
-	struct timespec t = { (time_t)(ms / 1000),
-	    (long)(ms % 1000 * 1000000) };
-
 	box_pause = ms;
 	if (boxed)
 		return true;
@@ -2020,13 +2052,12 @@ pause_for(const char *what, long long ms)
 		return false;
 	doing(LATER, what, "");
 	show_wait(what, time_left());
-	while (nanosleep(&t, &t) != 0 && errno == EINTR)
-		continue;
+	sleep_for(ms);
 	show_wait(NULL, 0);
 	return true;
 }
 
-/* -------------------------------------------------- 11. Reading files -- */
+/* --------------------------------------------------- 11. Reading files -- */
 
 static bool
 is_std(const char *name)
@@ -2133,7 +2164,7 @@ read_if_there(const char *name)
 	return is_missing(name) ? NONE : read_file(name);
 }
 
-/* -------------------------------------------------- 12. Writing files -- */
+/* --------------------------------------------------- 12. Writing files -- */
 
 /*
  * Where the result goes. It is complete or absent: a file is written under
@@ -2545,7 +2576,7 @@ print(Str s)
 		    str(out.file), why());
 }
 
-/* ------------------------------------------------------------ 13. PEM -- */
+/* ------------------------------------------------------------- 13. PEM -- */
 
 enum {
 	PEM_LINE  = 256,	/* bytes of a BEGIN or END line, RFC 7468 2 */
@@ -2743,7 +2774,7 @@ pem(Str block, const char *label)
 	return list_text(&all);
 }
 
-/* ----------------------------------------------------------- 14. Keys -- */
+/* ------------------------------------------------------------ 14. Keys -- */
 
 enum {			/* bytes of a key's numbers */
 	MIN_MODULUS    = 2048 / 8,
@@ -3178,7 +3209,7 @@ sign(const struct key *k, Str s, bool asn1)
 	return (Str){ o, n };
 }
 
-/* --------------------------------------------- 15. Addresses and URLs -- */
+/* ---------------------------------------------- 15. Addresses and URLs -- */
 
 /*
  * An identifier (RFC 8555 9.7.7, RFC 8738 3). Its value is canonical: a
@@ -3369,7 +3400,7 @@ is_url(Str s)
 	return ok;
 }
 
-/* --------------------------------------------------- 16. Certificates -- */
+/* ---------------------------------------------------- 16. Certificates -- */
 
 /* The parts of a certificate (RFC 5280 4.1) that we use, all within der. */
 struct cert {
@@ -3574,7 +3605,7 @@ common_name(Str dn)
 	return cn;
 }
 
-/* ------------------------------------------- 17. Certificate requests -- */
+/* -------------------------------------------- 17. Certificate requests -- */
 
 /* One subject alternative name (RFC 5280 4.2.1.6). */
 static Str
@@ -3705,7 +3736,7 @@ csr_read(Str whole, struct cert *c, bool *genuine)
 	return !der_next(&info, ATTRS, &skip) || csr_attributes(skip, c);
 }
 
-/* -------------------------------------------------- 18. Trust anchors -- */
+/* --------------------------------------------------- 18. Trust anchors -- */
 
 /* The file of trust anchors; NULL: the two that are built in. */
 static const char *anchor_file;
@@ -3714,7 +3745,7 @@ static struct cert anchor_cert[ANCHORS]; /* built in: only a subject */
 static size_t nanchor;
 
 /* Where systems have their file of trust anchors. */
-static const char *const bundle[] = {
+static const char bundle[][52] = {
 	"/etc/ssl/certs/ca-certificates.crt",	/* Debian, Alpine, Arch */
 	"/etc/pki/tls/certs/ca-bundle.crt",	/* Fedora, RHEL */
 	"/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
@@ -3972,7 +4003,7 @@ find_anchors(const char *name)
 		die(BAD, "no certificate in %", str(anchor_file));
 }
 
-/* ----------------------------------------------- 19. Name constraints -- */
+/* ------------------------------------------------ 19. Name constraints -- */
 
 /* Is s made of labels, with single dots between? No other name matches. */
 static bool
@@ -4155,7 +4186,7 @@ forbidden_name(const struct constraints *k, const struct cert *c)
 	return NONE;
 }
 
-/* ----------------------------------------------------- 20. Validation -- */
+/* ------------------------------------------------------ 20. Validation -- */
 
 /*
  * BearSSL's X.509 engine needs its anchors before it sees the chain, and
@@ -4173,8 +4204,8 @@ static struct {
 	size_t n;
 	size_t lost;			/* certificates over a limit */
 	Str fault;			/* by our own rules, or NONE */
-	bool any;			/* nothing is checked: only to look (-c) */
-	br_x509_pkey key;		/* then: the server's, unchecked */
+	bool any;			/* nothing is checked: for respond -c */
+	br_x509_pkey key;		/* then the server's, unchecked */
 } chain;
 
 static void
@@ -4537,7 +4568,7 @@ chain_fault(int err)
 	    "%)", num((unsigned)err));
 }
 
-/* ------------------------------------------------------------ 21. TLS -- */
+/* ------------------------------------------------------------- 21. TLS -- */
 
 /*
  * The only section that uses BearSSL's TLS.  For a connection to a CA it has
@@ -4925,7 +4956,7 @@ tls_serve(struct tls_server *s, int fd)
 	return n < 0 && (errno == EAGAIN || errno == EINTR);
 }
 
-/* ------------------------------------------------------ 22. Processes -- */
+/* ------------------------------------------------------- 22. Processes -- */
 
 /* Remove the variables with secrets: no program that we run needs them. */
 static void
@@ -4962,6 +4993,57 @@ become_child(void)
 	signal(SIGPIPE, SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+static void
+cannot_start(void)
+{
+	die(FAULT, "cannot start a process: %", why());
+}
+
+/*
+ * Start a process with a pipe between it and this one, or end the step. It
+ * begins with all signals blocked, and so does what follows here, until the
+ * process is noted and `old` is restored. Returns as fork() does.
+ */
+static pid_t
+start_process(int fds[2], sigset_t *old)
+{
+	pid_t pid = -1;
+
+	block_signals(old);
+	if (pipe(fds) != 0 || (pid = fork()) < 0)
+		cannot_start();
+	return pid;
+}
+
+/* The process is noted: from now on this one reads, the other one writes. */
+static void
+begin_reading(int fds[2], const sigset_t *old)
+{
+	sigprocmask(SIG_SETMASK, old, NULL);
+	close(fds[1]);
+	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
+}
+
+/*
+ * In a new process of ours, where all signals are blocked: SIGTERM and, when
+ * `deadline` has passed, SIGALRM end it without any clean-up. The other
+ * signals are for the step.
+ */
+static void
+end_by_signals(void)
+{
+	long long left = time_left();
+	sigset_t end;
+
+	signal(SIGTERM, SIG_DFL);
+	signal(SIGALRM, SIG_DFL);
+	alarm(1 + (unsigned)(left > 0 ? left / 1000 : 0));
+	sigemptyset(&end);
+	sigaddset(&end, SIGTERM);
+	sigaddset(&end, SIGALRM);
+	sigprocmask(SIG_UNBLOCK, &end, NULL);
 }
 
 /* poll(), called again if a signal such as SIGCONT interrupts it. */
@@ -5006,7 +5088,7 @@ ending(int status)
 	return text("failed with status %", num((unsigned)WEXITSTATUS(status)));
 }
 
-/* --------------------------------------------------- 23. Name look-up -- */
+/* ---------------------------------------------------- 23. Name look-up -- */
 
 static int family = AF_UNSPEC;		/* -4, -6 */
 extern char **environ;
@@ -5217,14 +5299,10 @@ is_truncated(const char *name, int af)
 /*
  * In a new process: overwrite all memory that can hold a key. Only then can
  * SIGTERM end the process, or the time limit, even if SIGKILL ended the step.
- * Other signals stay blocked: they are for the step.
  */
 static void
 become_lookup(void)
 {
-	long long left = time_left();
-	sigset_t end;
-
 	ncleanup = 0;
 	retreat = NULL;
 	on_record_pipe = false;
@@ -5232,13 +5310,7 @@ become_lookup(void)
 	wipe_environment();
 	wipe_secrets();
 	wipe_stack();
-	signal(SIGTERM, SIG_DFL);
-	signal(SIGALRM, SIG_DFL);
-	alarm(1 + (unsigned)(left > 0 ? left / 1000 : 0));
-	sigemptyset(&end);
-	sigaddset(&end, SIGTERM);
-	sigaddset(&end, SIGALRM);
-	sigprocmask(SIG_UNBLOCK, &end, NULL);
+	end_by_signals();
 }
 
 /*
@@ -5282,17 +5354,12 @@ start_lookup(struct pollfd *p, const char *name, int af)
 {
 	sigset_t old;
 	int fds[2];
-	pid_t pid;
+	pid_t pid = start_process(fds, &old);
 
-	block_signals(&old);
-	if (pipe(fds) != 0 || (pid = fork()) < 0)
-		die(FAULT, "cannot start a process: %", why());
 	if (pid == 0)
 		run_lookup(name, af, fds[1]);
 	add_cleanup(stop_lookup, pid, NULL);
-	sigprocmask(SIG_SETMASK, &old, NULL);
-	close(fds[1]);
-	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
+	begin_reading(fds, &old);
 	*p = (struct pollfd){ fds[0], POLLIN, 0 };
 }
 
@@ -5417,7 +5484,7 @@ find_addresses(const char *name)
 	way.unknown = error;
 }
 
-/* -------------------------------------------------------- 24. Dialing -- */
+/* --------------------------------------------------------- 24. Dialing -- */
 
 /* The connection; at most one is open. */
 static struct {
@@ -5431,6 +5498,14 @@ static struct {
 	long long sent, used;		/* when requests were sent on it, and
 					 * when it last was of use; now_ms() */
 } conn;
+
+static void
+hang_up(void)
+{
+	if (conn.fd >= 0)
+		close(conn.fd);
+	conn.fd = -1;
+}
 
 /*
  * The next address, of IPv6 and IPv4 in turn (RFC 8305 4); NULL if all were
@@ -5676,14 +5751,13 @@ stop_command(const struct cleanup *d)
 {
 	const int tick = 10;
 
-	close(conn.fd);
-	conn.fd = -1;
+	hang_up();
 	for (int ms = 0; ms < 2 * ENDING && is_running(d->n); ms += tick) {
 		if (ms == ENDING) {
 			kill(d->n, SIGTERM);
 			kill(d->n, SIGCONT);
 		}
-		poll(NULL, 0, tick);
+		sleep_for(tick);
 	}
 	if (is_running(d->n))
 		kill(d->n, SIGKILL);
@@ -5744,7 +5818,7 @@ dial_command(const char *host, const char *port)
 	block_signals(&old);
 	if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds) != 0 ||
 	    (conn.command = fork()) < 0)
-		die(FAULT, "cannot start a process: %", why());
+		cannot_start();
 	if (conn.command == 0) {
 		become_child();
 		if (!shares)
@@ -5768,7 +5842,7 @@ dial_command(const char *host, const char *port)
 	return fds[0];
 }
 
-/* -------------------------------------------------------- 25. Proxies -- */
+/* --------------------------------------------------------- 25. Proxies -- */
 
 /* Is an address in the network ADDRESS/BITS (RFC 4632 3.1)? */
 static bool
@@ -6038,16 +6112,15 @@ dial(const char *host, const char *port)
 	return proxy.n ? dial_proxy(proxy, host, port) : dial_tcp(host, port);
 }
 
-/* ----------------------------------------------------- 26. Connection -- */
+/* ------------------------------------------------------ 26. Connection -- */
 
 /* How the command behind the connection ended, if it did. */
 static Str
 command_fault(void)
 {
-	const struct timespec tick = { 0, 100000000 };
 	int status;
 
-	nanosleep(&tick, NULL);
+	sleep_for(100);
 	if (waitpid(conn.command, &status, WNOHANG) != conn.command)
 		return text("the command % ended the connection",
 		    command_name());
@@ -6087,8 +6160,7 @@ conn_close(void)
 	if (conn.fd < 0)
 		return;
 	tls_close();
-	close(conn.fd);
-	conn.fd = -1;
+	hang_up();
 	if (conn.command)
 		cleanup[0].end(&cleanup[0]);
 	cleanup[0].end = NULL;
@@ -6145,9 +6217,7 @@ connect_early(const struct url *u)
 		conn_open(u);
 	else {
 		close_way();
-		if (conn.fd >= 0)
-			close(conn.fd);
-		conn.fd = -1;
+		hang_up();
 		remedy = NONE;
 	}
 	retreat = NULL;
@@ -6192,7 +6262,7 @@ conn_byte(void)
 	return conn.from[conn.at++];
 }
 
-/* ----------------------------------------------------------- 27. HTTP -- */
+/* ------------------------------------------------------------ 27. HTTP -- */
 
 struct request {
 	const char *method;
@@ -6210,12 +6280,20 @@ struct response {
 };
 
 /* End the step for a response that breaks HTTP, JSON or ACME; r has a url. */
-#define broken(r, ...)  (name_response((r)->url), die(BROKEN, __VA_ARGS__))
+#define broken(r, ...) \
+    (ALL_STR(__VA_ARGS__, NONE), fail_response(&(r)->url, __VA_ARGS__))
+
+static void fail_response(const Str *, const char *, ...)
+    __attribute__((noreturn));
 
 static void
-name_response(Str url)
+fail_response(const Str *url, const char *template, ...)
 {
-	preamble = text("the response from % ", brief(url));
+	va_list ap;
+
+	preamble = text("the response from % ", brief(*url));
+	va_start(ap, template);
+	fail_by(BROKEN, template, &ap);
 }
 
 static bool verbose;		/* -v */
@@ -6553,7 +6631,7 @@ pipeline(const struct request *q, struct response *r, size_t n)
 	return got;
 }
 
-/* ------------------------------------------------------------ 28. Box -- */
+/* ------------------------------------------------------------- 28. Box -- */
 
 /*
  * The box (-B): HTTP messages are files in it, N.request and N.response, in
@@ -6818,7 +6896,7 @@ exchange(struct request *q, struct response *r, size_t n)
 	}
 }
 
-/* ---------------------------------------------------- 29. Identifiers -- */
+/* ----------------------------------------------------- 29. Identifiers -- */
 
 /* Printable ASCII without spaces: one field of a line of a record. */
 static bool
@@ -6951,7 +7029,7 @@ add_identifier(struct identifiers *all, const struct identifier *id)
 	return *slot - 1U;
 }
 
-/* ---------------------------------------------------------- 30. Order -- */
+/* ----------------------------------------------------------- 30. Order -- */
 
 /* The states of an order (RFC 8555 7.1.6), each a bit of a set. */
 enum { PENDING = 1, READY = 2, PROCESSING = 4, VALID = 8, INVALID = 16 };
@@ -7008,9 +7086,9 @@ struct challenge {
 	Str object;		/* all that the CA says, JSON */
 };
 
-/* Challenge types; the table is in section 43. */
+/* Challenge types; the table is in section 48. */
 static const struct challenge_type {
-	const char *type;
+	char type[15];
 	/* NAME and CONTENT, made from what the CA sent. */
 	Str (*name)(const struct challenge *);
 	Str (*content)(const struct challenge *);
@@ -7305,7 +7383,7 @@ put(const char *word, Str value, Str url)
 	set_value(k, value);
 }
 
-/* --------------------------------------------------------- 31. Record -- */
+/* ---------------------------------------------------------- 31. Record -- */
 
 /* An earlier step failed: pass its failed line on and exit with its status. */
 static void
@@ -7547,7 +7625,7 @@ look_early(Str s)
 	used = mark;
 }
 
-/* ------------------------------------------------------- 32. Problems -- */
+/* -------------------------------------------------------- 32. Problems -- */
 
 static const char *account_file;	/* the account's key, -k */
 static const char *account_record;	/* -a, or NULL */
@@ -7753,7 +7831,7 @@ accept_response(const struct response *r)
 	    brief(r->url), problem(r));
 }
 
-/* ------------------------------------------- 33. Directory and nonces -- */
+/* -------------------------------------------- 33. Directory and nonces -- */
 
 /* The history of a request. */
 struct attempt {
@@ -8047,7 +8125,7 @@ refuse_redirected(void)
 		    origin(ca_url()));
 }
 
-/* ------------------------------------------------ 34. Signed requests -- */
+/* ------------------------------------------------- 34. Signed requests -- */
 
 /* A request to be signed. Unless `jwk` is set, order.account is known then. */
 struct post {
@@ -8259,7 +8337,7 @@ acme_post(Str url, Str payload)
 	return r;
 }
 
-/* ------------------------------------------------------- 35. Accounts -- */
+/* -------------------------------------------------------- 35. Accounts -- */
 
 /*
  * newAccount, signed by the key itself (RFC 8555 7.3); any response is
@@ -8342,7 +8420,7 @@ answer_no(void)
 	leave(NO);
 }
 
-/* ------------------------------------------------- 36. Authorizations -- */
+/* -------------------------------------------------- 36. Authorizations -- */
 
 /* The identifier in a response (RFC 8555 9.7.7). */
 static struct identifier
@@ -8390,8 +8468,8 @@ store_url(const struct response *r, const char *word, Str value)
 static void
 order_store(const struct response *r)
 {
-	static const char *const words[] = { "expires", "profile",
-	    "replaces" }, *const urls[] = { "finalize", "certificate" };
+	static const char words[][9] = { "expires", "profile", "replaces" };
+	static const char urls[][12] = { "finalize", "certificate" };
 	Str o = json_body(r), list, none, v;
 
 	put("status", need_member(r, o, "status", '"'), r->url);
@@ -8654,7 +8732,7 @@ count_errors(size_t *all, size_t *internal, size_t *dns)
 	}
 }
 
-/* -------------------------------------------------------- 37. Waiting -- */
+/* --------------------------------------------------------- 37. Waiting -- */
 
 static const char *published_in;	/* DIR of -w, once files are there */
 
@@ -8902,7 +8980,7 @@ authorizations_await(const char *what)
 	}
 }
 
-/* ----------------------------------------------------- 38. Challenges -- */
+/* ------------------------------------------------------ 38. Challenges -- */
 
 /* RFC 8555 8.1. */
 static Str
@@ -9216,7 +9294,7 @@ ask_to_validate(bool look)
 	return r[n].retry_after;
 }
 
-/* ----------------------------------------------- 39. Publishing files -- */
+/* ------------------------------------------------ 39. Publishing files -- */
 
 enum { ENTROPY = 22 };	/* characters of a token: 128 bits, RFC 8555 11.3 */
 
@@ -9391,7 +9469,7 @@ clean_up_files(const char *dir_name)
 	remove_leftovers(dir_name);
 }
 
-/* ------------------------------------------------- 40. HTTP responder -- */
+/* -------------------------------------------------- 40. HTTP responder -- */
 
 /*
  * With -l a process of our own answers the challenges. It has nothing of
@@ -9506,7 +9584,7 @@ http_serve(struct client *c)
 		client_answered(c);
 }
 
-/* --------------------------------------------- 41. TLS-ALPN responder -- */
+/* ---------------------------------------------- 41. TLS-ALPN responder -- */
 
 /* A certificate for each challenge, in their order, all with the same key. */
 static Str validation[NAMES];
@@ -9577,7 +9655,7 @@ alpn_serve(struct client *c)
 		client_close(c);
 }
 
-/* -------------------------------------------------- 42. DNS responder -- */
+/* --------------------------------------------------- 42. DNS responder -- */
 
 /* DNS numbers (RFC 1035 3.2.2, 4.1.1; RFC 6891 6.1). */
 enum {
@@ -9835,11 +9913,9 @@ report(const char *kind, Str what)
 }
 
 static void
-hang_up(void)
+report_success(void)
 {
-	if (conn.fd >= 0)
-		close(conn.fd);
-	conn.fd = -1;
+	report("+", S("as published"));
 }
 
 /* Look at one place; false if that failed, which is reported then. */
@@ -9854,6 +9930,10 @@ visit(Str place, void (*look)(void *), void *arg)
 	if (++places > PLACES) {
 		report("-", S("there are too many places to look at"));
 		leave(DONE);
+	}
+	if (time_left() <= 0) {
+		report("-", S("not looked at: the time is over"));
+		return false;
 	}
 	retreat = &here;
 	if (sigsetjmp(here, 0) == 0) {
@@ -9881,26 +9961,28 @@ ready(int fd, short events, long long end)
  * was not looked at, which is no failure.
  */
 static void
-not_reached(int error, int port)
+not_reached(int error, Str port)
 {
 	if (lacks_family(error)) {
 		report("~", text("cannot be reached from here: %",
 		    str(strerror(error))));
 		siglongjmp(*retreat, 1);
 	}
-	die(CA_DOWN, "cannot connect to port %: %", num((unsigned)port),
+	die(CA_DOWN, "cannot connect to port %: %", port,
 	    str(strerror(error)));
 }
 
 /* Connect to an address by TCP. */
 static void
-reach(struct address *a, int port)
+reach(struct address *a, Str port)
 {
 	int error = 0;
 	socklen_t n = sizeof error;
+	unsigned long to;
 
 	hang_up();
-	conn.fd = start_connecting(a, htons((in_port_t)port));
+	number(port, MAX_PORT, &to);
+	conn.fd = start_connecting(a, htons((in_port_t)to));
 	if (conn.fd < 0)
 		error = errno;
 	else if (!ready(conn.fd, POLLOUT, now_ms() + REACH * 1000))
@@ -9962,7 +10044,7 @@ find_host(struct host *h)
 	return visit(text("address of %", h->name), look_up_host, h);
 }
 
-/* -------------------------------------------------------- 44. HTTP look -- */
+/* ------------------------------------------------------- 44. HTTP look -- */
 
 /* A URL that is looked at, at one address of its host. */
 struct page {
@@ -10022,7 +10104,7 @@ redirect(struct page *p, Str to)
 	p->next = url;
 }
 
-/* Is this the content of a challenge? White space may follow it (8.3). */
+/* Is this the content? White space may follow it (RFC 8555 8.3). */
 static bool
 is_content(Str body, Str content)
 {
@@ -10039,10 +10121,8 @@ look_at_page(void *arg)
 	struct request q = { .method = "GET", .url = p->url };
 	struct response r;
 	Str ask = http_text(&q, &p->part, url_target(&p->part));
-	unsigned long port;
 
-	number(p->part.port, MAX_PORT, &port);
-	reach(&p->at, (int)port);
+	reach(&p->at, p->part.port);
 	conn.plain = !p->secure;
 	conn.at = conn.have = 0;
 	memcpy(conn.host, c_str(p->part.host), p->part.host.n + 1);
@@ -10083,7 +10163,7 @@ look_at_url(const struct challenge *c, Str url, int redirects)
 		if (redirects)
 			place = text("% (%)", place, brief(url));
 		if (visit(place, look_at_page, &p) && !p.next.n)
-			report("+", S("as published"));
+			report_success();
 		else if (p.next.n && redirects == REDIRECTS)
 			report("-", S("too many redirects"));
 		else if (p.next.n)
@@ -10101,7 +10181,7 @@ look_at_http(const struct challenge *c)
 	    c->id.value, c->name), 0);
 }
 
-/* ---------------------------------------------------- 45. TLS-ALPN look -- */
+/* --------------------------------------------------- 45. TLS-ALPN look -- */
 
 struct alpn_place {
 	const struct challenge *challenge;
@@ -10119,7 +10199,7 @@ look_at_alpn(void *arg)
 	struct identifier name;
 	Str list, digest = NONE;
 
-	reach(&p->at, 443);
+	reach(&p->at, S("443"));
 	memcpy(conn.host, c_str(c->name), c->name.n + 1);
 	if (!tls_open_any(conn.fd, conn.host, ACME_TLS))
 		conn_failed();
@@ -10148,16 +10228,16 @@ look_at_tls(const struct challenge *c)
 	for (size_t i = 0; i < h.n; i++) {
 		p.at = h.at[i];
 		if (visit(address_text(&p.at), look_at_alpn, &p))
-			report("+", S("as published"));
+			report_success();
 	}
 }
 
-/* --------------------------------------------------------- 46. DNS look -- */
+/* --------------------------------------------------- 46. DNS questions -- */
 
 enum {
-	A = 1, NS = 2, CNAME = 5, AAAA = 28, DNS_PORT = 53,
+	A = 1, NS = 2, CNAME = 5, AAAA = 28,
 	NO_NAME = 3,		/* NXDOMAIN */
-	ASKED = 3,		/* times by UDP, each for ... */
+	ASKED = 3,		/* times by UDP, each time for ... */
 	ANSWER = 1000		/* ... so many ms */
 };
 
@@ -10277,7 +10357,7 @@ ask_udp(struct address *a, const struct query *q)
 	ssize_t n;
 
 	hang_up();
-	set_port(a, htons(DNS_PORT));
+	set_port(a, htons(53));
 	conn.fd = socket(a->to.any.sa_family, SOCK_DGRAM, 0);
 	if (conn.fd < 0 || connect(conn.fd, &a->to.any, a->n) != 0)
 		return NONE;
@@ -10323,7 +10403,7 @@ ask_tcp(struct address *a, const struct query *q)
 {
 	Str m;
 
-	reach(a, DNS_PORT);
+	reach(a, S("53"));
 	if (!write_all(conn.fd, cat(NONE, u16(q->wire.n), q->wire)))
 		die(CA_DOWN, "closed the connection");
 	m = receive(u16_at(receive(2), 0));
@@ -10379,6 +10459,8 @@ dns_resolve(Str name, unsigned type)
 	    code_of(m) == NO_NAME) ? m : NONE;
 }
 
+/* -------------------------------------------------------- 47. DNS look -- */
+
 /* A search for a TXT record: the zone's servers, and what they say. */
 static struct {
 	Str first, content;	/* of the record */
@@ -10390,7 +10472,7 @@ static struct {
 	} server[PLACES];
 	size_t n;
 	Str alias;		/* what the name is an alias of, or NONE */
-	Str child;		/* a zone below it that they delegate, or NONE */
+	Str child;		/* a zone that they delegate, or NONE */
 	Str referral;		/* the message that does */
 } search;
 
@@ -10520,8 +10602,8 @@ note_alias(Str alias)
 static void
 look_at_server(void *arg)
 {
-	const struct server *from = arg;
-	struct address at = from->at;
+	const struct server *server = arg;
+	struct address at = server->at;
 	Str m = dns_ask(&at, search.name, TXT), alias = NONE, child = NONE;
 	struct reader w;
 	struct record r;
@@ -10530,14 +10612,14 @@ look_at_server(void *arg)
 	if (!m.n && errno == ETIMEDOUT)
 		die(CA_DOWN, "does not answer");
 	if (!m.n)
-		not_reached(errno, DNS_PORT);
+		not_reached(errno, S("53"));
 	for (w = dns_records(m); dns_next(&w, &r); ) {
 		bool ours = r.section == ANSWERS && same(r.owner, search.name);
 
 		if (ours && r.type == CNAME)
 			dns_name(m, &r.at, &alias);
 		if (ours && r.type == TXT && is_txt(r.data, search.content)) {
-			report("+", S("as published"));
+			report_success();
 			return;
 		}
 		others += ours && r.type == TXT;
@@ -10564,14 +10646,14 @@ static void
 look_at_servers(void)
 {
 	for (size_t i = 0; i < search.n; i++) {
-		struct server *from = &search.server[i];
+		struct server *s = &search.server[i];
 		size_t mark = used;
 		Str place;
 
-		place = text("% (%)", from->name, address_text(&from->at));
+		place = text("% (%)", s->name, address_text(&s->at));
 		if (!same(search.name, search.first))
 			place = text("% at %", search.name, place);
-		visit(place, look_at_server, from);
+		visit(place, look_at_server, s);
 		if (!search.alias.n && !search.child.n)
 			used = mark;
 	}
@@ -10584,7 +10666,10 @@ look_at_servers(void)
 static void
 look_at_dns(const struct challenge *c)
 {
-	search.first = search.name = lower(c->name);
+	search.name = lower(c->name);
+	if (search.name.p[search.name.n - 1] == '.')
+		search.name.n--;
+	search.first = search.name;
 	search.content = c->content;
 	if (!visit(search.name, find_zone, NULL))
 		return;
@@ -10603,7 +10688,7 @@ look_at_dns(const struct challenge *c)
 	report("-", S("too many aliases and delegations"));
 }
 
-/* ---------------------------------------------------------- 43. Peers -- */
+/* ----------------------------------------------------------- 48. Peers -- */
 
 /* How peers that validate challenges are served. */
 struct responder {
@@ -10619,16 +10704,16 @@ static const struct responder dns_responder =
     { NULL, dns_serve, dns_datagram };
 
 static const struct challenge_type challenge_types[] = {
-	{ "http-01", token_of, key_authorization_of, FILE_TOKEN,
-	    true, false, &http_responder, look_at_http },		/* RFC 8555 8.3 */
-	{ "dns-01", txt_name, txt_digest, TXT_RECORD,
-	    true, false, &dns_responder, look_at_dns },		/* RFC 8555 8.4 */
-	{ "tls-alpn-01", sni_name, alpn_digest, CERT_DIGEST,
-	    true, false, &alpn_responder, look_at_tls },		/* RFC 8737 3 */
-	{ "dns-account-01", account_txt_name, txt_digest, TXT_RECORD,
-	    true, false, &dns_responder, look_at_dns },
-	{ "dns-persist-01", persist_name, persist_value, TXT_RECORD,
-	    false, true, &dns_responder, look_at_dns },
+	{ "http-01", token_of, key_authorization_of, FILE_TOKEN, true,
+	    false, &http_responder, look_at_http },	/* RFC 8555 8.3 */
+	{ "dns-01", txt_name, txt_digest, TXT_RECORD, true,
+	    false, &dns_responder, look_at_dns },	/* RFC 8555 8.4 */
+	{ "tls-alpn-01", sni_name, alpn_digest, CERT_DIGEST, true,
+	    false, &alpn_responder, look_at_tls },	/* RFC 8737 3 */
+	{ "dns-account-01", account_txt_name, txt_digest, TXT_RECORD, true,
+	    false, &dns_responder, look_at_dns },
+	{ "dns-persist-01", persist_name, persist_value, TXT_RECORD, false,
+	    true, &dns_responder, look_at_dns },
 };
 
 static const struct responder *responder;	/* the one of this step */
@@ -10718,14 +10803,14 @@ static void
 skip_header(const struct responder *how, struct client *c)
 {
 	ssize_t n = 1;
-	int need;
+	int more;
 
-	while ((need = header_needs((Str){ c->b, c->n })) > 0 &&
-	    (n = read(c->fd, c->b + c->n, (size_t)need)) > 0)
+	while ((more = header_needs((Str){ c->b, c->n })) > 0 &&
+	    (n = read(c->fd, c->b + c->n, (size_t)more)) > 0)
 		c->n += (size_t)n;
-	if (need == 0)
+	if (more == 0)
 		client_begin(how, c);
-	else if (need < 0 || n == 0 || (errno != EAGAIN && errno != EINTR))
+	else if (more < 0 || n == 0 || (errno != EAGAIN && errno != EINTR))
 		client_close(c);
 }
 
@@ -10799,14 +10884,13 @@ static void
 answer_peers(const struct responder *how)
 {
 	struct pollfd p[1 + LISTENERS + CLIENTS] = { { 0, POLLIN, 0 } };
-	const struct timespec tick = { 0, RETRY * 1000000 };
 	size_t whose[LISTENERS + CLIENTS], n;
 
 	for (;;) {
 		n = list_open(p + 1, whose);
 		if (poll(p, 1 + n, now_ms() < accept_after ? RETRY :
 		    1000) < 0) {	/* no memory, or too few files */
-			nanosleep(&tick, NULL);
+			sleep_for(RETRY);
 			continue;
 		}
 		if (p[0].revents)
@@ -10828,7 +10912,7 @@ answer_peers(const struct responder *how)
 	}
 }
 
-/* ---------------------------------------------- 44. Responder process -- */
+/* ----------------------------------------------- 49. Responder process -- */
 
 /* The process that answers, as the step sees it. */
 static struct {
@@ -11004,15 +11088,13 @@ start_responder(const char *where)
 
 	(void)where;
 	find_descriptors();
-	block_signals(&old);
-	sigfillset(&act.sa_mask);
-	sigaction(SIGCHLD, &act, NULL);
-	if (pipe(fds) != 0 || (pid = fork()) < 0)
-		die(FAULT, "cannot start a process: %", why());
+	pid = start_process(fds, &old);
 	if (pid == 0) {
 		close(fds[1]);
 		run_responder(responder, fds[0]);
 	}
+	sigfillset(&act.sa_mask);
+	sigaction(SIGCHLD, &act, NULL);
 	answering.pid = pid;
 	answering.pipe = fds[1];
 	add_cleanup(stop_responder, 0, NULL);
@@ -11027,7 +11109,7 @@ start_responder(const char *where)
 	}
 }
 
-/* --------------------------------------------------- 49. Look processes -- */
+/* -------------------------------------------------- 50. Look processes -- */
 
 enum { REPORT = 8192 };		/* bytes of one; a line has about 80 */
 
@@ -11052,7 +11134,6 @@ static void
 run_look(size_t i, long long end, int fd)
 {
 	long long most = now_ms() + LOOK * 1000;
-	sigset_t alarmed;
 
 	ncleanup = 0;
 	on_record_pipe = verbose = false;
@@ -11063,11 +11144,7 @@ run_look(size_t i, long long end, int fd)
 	conn.fd = -1;
 	family = AF_UNSPEC;	/* -4 and -6 are for the CA alone */
 	deadline = end < most ? end : most;
-	signal(SIGALRM, SIG_DFL);
-	alarm(1 + (unsigned)(time_left() / 1000));
-	sigemptyset(&alarmed);
-	sigaddset(&alarmed, SIGALRM);
-	sigprocmask(SIG_UNBLOCK, &alarmed, NULL);
+	end_by_signals();
 	find_challenge_type(order.challenge[i].type)->look(
 	    &order.challenge[i]);
 	write_all(1, S(".\n"));
@@ -11079,20 +11156,15 @@ start_look(struct look *l, size_t i, long long end)
 {
 	sigset_t old;
 	int fds[2];
-	pid_t pid;
+	pid_t pid = start_process(fds, &old);
 
-	block_signals(&old);
-	if (pipe(fds) != 0 || (pid = fork()) < 0)
-		die(FAULT, "cannot start a process: %", why());
 	if (pid == 0)
 		run_look(i, end, fds[1]);
 	l->fd = fds[0];
 	l->n = 0;
 	l->challenge = i;
 	l->pid = pid;
-	sigprocmask(SIG_SETMASK, &old, NULL);
-	close(fds[1]);
-	fcntl(fds[0], F_SETFD, FD_CLOEXEC);
+	begin_reading(fds, &old);
 }
 
 static void
@@ -11124,8 +11196,11 @@ end_look(struct look *l)
 	Str all = { l->b, l->n }, entry = NONE;
 	Str name = order.challenge[l->challenge].id.value;
 	size_t good = 0, bad = 0;
+	sigset_t old;
 
+	block_signals(&old);
 	stop_look(l);
+	sigprocmask(SIG_SETMASK, &old, NULL);
 	while (all.n) {
 		entry = cut(&all, '\n');
 		good += begins(entry, "+");
@@ -11206,7 +11281,7 @@ look_at_all(long long end)
 				start_look(l, next, end);
 			next++;
 		}
-	while (await_reports(end + 1000));
+	while (await_reports(end + 500));
 	return not_seen.n == 0;
 }
 
@@ -11242,7 +11317,7 @@ await_published(unsigned long seconds)
 	clean_up_to(before);
 }
 
-/* ------------------------------------------------------ 45. Listening -- */
+/* ------------------------------------------------------- 51. Listening -- */
 
 /* A bound socket, which listens if it is TCP; -1 and errno on failure. */
 static int
@@ -11370,7 +11445,7 @@ prepare_responder(const char *where, const char *type)
 	listen_at(responder, where);
 }
 
-/* ---------------------------------------------------- 46. Hook styles -- */
+/* ----------------------------------------------------- 52. Hook styles -- */
 
 /*
  * With -x programs publish challenges and clean up. They are called in one of
@@ -11513,13 +11588,13 @@ certbot_hook(struct hook *h, const struct challenge *c, Str token)
 }
 
 static const struct hook_style {
-	const char *name;
+	char name[11];
 	void (*make)(struct hook *, const struct challenge *, Str token);
 	bool needs_token;	/* of every challenge */
 	bool only_txt;		/* answers only challenges in DNS */
 	bool may_decline;	/* failing to publish is not an error */
 	bool passes_output;	/* of publishing to the clean-up */
-	const char *if_valid;	/* in place of "failed" once all are valid */
+	char if_valid[5];	/* in place of "failed" once all are valid */
 } hook_styles[] = {
 	{ "dehydrated", dehydrated_hook, .needs_token = true },
 	{ "uacme", uacme_hook, .needs_token = true, .may_decline = true,
@@ -11531,11 +11606,7 @@ static const struct hook_style {
 static Str
 hook_style_names(void)
 {
-	struct list all = list_begin();
-
-	for (size_t i = 0; i < COUNT(hook_styles); i++)
-		list_add(&all, " ", str(hook_styles[i].name));
-	return list_text(&all);
+	return NAMES_OF(hook_styles);
 }
 
 /* -x [STYLE:]PROGRAM; for certbot AUTH,CLEANUP. */
@@ -11565,7 +11636,7 @@ choose_hook(const char *value)
 	hook_cleanup = (const char *)s.p;
 }
 
-/* ---------------------------------------------------------- 47. Hooks -- */
+/* ----------------------------------------------------------- 53. Hooks -- */
 
 /* May this user execute the file? If not, errno says why. */
 static bool
@@ -11682,11 +11753,10 @@ hook_clean_up(const struct cleanup *d)
 {
 	const struct hook *h = d->p;
 	long long until = clean_up_deadline();
-	const struct timespec tick = { 0, 20000000 };
 	pid_t pid;
 	int status = -1;
 
-	if (validated && hook_style->if_valid)
+	if (validated && *hook_style->if_valid)
 		hooks[h - hooks].call[1][1] = hook_style->if_valid;
 	doing(LATER, "running the hook", h->call[1][0]);
 	pid = hook_start(h, h->call[1], 2);
@@ -11695,7 +11765,7 @@ hook_clean_up(const struct cleanup *d)
 			kill(-pid, SIGKILL);
 			waitpid(pid, &status, 0);
 		} else
-			nanosleep(&tick, NULL);
+			sleep_for(20);
 	}
 	if (status != 0)
 		warn_later("the hook % failed to clean up %",
@@ -11777,7 +11847,7 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 	}
 	block_signals(&old);
 	if ((pid = hook_start(h, h->call[0], fds[1])) < 0)
-		die(FAULT, "cannot start a process: %", why());
+		cannot_start();
 	add_cleanup(hook_clean_up, 0, h);
 	add_cleanup(stop_group, pid, NULL);
 	sigprocmask(SIG_SETMASK, &old, NULL);
@@ -11875,7 +11945,7 @@ clean_up_by_hooks(const char *type)
 	order.nchallenge = 0;
 }
 
-/* ----------------------------------------------------- 48. Publishing -- */
+/* ------------------------------------------------------ 54. Publishing -- */
 
 /* The type of all challenges of the record; NULL if they have several. */
 static const char *
@@ -11954,7 +12024,7 @@ static const struct publisher {
 	    NULL, clean_up_by_hooks, NULL },
 };
 
-/* --------------------------------------------------- 49. Finalization -- */
+/* ---------------------------------------------------- 55. Finalization -- */
 
 /* A certificate must not have the account key (RFC 8555 11.1). */
 static void
@@ -12193,7 +12263,7 @@ send_request(Str csr)
 	return false;
 }
 
-/* --------------------------------------------------- 50. Key commands -- */
+/* ---------------------------------------------------- 56. Key commands -- */
 
 static const char *opt[128];	/* by letter; "": no value; NULL: not given */
 static const char *contact[CONTACTS];	/* -m */
@@ -12221,11 +12291,7 @@ add_resolve(const char *value)
 static Str
 key_type_names(void)
 {
-	struct list all = list_begin();
-
-	for (size_t i = 0; i < COUNT(key_types); i++)
-		list_add(&all, " ", str(key_types[i].name));
-	return list_text(&all);
+	return NAMES_OF(key_types);
 }
 
 static const struct key_type *
@@ -12448,19 +12514,22 @@ do_json(char **arg)
 	}
 }
 
-/* ----------------------------------------------- 51. Account commands -- */
+/* ------------------------------------------------ 57. Account commands -- */
 
 /* directory (RFC 8555 7.1.1) */
 static void
 do_directory(char **arg)
 {
 	static const struct {
-		char member[12], word[13];
+		char member[15], word[17];
 	} urls[] = {
 		{ "newAccount", "new-account" }, { "newOrder", "new-order" },
 		{ "newAuthz", "new-authz" }, { "revokeCert", "revoke-cert" },
 		{ "keyChange", "key-change" },
 		{ "renewalInfo", "renewal-info" },
+	}, pages[] = {
+		{ "termsOfService", "terms-of-service" },
+		{ "website", "website" },
 	};
 	Str meta, list, key, v;
 
@@ -12474,10 +12543,9 @@ do_directory(char **arg)
 	for (size_t i = 0; i < COUNT(urls); i++)
 		if ((v = endpoint(urls[i].member)).n)
 			add_other(text("% %", str(urls[i].word), v));
-	if (is_word(v = text_of(meta, "termsOfService")))
-		add_other(text("terms-of-service %", v));
-	if (is_word(v = text_of(meta, "website")))
-		add_other(text("website %", v));
+	for (size_t i = 0; i < COUNT(pages); i++)
+		if (is_word(v = text_of(meta, pages[i].member)))
+			add_other(text("% %", str(pages[i].word), v));
 	list = list_of(meta, "caaIdentities");
 	while (json_each(&list, &key, &v))
 		if (is_word(plain(v)))
@@ -12804,7 +12872,7 @@ do_key_change(char **arg)
 	    str(account_file));
 }
 
-/* ------------------------------------------------- 52. Order commands -- */
+/* -------------------------------------------------- 58. Order commands -- */
 
 /* An identifier as JSON (RFC 8555 9.7.7). */
 static Str
@@ -13038,24 +13106,17 @@ do_order(char **arg)
 static Str
 challenge_type_names(void)
 {
-	struct list all = list_begin();
-
-	for (size_t i = 0; i < COUNT(challenge_types); i++)
-		list_add(&all, " ", str(challenge_types[i].type));
-	return list_text(&all);
+	return NAMES_OF(challenge_types);
 }
 
 /* -t, which must be a known challenge type; NULL if not given. */
 static const char *
 type_option(void)
 {
-	for (size_t i = 0; i < COUNT(challenge_types); i++)
-		if (opt['t'] && strcmp(opt['t'], challenge_types[i].type) == 0)
-			return opt['t'];
-	if (opt['t'])
+	if (opt['t'] && !find_challenge_type(str(opt['t'])))
 		usage("no such challenge type: %; there are %", str(opt['t']),
 		    challenge_type_names());
-	return NULL;
+	return opt['t'];
 }
 
 /* challenges [-t TYPE] (RFC 8555 7.5) */
@@ -13202,7 +13263,7 @@ do_respond(char **arg)
 	print_record();
 }
 
-/* ------------------------------------------- 53. Certificate commands -- */
+/* -------------------------------------------- 59. Certificate commands -- */
 
 static struct cert wanted;	/* by finalize: the CSR of -r, the key of -K */
 
@@ -13410,7 +13471,7 @@ do_renewal_info(char **arg)
 		answer_no();
 }
 
-/* --------------------------------------------------- 54. Raw requests -- */
+/* ---------------------------------------------------- 60. Raw requests -- */
 
 static void
 check_url(char **arg)
@@ -13523,7 +13584,7 @@ do_version(char **arg)
 	print(S("acme-step " VERSION "\n"));
 }
 
-/* ---------------------------------------------------------- 55. Table -- */
+/* ----------------------------------------------------------- 61. Table -- */
 
 /*
  * An option of one command, or a common one. Parsing, usage errors,
@@ -13973,7 +14034,7 @@ no_command(void)
 	usage("no command given");
 }
 
-/* ----------------------------------------------------------- 56. Main -- */
+/* ------------------------------------------------------------ 62. Main -- */
 
 /* Occupy descriptors 0 to 2, so that no file of ours gets such a number. */
 static void
