@@ -10536,7 +10536,11 @@ use_servers(Str m, int section, Str zone)
 	return n > 0;
 }
 
-/* Find the zone of the name and its servers, through the resolver. */
+/*
+ * Find the zone that is next above the name, and its servers, through the
+ * resolver. If the name is a zone of its own, they refer to its servers: so
+ * these need not be known to the resolver, which may not reach them.
+ */
 static void
 find_zone(void *arg)
 {
@@ -10544,7 +10548,7 @@ find_zone(void *arg)
 
 	(void)arg;
 	search.zone = search.name;
-	for (; search.zone.n; cut(&search.zone, '.')) {
+	while (cut(&search.zone, '.').n && search.zone.n) {
 		m = dns_resolve(search.zone, NS);
 		if (m.n && use_servers(m, ANSWERS, search.zone))
 			return;

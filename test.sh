@@ -329,12 +329,40 @@ fetch_machine() (
 	mv -T "$new" "$cache/machine" || [ -e "$cache/machine/vmlinuz" ]
 )
 
+# Servers and tools of others, and the libraries that they lack here.  They
+# are unpacked, not installed: a package would start its server.
+fetch_servers() (
+	new=$(mktemp -d "$cache/new.XXXXXX") && cd "$new" || exit
+	chmod 755 .
+	mkdir -p "$cache/lists/partial" "$cache/archives/partial"
+	private_apt update &&
+	private_apt -s --no-install-recommends install nginx bind9 \
+	    bind9-utils haproxy >plan || exit
+	sed -n 's/^Inst \([^ ]*\) .*/\1/p' plan | while read -r package; do
+		private_apt download "$package" || exit
+	done || exit
+	for deb in *.deb; do
+		[ ! -e "$deb" ] || dpkg-deb -x "$deb" . || exit
+	done
+	rm -f ./*.deb plan
+	mv -T "$new" "$cache/servers" || [ -e "$cache/servers" ]
+)
+
+# with_servers COMMAND...: it finds them.
+with_servers() {
+	there=$cache/servers/usr
+	# shellcheck disable=SC2086	# a pattern
+	env PATH="$PATH:/usr/sbin:$there/sbin:$there/bin" \
+	    LD_LIBRARY_PATH="$(echo $there/lib/*-linux-gnu)" "$@"
+}
+
 # fetched FILE WHAT: it is in the cache, or is put there.
 fetched() {
 	[ -e "$cache/$1" ] && return
 	echo "test.sh: fetching $2"
 	case $2 in
 	pebble)		fetch_pebble ;;
+	servers)	fetch_servers ;;
 	foreign)	fetch_foreign ;;
 	machine)	fetch_machine ;;
 	esac >"$cache/$2.log" 2>&1 || {
@@ -350,6 +378,7 @@ deps() {
 	offline)	return ;;
 	cross)		fetched foreign/s390x/specs foreign ;;
 	initramfs)	fetched machine/vmlinuz machine ;;
+	check)		fetched servers servers ;;
 	esac
 	fetched pebble/usr/bin/pebble pebble
 }
@@ -5183,6 +5212,60 @@ within slow 8 13
 within slower 8 13
 check 'and without an end no request is answered' \
     'replay slow && replay slower && ! [ -s slower.out ]'
+# Behind a balancer: curl sends version 1 of the PROXY protocol, haproxy both.
+front=$(free_port)
+answering behind "proxy:$front" two.rec
+check 'version 1 of the PROXY protocol' '
+    is "content of b" "curl -sS --haproxy-protocol \
+	http://127.0.0.1:$front/$well/-b-token"'
+for version in '' -v2; do
+	balancer=$(free_port)
+	cat >"haproxy$version.conf" <<-END
+	defaults
+		mode tcp
+		timeout connect 5s
+		timeout client 9s
+		timeout server 9s
+	listen front
+		bind 127.0.0.1:$balancer
+		server responder 127.0.0.1:$front send-proxy$version
+	END
+	with_servers haproxy -db -f "haproxy$version.conf" >>servers.log 2>&1 &
+	pids="$pids $!"
+	check "haproxy with send-proxy$version" '
+	    await listening $balancer &&
+	    is "content of b" \
+		"curl -sS http://127.0.0.1:$balancer/$well/-b-token"'
+done
+# knock BYTES: what comes back for these, in the form of printf.
+knock() {
+	printf "$1" | timeout 8 socat -t 8 - TCP:127.0.0.1:$front
+}
+ask="GET /$well/-b-token HTTP/1.0\r\n\r\n"
+v2='\r\n\r\n\0\r\nQUIT\n'
+check 'all forms of the header' '
+    for header in "PROXY UNKNOWN\r\n" \
+	"PROXY TCP6 ::1 ::1 1 2\r\n" "$v2\041\021\0\014123456789012" \
+	"$v2\040\0\0\0" "$v2\041\0\0\003abc"; do
+	knock "$header$ask" >got; cat got; grep "content of b" got || exit
+    done'
+check 'the header in pieces, and the request after it' '
+    { printf "PRO"; sleep 0.3; printf "XY UNKNOWN\r"; sleep 0.3; printf "\n"
+    sleep 0.3; printf "$ask"; } | timeout 8 socat -t 8 - TCP:127.0.0.1:$front |
+    grep "content of b"'
+long=$(head -c 120 /dev/zero | tr '\0' x)
+for header in '' 'PROXX UNKNOWN\r\n' "PROXY $long\r\n" '\r\n\r\n\0\r\nQUIT ' \
+    "$v2"'\041\021\377\377'; do
+	check "nothing for what begins with: $header" '
+	    knock "$header$ask" >got; cat got; ! [ -s got ]'
+done
+check 'peers that send no header, or half of one, are not in the way' '
+    ./peer flood $front 300 "PROXY TCP4 1" &&
+    is "content of b" "curl -sS --haproxy-protocol -m 8 \
+	http://127.0.0.1:$front/$well/-b-token" && frugal behind'
+ended behind TERM 143
+dies 64 '-l proxy: is for http-01 and tls-alpn-01' \
+    'step respond -t dns-01 -l proxy:5353 <http.rec'
 # Fewer files than peers.
 few=$(free_port)
 answering few "127.0.0.1:$few" two.rec sh -c 'ulimit -n 24; exec "$@"' sh
@@ -5283,6 +5366,22 @@ check 'then it still answers, in the memory that it had' '
 settle
 within silent 8 13
 ended alpn HUP 129
+# Behind a balancer.
+front=$(free_port)
+answering behind "proxy:127.0.0.1:$front" tls.rec
+for version in '' -v2; do
+	alpn=$(free_port)
+	sed -e "s/bind .*/bind 127.0.0.1:$alpn/" \
+	    -e "s/1:[0-9]* send/1:$front send/" "haproxy$version.conf" \
+	    >"haproxy-tls$version.conf"
+	with_servers haproxy -db -f "haproxy-tls$version.conf" \
+	    >>servers.log 2>&1 &
+	pids="$pids $!"
+	check "haproxy with send-proxy$version, before TLS" '
+	    await listening $alpn && greet -servername a.example \
+		-alpn acme-tls/1 && grep "ALPN protocol: acme-tls/1" greeting'
+done
+ended behind TERM 143
 
 group 'responders: DNS'
 long=$(seq -s ' ' 200 400 | head -c 600)
@@ -8425,6 +8524,768 @@ for type in dns-01 dns-account-01 dns-persist-01; do
 done
 pebble_stop
 
+group 'looks: a network with web servers and name servers'
+# It has an own address for each server, so that they can stand at the ports
+# where a CA looks.  A resolver knows where "test" is; par serves that, and
+# other.test; n1 and n2 serve example.test; liar answers for liar.test what
+# nobody should.  Pebble is there, too.
+lookout=$tmp/look
+mkdir "$lookout" "$lookout/www" "$lookout/wrong" "$lookout/scratch"
+chmod 755 "$tmp" "$lookout"/*
+cat >"$lookout/test.zone" <<'END'
+$TTL 1
+@	SOA	a.test. b.test. 1 2 3 4 1
+@	NS	a.test.
+a	A	10.9.0.1
+ns1	A	10.9.0.2
+ns1	AAAA	fd00:9::2
+ns2	A	10.9.0.3
+example	NS	ns1.test.
+example	NS	ns2.test.
+signed	NS	ns2.test.
+liar	NS	ns.liar.test.
+ns.liar	A	10.9.0.4
+END
+cat >"$lookout/example.zone" <<'END'
+@	NS	ns1.test.
+@	NS	ns2.test.
+web	A	10.9.0.5
+lost	A	10.9.0.5
+away	A	10.9.0.6
+www	A	10.9.0.7
+six	A	10.9.0.5
+six	AAAA	fd00:9::6
+far	A	10.9.0.5
+far	AAAA	2001:db8::1
+farther	AAAA	2001:db8::1
+closed	A	10.9.0.5
+closed	A	10.9.0.1
+odd	A	10.9.0.8
+_acme-challenge.alias		CNAME	elsewhere.other.test.
+_acme-challenge.far.alias	CNAME	_acme-challenge.alias
+_acme-challenge.given		NS	ns.given
+ns.given			A	10.9.0.6
+_acme-challenge.below		NS	ns._acme-challenge.below
+ns._acme-challenge.below	A	10.9.0.6
+_acme-challenge.lame		NS	a.test.
+_acme-challenge.shut		NS	shut
+shut				A	10.9.0.5
+_acme-challenge.nowhere		NS	nowhere.test.
+_acme-challenge.circle		CNAME	_acme-challenge.circle2
+_acme-challenge.circle2		CNAME	_acme-challenge.circle
+END
+cat >"$lookout/nginx.conf" <<END
+daemon off;
+pid $lookout/nginx.pid;
+error_log $lookout/nginx.log;
+events { }
+http {
+	access_log off;
+	client_body_temp_path $lookout/scratch;
+	proxy_temp_path $lookout/scratch;
+	fastcgi_temp_path $lookout/scratch;
+	uwsgi_temp_path $lookout/scratch;
+	scgi_temp_path $lookout/scratch;
+	server {
+		listen 10.9.0.5:80;
+		server_name web.example.test;
+		location /.well-known/acme-challenge/ { alias $lookout/www/; }
+	}
+	server {
+		listen 10.9.0.5:80;
+		server_name lost.example.test;
+		root $lookout/wrong;
+	}
+	server {
+		listen 10.9.0.6:80;
+		return 301 https://www.example.test\$request_uri;
+	}
+	server {
+		listen 10.9.0.7:443 ssl;
+		ssl_certificate $tmp/server.pem;
+		ssl_certificate_key $tmp/server.key;
+		location /.well-known/acme-challenge/ { alias $lookout/www/; }
+	}
+	server {
+		listen [fd00:9::6]:80;
+		return 200 "something else";
+	}
+}
+END
+
+# liar.c: a name server and, at port 80, a web server.  The first label, or
+# the Host, says how they answer.
+cat >"$lookout/liar.c" <<'END'
+#include <sys/socket.h>
+#include <netinet/in.h>
+#include <arpa/inet.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static unsigned char m[66000];
+static size_t n;
+
+static void
+put(const void *p, size_t k)
+{
+	memcpy(m + n, p, k);
+	n += k;
+}
+
+/* A record of the name in the question. */
+static void
+record(int section, int type, const void *data, size_t k)
+{
+	unsigned char head[] = { 0xc0, 12, 0, type, 0, 1, 0, 0, 0, 0, k >> 8,
+	    k };
+
+	put(head, sizeof head);
+	put(data, k);
+	if (!++m[section + 1])
+		m[section]++;
+}
+
+/* Answer the question in m; false if there shall be no answer. */
+static int
+answer(int tcp)
+{
+	char kind[64] = "";
+	size_t at = 12, last = 12;
+	unsigned char *end;
+	int type;
+
+	/* The label before liar.test; _acme-challenge stands before it. */
+	while (m[at]) {
+		if (memcmp(m + at, "\4liar", 5) != 0 &&
+		    memcmp(m + at, "\4test", 5) != 0)
+			last = at;
+		at += m[at] + 1;
+	}
+	snprintf(kind, sizeof kind, "%.*s", m[last], m + last + 1);
+	end = m + at + 1;
+	type = end[1];
+	n = at + 5;
+	m[2] = 0x84;
+	m[3] = 0;
+	memset(m + 6, 0, 6);
+	if (strcmp(kind, "liar") == 0 && type == 2) {
+		record(6, 2, "\2ns\xc0\x0c", 5);
+		return 1;
+	}
+	if (strcmp(kind, "ns") == 0) {
+		if (type == 1)
+			record(6, 1, "\12\11\0\4", 4);
+		return 1;
+	}
+	if (type != 16) {
+		record(8, 6, "\2ns\4liar\4test\0\0\0\0\0\1\0\0\0\1"
+		    "\0\0\0\1\0\0\0\1\0\0\0\1", 35);
+		m[at + 6] = at - 10;	/* its owner is liar.test */
+		return 1;
+	}
+	if (strcmp(kind, "silent") == 0)
+		return 0;
+	if (strcmp(kind, "id") == 0)
+		m[0]++;
+	if (strcmp(kind, "question") == 0)
+		m[13] ^= 1;
+	if (strcmp(kind, "circle") == 0) {	/* a name that is itself */
+		m[7] = 1;
+		put("\xc0", 1);
+		put((unsigned char[]){ n - 1, 0, 16, 0, 1, 0, 0, 0, 0 }, 9);
+	}
+	if (strcmp(kind, "count") == 0)
+		memset(m + 6, 0xff, 6);
+	if (strcmp(kind, "length") == 0) {
+		record(6, 16, "\5short", 6);
+		m[n - 7] = 0xff;
+	}
+	if (strcmp(kind, "strings") == 0)
+		record(6, 16, "\377short", 6);
+	if (strcmp(kind, "stub") == 0)
+		n = 11;
+	if (strcmp(kind, "error") == 0)
+		m[3] = 9;
+	if (strcmp(kind, "chain") == 0) {	/* always another name */
+		unsigned char name[] = "\10xxxxxxxx\5chain\4liar\4test";
+
+		for (int i = 1; i < 9; i++)
+			name[i] = 'a' + rand() % 26;
+		record(6, 5, name, sizeof name);
+	}
+	if (strcmp(kind, "deep") == 0) {	/* always a zone below */
+		m[2] = 0x80;
+		record(8, 2, "\2ns\4liar\4test", 14);
+	}
+	if (strcmp(kind, "storm") == 0) {	/* many servers */
+		m[2] = 0x80;
+		for (int i = 0; i < 1000 && n < 60000; i++) {
+			unsigned char name[] = "\10xxxxxxxx\4void\4liar\4test";
+
+			for (int j = 1; j < 9; j++)
+				name[j] = 'a' + rand() % 26;
+			record(8, 2, name, sizeof name);
+		}
+	}
+	if (strcmp(kind, "big") == 0)
+		for (int i = 0; i < 4000 && n < 65000; i++)
+			record(6, 16, "\1x", 2);
+	if (strcmp(kind, "cut") == 0 || strcmp(kind, "slow") == 0 || n > 1232)
+		m[2] |= tcp ? 0 : 2;
+	if (!tcp && m[2] & 2)
+		n = at + 5;
+	return 1;
+}
+
+static int
+bound(int type, const char *ip, int port)
+{
+	struct sockaddr_in a = { .sin_family = AF_INET,
+	    .sin_port = htons(port) };
+	int fd = socket(AF_INET, type, 0), on = 1;
+
+	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+	inet_pton(AF_INET, ip, &a.sin_addr);
+	if (bind(fd, (void *)&a, sizeof a) != 0)
+		perror(ip);
+	if (type == SOCK_STREAM)
+		listen(fd, 99);
+	return fd;
+}
+
+static void
+dns_tcp(int fd)
+{
+	unsigned char size[2];
+
+	if (recv(fd, size, 2, MSG_WAITALL) != 2 ||
+	    recv(fd, m, size[1], MSG_WAITALL) < 12)
+		return;
+	answer(1);
+	size[0] = n >> 8;
+	size[1] = n;
+	write(fd, size, 2);
+	if (memmem(m, n, "\4slow", 5))
+		for (size_t i = 0; i < n; i++) {
+			write(fd, m + i, 1);
+			sleep(1);
+		}
+	else if (memmem(m, n, "\3cut", 4))
+		write(fd, m, n / 2);
+	else
+		write(fd, m, n);
+}
+
+static void
+web(int fd)
+{
+	char b[4096] = "", *host;
+	static char xs[1 << 20];
+
+	memset(xs, 'x', sizeof xs);
+	read(fd, b, sizeof b - 1);
+	host = strstr(b, "Host: ") ? strstr(b, "Host: ") + 6 : b;
+#define IS(word) (strncmp(host, word ".", sizeof word) == 0)
+#define SAY(text) write(fd, text, sizeof text - 1)
+#define TO(url) SAY("HTTP/1.1 302 Found\r\nLocation: " url \
+    "\r\nContent-Length: 0\r\n\r\n")
+	if (IS("circle"))
+		TO("/again");
+	if (IS("port"))
+		TO("http://port.liar.test:8080/x");
+	if (IS("scheme"))
+		TO("ftp://port.liar.test/x");
+	if (IS("empty"))
+		TO("");
+	if (IS("control"))
+		TO("http://a\033[2Jb/");
+	if (IS("garbage"))
+		write(fd, xs, sizeof xs);
+	if (IS("head")) {
+		SAY("HTTP/1.1 200 OK\r\nX: ");
+		write(fd, xs, sizeof xs);
+	}
+	if (IS("body")) {
+		SAY("HTTP/1.1 200 OK\r\n\r\n");
+		write(fd, xs, sizeof xs);
+	}
+	if (IS("dumb"))
+		sleep(60);
+	if (IS("drip"))
+		for (SAY("HTTP/1.1 200 OK\r\n\r\n"); SAY("x") == 1; )
+			sleep(1);
+	if (IS("terminal"))
+		SAY("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"
+		    "a\n\033[2J\r\nb");
+	if (IS("tls"))
+		TO("https://odd.example.test/");
+}
+
+int
+main(void)
+{
+	struct sockaddr_storage who;
+	struct pollfd p[] = {
+	    { bound(SOCK_DGRAM, "10.9.0.4", 53), POLLIN, 0 },
+	    { bound(SOCK_STREAM, "10.9.0.4", 53), POLLIN, 0 },
+	    { bound(SOCK_STREAM, "10.9.0.8", 80), POLLIN, 0 },
+	    { bound(SOCK_STREAM, "10.9.0.8", 443), POLLIN, 0 } };
+
+	signal(SIGCHLD, SIG_IGN);
+	signal(SIGPIPE, SIG_IGN);
+	for (;;) {
+		socklen_t len = sizeof who;
+
+		poll(p, 4, -1);
+		if (p[0].revents && recvfrom(p[0].fd, m, sizeof m, 0,
+		    (void *)&who, &len) > 12 && answer(0))
+			sendto(p[0].fd, m, n, 0, (void *)&who, len);
+		for (int i = 1; i < 4; i++) {
+			int fd = -1;
+
+			if (p[i].revents)
+				fd = accept(p[i].fd, NULL, NULL);
+
+			if (fd >= 0 && fork() == 0) {
+				if (i == 1)
+					dns_tcp(fd);
+				else
+					web(fd);
+				_exit(0);
+			}
+			if (fd >= 0)
+				close(fd);
+		}
+	}
+}
+END
+cc -w -D_GNU_SOURCE -o "$lookout/liar" "$lookout/liar.c" || exit
+
+# A name server of bind: NAME ADDRESS RECURSION ZONES.
+bind_conf() {
+	cat >"$lookout/$1.conf" <<-END
+	options {
+		directory "$lookout"; listen-on { $2; };
+		listen-on-v6 { ${5-none}; };
+		pid-file "$lookout/$1.pid"; session-keyfile none;
+		recursion $3; allow-query { any; }; notify no;
+		dnssec-validation no; check-names primary ignore;
+		max-cache-ttl 1; max-ncache-ttl 1;
+	};
+	controls { };
+	$4
+	END
+}
+zone_is() { echo "zone \"$1\" { type primary; file \"$lookout/$2\"; };"; }
+bind_conf res 127.0.0.1 yes \
+    'zone "test" { type static-stub; server-addresses { 10.9.0.1; }; };'
+bind_conf par 10.9.0.1 no "$(zone_is test test.zone)
+$(zone_is other.test par.db)"
+bind_conf n1 10.9.0.2 no "$(zone_is example.test n1.db)" fd00:9::2
+bind_conf n2 10.9.0.3 no "$(zone_is example.test n2.db)
+$(zone_is signed.test signed.db)"
+echo 1 >"$lookout/serial"
+# zone_text FILE: a zone with the common records and those of FILE.
+zone_text() {
+	printf '%s\n' '$TTL 1' "@ SOA a.test. b.test. $(cat "$lookout/serial") \
+2 3 4 1"
+	case $1 in
+	par)	echo '@ NS a.test.' ;;
+	*)	cat "$lookout/example.zone" ;;
+	esac
+	cat "$lookout/$1.txt"
+}
+for server in par n1 n2; do
+	: >"$lookout/$server.txt"
+	zone_text $server >"$lookout/$server.db"
+done
+zone_text n2 >"$lookout/signed.db"
+
+cat >look.sh <<'END'
+busybox ip link set lo up
+for i in 1 2 3 4 5 6 7 8; do
+	busybox ip addr add 10.9.0.$i/32 dev lo
+done
+busybox ip addr add fd00:9::2/128 dev lo
+busybox ip addr add fd00:9::6/128 dev lo
+mount --bind "$1/resolv.conf" /etc/resolv.conf
+mount --bind "$1/hosts" /etc/hosts
+for server in res par n1 n2; do
+	named -c "$1/$server.conf" -f &
+done
+"$1/liar" &
+nginx -c "$1/nginx.conf" -p "$1" -e "$1/nginx.log" &
+PEBBLE_VA_NOSLEEP=1 PEBBLE_AUTHZREUSE=0 "$2/pebble" -config "$1/pebble.json" \
+    -dnsserver 127.0.0.1:53 &
+trap 'kill $(jobs -p); exit' TERM
+echo $$ >"$1/pid"
+while :; do
+	sleep 1000 &
+	wait $!
+done
+END
+echo 'nameserver 127.0.0.1' >"$lookout/resolv.conf"
+echo '127.0.0.1 localhost' >"$lookout/hosts"
+cat >"$lookout/pebble.json" <<END
+{ "pebble": {
+	"listenAddress": "127.0.0.1:14000",
+	"managementListenAddress": "127.0.0.1:15000",
+	"certificate": "$tmp/server.pem", "privateKey": "$tmp/server.key",
+	"httpPort": 80, "tlsPort": 443, "keyAlgorithm": "ecdsa",
+	"retryAfter": { "authz": 1, "order": 1 },
+	"profiles": { "default": {
+		"description": "x", "validityPeriod": 7776000 } }
+} }
+END
+# They stay until look_stop: with_servers runs in them what is fetched.
+own=-rnm enter='-U --preserve-credentials'
+[ "$(id -u)" != 0 ] || own=-nm enter=
+with_servers unshare $own sh look.sh "$lookout" "$bin" >look.log 2>&1 &
+await [ -s "$lookout/pid" ]
+look_pid=$(cat "$lookout/pid")
+pids="$pids $look_pid"
+# look COMMAND...: run it there.
+look() {
+	# shellcheck disable=SC2086	# options
+	nsenter $enter -t "$look_pid" -n -m --wd="$PWD" \
+	    env ACME_DIRECTORY=https://localhost:14000/dir "$@"
+}
+await look curl -sS --fail --cacert ca.pem https://localhost:15000/roots/0
+unset ACME_ACCOUNT
+account_key=$ACME_KEY
+ACME_KEY=$tmp/look.key
+check 'all of them' '
+    acme-step key -o look.key && acme-step key -o shown.key &&
+    await look curl -sS --fail --cacert ca.pem \
+	https://localhost:15000/roots/0 &&
+    await look dig +short @127.0.0.1 web.example.test &&
+    look dig +short @127.0.0.1 web.example.test | grep 10.9.0.5 &&
+    await look curl -sS http://10.9.0.6/ &&
+    look curl -sS --cacert ca.pem https://localhost:15000/roots/0 >look.root &&
+    look acme-step new-account -y >look.account'
+ACME_ACCOUNT=$tmp/look.account
+export ACME_ACCOUNT
+
+# zone SERVER [LINE]...: it has these records, too, from now on.
+zone() {
+	server=$1; shift
+	printf '%s\n' "$@" >"$lookout/$server.txt"
+	serial=$(($(cat "$lookout/serial") + 1))
+	echo $serial >"$lookout/serial"
+	zone_text "$server" >"$lookout/$server.db"
+	zone=example.test
+	[ $server != par ] || zone=other.test
+	case $server in par) at=10.9.0.1 ;; n1) at=10.9.0.2 ;; *) at=10.9.0.3
+	esac
+	kill -HUP "$(cat "$lookout/$server.pid")"
+	await eval "look dig +short @$at SOA $zone | grep -w $serial"
+}
+# records RECORD: its challenges as lines of a zone.
+records() {
+	while read -r word _ _ _ _ name content; do
+		[ "$word" != challenge ] || echo "$name. TXT \"$content\""
+	done <"$1"
+}
+# order TYPE NAME...: a record with its challenges, in look.rec.
+order() {
+	type=$1; shift
+	look acme-step new-order "$@" >look.new &&
+	look acme-step challenges -t "$type" <look.new >look.rec
+}
+# told: how often Pebble was asked to validate.
+told() { grep -c 'POST /chalZ' look.log; }
+# seen [OPTION]...: respond sees what is published, and the CA as well.
+seen() {
+	look acme-step respond -c -v "$@" <look.rec >look.ready 2>err ||
+	    { cat err; return 1; }
+	cat err
+	grep -x 'status ready' look.ready && not grep ': not ' err
+}
+# unseen WORDS [OPTION]...: it exits 75, says so, and does not ask the CA.
+unseen() {
+	words=$1 before=$(told); shift
+	look acme-step respond -c "$@" <look.rec >out 2>err
+	[ $? = 75 ] || { cat err; return 1; }
+	cat err
+	! [ -s out ] && [ "$(grep -c '' err)" = 1 ] &&
+	grep -q '^acme-step: respond: not yet: ' err &&
+	grep -q -e "$words" err &&
+	grep -q '; the CA was not asked to validate$' err &&
+	[ "$(told)" = "$before" ] && [ -z "$(ls "$lookout/www")" ]
+}
+
+group 'looks: http-01'
+check 'a file that the web server shows' '
+    order http-01 web.example.test && seen -w "$lookout/www" &&
+    grep "^acme-step: respond: web.example.test: 10.9.0.5: as published$" err &&
+    look acme-step finalize -K shown.key -o shown.pem <look.ready &&
+    cp look.root root.pem && issued shown.key shown.pem DNS:web.example.test'
+check 'a web server with a wrong root' '
+    order http-01 lost.example.test &&
+    unseen "lost.example.test: 10.9.0.5: status 404;" -s 2 -w "$lookout/www"'
+check 'a file that comes late' '
+    order http-01 web.example.test || exit 1
+    set -- $(grep ^challenge look.rec)
+    { sleep 2; printf "%s\n" "$7" >"$lookout/www/$6"; } &
+    seen -s 20 && grep "10.9.0.5: status 404" err; status=$?
+    wait; rm -f "$lookout/www/"*; exit $status'
+check 'a redirect to https, with a certificate of nobody' '
+    order http-01 away.example.test && seen -w "$lookout/www" &&
+    grep "10.9.0.7 (https://www.example.test/.well-known/.*): as published" err'
+check 'an IPv6 address that shows something else' '
+    order http-01 six.example.test &&
+    unseen "fd00:9::6: other content: something else;" -s 1 \
+	-w "$lookout/www" && not grep 10.9.0.5 err'
+check 'an address of which only one is right' '
+    order http-01 closed.example.test &&
+    unseen "10.9.0.1: cannot connect to port 80: Connection refused" -s 1 \
+	-w "$lookout/www"'
+check 'an address to which this machine has no way is left out' '
+    order http-01 far.example.test && before=$(told) &&
+    { look acme-step respond -c -v -w "$lookout/www" <look.rec >out 2>err
+    cat err; grep "2001:db8::1: cannot be reached from here: Network" err &&
+    grep "10.9.0.5: as published" err && [ "$(told)" != "$before" ]; }'
+check 'but not the only one' '
+    order http-01 farther.example.test &&
+    unseen "farther.example.test: nothing of it can be reached from here" \
+	-s 1 -w "$lookout/www"'
+check 'a name without an address' '
+    order http-01 none.example.test &&
+    unseen "none.example.test: address of none.example.test: Name" -s 1 \
+	-w "$lookout/www"'
+check 'an address that -H gives' '
+    order http-01 none.example.test && before=$(told) &&
+    { look acme-step respond -c -v -w "$lookout/www" -H x.test:80:10.9.0.1 \
+	-H none.example.test:80:10.9.0.5 <look.rec >out 2>err
+    cat err; grep "10.9.0.5: as published" err &&
+    [ "$(told)" != "$before" ]; }'
+for ip in 10.9.0.7 fd00:9::2; do
+	listen=$ip
+	case $ip in *:*) listen="[$ip]" ;; esac
+	check "the address $ip, at respond -l" '
+	    order http-01 $ip && seen -l "$listen:80" &&
+	    grep "$ip: $ip: as published" err'
+done
+check 'twenty names, one of which is wrong' '
+    zone n1 "*.many A 10.9.0.7" && zone n2 "*.many A 10.9.0.7" &&
+    order http-01 $(seq -f "s%g.many.example.test" 19) lost.example.test &&
+    unseen "not yet: lost.example.test: 10.9.0.5: status 404; the CA" -s 2 \
+	-l 10.9.0.7:80'
+check 'all that can be seen is told with -v, each round' '
+    order http-01 lost.example.test &&
+    look acme-step respond -c -v -s 3 -w "$lookout/www" <look.rec 2>err
+    cat err; [ "$(grep -c "^acme-step: respond: lost.example.test: 10.9.0.5: \
+status 404$" err)" -gt 1 ]'
+for evil in circle='too many redirects' port='redirects to port 8080' \
+    scheme='redirects to an invalid URL: ftp://' empty='status 302' \
+    control='has a control character in its header' \
+    garbage='larger than 16 KiB' head='larger than 16 KiB' \
+    body='larger than 256 KiB' dumb='no response' \
+    drip='no response\|no result in time\|other content' \
+    terminal='other content: a??\[2J??b' tls='does not use TLS\|ended'; do
+	words=${evil#*=} evil=${evil%%=*}
+	check "a web server that answers with: $evil" '
+	    zone n1 "$evil A 10.9.0.8" && zone n2 "$evil A 10.9.0.8" &&
+	    order http-01 $evil.example.test &&
+	    unseen "$words" -s 1 -w "$lookout/www"'
+done
+
+group 'looks: DNS'
+check 'a record at all servers' '
+    order dns-01 "*.d.example.test" d.example.test &&
+    zone n1 "$(records look.rec)" && zone n2 "$(records look.rec)" && seen &&
+    grep "ns1.test (10.9.0.2): as published" err &&
+    grep "ns1.test (fd00:9::2): as published" err &&
+    grep "ns2.test (10.9.0.3): as published" err'
+check 'one server is late' '
+    order dns-01 d.example.test && zone n1 "$(records look.rec)" &&
+    zone n2 && { (sleep 2; zone n2 "$(records look.rec)") >/dev/null 2>&1 &
+    seen -s 20; } && grep "ns2.test (10.9.0.3): has no TXT record" err'
+check 'one server is too late' '
+    order dns-01 d.example.test && zone n1 "$(records look.rec)" &&
+    zone n2 "_acme-challenge.d TXT old" "_acme-challenge.d TXT older" &&
+    unseen "d.example.test: ns2.test (10.9.0.3): has other TXT records (2); " \
+	-s 2'
+check 'of a name and its wildcard, one record is missing' '
+    order dns-01 "*.d.example.test" d.example.test &&
+    records look.rec | head -n 1 >half && zone n1 "$(cat half)" &&
+    zone n2 "$(cat half)" && unseen "has other TXT records (1)" -s 1'
+check 'an alias in another zone' '
+    order dns-01 alias.example.test far.alias.example.test && zone n1 &&
+    zone n2 && zone par "$(records look.rec | sed "s/^[^ ]*/elsewhere/")" &&
+    seen && grep "elsewhere.other.test at a.test (10.9.0.1): as pub" err'
+check 'an alias that leads to other contents' '
+    order dns-01 alias.example.test && zone par "elsewhere TXT x" &&
+    unseen "elsewhere.other.test at a.test (10.9.0.1): has other TXT" -s 1'
+check 'servers that do not agree about an alias' '
+    order dns-01 e.example.test && zone par "x $(records look.rec |
+    sed "s/^[^ ]*//")" && zone n1 "_acme-challenge.e CNAME x.other.test." &&
+    zone n2 "_acme-challenge.e CNAME y.other.test." &&
+    unseen "has it as an alias of [xy].other.test" -s 1'
+check 'aliases in a circle' '
+    order dns-01 circle.example.test &&
+    unseen "too many aliases and delegations" -s 1'
+for name in given below; do
+	check "a delegation to respond -l: $name" '
+	    order dns-01 $name.example.test "*.$name.example.test" &&
+	    seen -l 10.9.0.6:53 && grep "(10.9.0.6): as published" err'
+done
+check 'a delegation to a server that does not have the zone' '
+    order dns-01 lame.example.test &&
+    unseen "a.test (10.9.0.1): is not a name server of this zone\|REFUSED" \
+	-s 1'
+check 'a delegation to a host without a server' '
+    order dns-01 shut.example.test &&
+    unseen "shut.example.test (10.9.0.5): cannot connect to port 53: Conn" \
+	-s 1'
+check 'a server whose name has no address' '
+    order dns-01 nowhere.example.test &&
+    unseen "cannot find the address of its name server nowhere.test" -s 2'
+long=$(seq -s . 200 400 | head -c 240)
+check 'more than a datagram has: TCP' '
+    order dns-01 d.example.test &&
+    { records look.rec; for i in 1 2 3 4 5 6 7 8 9; do
+	echo "_acme-challenge.d TXT $i$long"
+    done; } >many && zone n1 "$(cat many)" && zone n2 "$(cat many)" &&
+    look dig +notcp +ignore @10.9.0.2 TXT _acme-challenge.d.example.test |
+    grep "flags: qr aa tc" && seen'
+check 'the persistent one, in several strings' '
+    order dns-persist-01 d.example.test &&
+    records look.rec | sed "s/TXT \"\(.\{9\}\)\(.*\)\"/TXT \"\1\" \"\2\"/" >a &&
+    cat a && zone n1 "$(cat a)" && zone n2 "$(cat a)" && seen'
+check 'the one for an account' '
+    order dns-account-01 d.example.test && zone n1 "$(records look.rec)" &&
+    zone n2 "$(records look.rec)" && seen'
+check 'a signed zone, whose answers have more than 512 bytes' '
+    order dns-01 d.signed.test && { printf "%s\n" "\$TTL 1" \
+	"@ SOA a.test. b.test. 2 2 3 4 1" "@ NS ns2.test." &&
+    records look.rec; } >"$lookout/signed.plain" &&
+    with_servers dnssec-keygen -K "$lookout" -a RSASHA256 -b 4096 \
+	signed.test 2>&1 && with_servers dnssec-keygen -K "$lookout" \
+	-a RSASHA256 -b 2048 -f KSK signed.test 2>&1 &&
+    with_servers dnssec-signzone -S -K "$lookout" -o signed.test \
+	-N unixtime -f "$lookout/signed.db" "$lookout/signed.plain" 2>&1 &&
+    kill -HUP "$(cat "$lookout/n2.pid")" &&
+    await eval "look dig +dnssec @10.9.0.3 TXT _acme-challenge.d.signed.test |
+	grep RRSIG" && look dig +dnssec @10.9.0.3 TXT \
+	_acme-challenge.d.signed.test | grep "SIZE *rcvd: [5-9][0-9][0-9]" &&
+    seen'
+for evil in silent='does not answer' id='does not answer' \
+    question='does not answer' circle='has no TXT record' \
+    count='has no TXT record' length='has no TXT record' \
+    strings='has other TXT records' stub='does not answer' \
+    error='answers with error 9' chain='too many aliases' \
+    deep='no result in time\|too many\|is not a name server' \
+    storm='too many\|no result in time\|time is over\|cannot find the addr' \
+    big='has other TXT records' cut='its answer over TCP is incomplete' \
+    slow='its answer over TCP is incomplete'; do
+	words=${evil#*=} evil=${evil%%=*}
+	check "a name server that answers with: $evil" '
+	    order dns-01 $evil.liar.test && unseen "$words" -s 2'
+done
+check 'the resolver is silent' '
+    order dns-01 d.example.test && kill -STOP "$(cat "$lookout/res.pid")" &&
+    unseen "no result in time\|cannot find its name servers" -s 4
+    status=$?; kill -CONT "$(cat "$lookout/res.pid")"; exit $status'
+
+group 'looks: tls-alpn-01'
+check 'the responder' '
+    order tls-alpn-01 www.example.test web.example.test &&
+    not seen -l 10.9.0.5:443 2>/dev/null
+    order tls-alpn-01 web.example.test lost.example.test &&
+    seen -l 10.9.0.5:443 && grep "lost.example.test: 10.9.0.5: as pub" err'
+for ip in 10.9.0.6 fd00:9::2; do
+	listen=$ip
+	case $ip in *:*) listen="[$ip]" ;; esac
+	check "the address $ip" '
+	    order tls-alpn-01 $ip && seen -l "$listen:443"'
+done
+check 'a server without the protocol' '
+    order tls-alpn-01 www.example.test &&
+    unseen "10.9.0.7: TLS with www.example.test failed: it does not know the" \
+	-s 1'
+check 'a server that does not speak TLS' '
+    zone n1 "odder A 10.9.0.8" && zone n2 "odder A 10.9.0.8" &&
+    order tls-alpn-01 odder.example.test &&
+    unseen "10.9.0.8: TLS with odder.example.test failed" -s 1'
+for evil in 'digest' 'name' 'critical'; do
+	check "a certificate with another $evil" '
+	    order tls-alpn-01 web.example.test &&
+	    set -- $(grep ^challenge look.rec) &&
+	    sum=$7 name=$6 critical=critical,
+	    case $evil in
+	    digest)	sum=$(echo x | sha256sum | cut -d " " -f 1) ;;
+	    name)	name=www.example.test ;;
+	    critical)	critical= ;;
+	    esac
+	    openssl req -x509 -newkey ec -nodes \
+		-pkeyopt ec_paramgen_curve:P-256 -keyout alpn.key \
+		-out alpn.pem -subj /CN=x \
+		-addext "subjectAltName=DNS:$name" \
+		-addext "1.3.6.1.5.5.7.1.31=${critical}DER:0420$sum" \
+		2>/dev/null &&
+	    { look openssl s_server -accept 10.9.0.5:443 -cert alpn.pem -key \
+		alpn.key -alpn acme-tls/1 -quiet </dev/zero >/dev/null 2>&1 &
+	    sleep 0.5
+	    case $evil in
+	    name)	words="its certificate is not for this name alone" ;;
+	    *)		words="its certificate has another acmeIdentifier" ;;
+	    esac
+	    unseen "10.9.0.5: $words" -s 1; status=$?
+	    pkill -f "s_server -accept 10.9.0.5"; exit $status; }'
+done
+
+group 'looks: what goes with -c, and the end of a step'
+check 'a hook publishes' '
+    cat >look.hook <<-"END"
+	#!/bin/sh
+	case $1 in deploy_challenge) printf %s "$4" >"$WWW/$3" ;;
+	*) rm "$WWW/$3" ;; esac
+	END
+    chmod +x look.hook && order http-01 web.example.test &&
+    WWW=$lookout/www seen -x ./look.hook && [ -z "$(ls "$lookout/www")" ]'
+check 'and cleans up if it is not seen' '
+    order http-01 lost.example.test &&
+    WWW=$lookout/www unseen "status 404" -s 1 -x ./look.hook'
+check 'with -n the CA is told after that' '
+    order http-01 web.example.test && before=$(told) &&
+    set -- $(grep ^challenge look.rec) && not look acme-step respond -c -n \
+	-s 1 <look.rec && [ "$(told)" = "$before" ] &&
+    printf %s "$7" >"$lookout/www/$6" &&
+    look acme-step respond -c -n <look.rec && [ "$(told)" -gt "$before" ]
+    status=$?; rm -f "$lookout/www/$6"; exit $status'
+check 'the time limit of the step leaves time to say it' '
+    order http-01 lost.example.test &&
+    unseen "status 404" -T 4 -w "$lookout/www"'
+check 'a signal ends the step, and all that looks' '
+    order dns-01 silent.liar.test && { look acme-step respond -c <look.rec \
+	-s 25 >out 2>err & pid=$!; looking="^acme-step respond -c -s 25"
+    sleep 1.5; [ "$(pgrep -c -f "$looking")" = 2 ] &&
+    kill -TERM $(pgrep -o -f "$looking") && wait $pid
+    [ $? = 143 ] && cat err && grep "ended by signal 15" err &&
+    [ "$(pgrep -c -f "$looking")" = 0 ]; }'
+check 'what looks has no rights' '
+    order dns-01 silent.liar.test && { look acme-step respond -c -s 4 \
+	<look.rec >out 2>err & sleep 1.5
+    looker=$(pgrep -n -f "^acme-step respond -c") && ls -l /proc/$looker/fd &&
+    cat /proc/$looker/limits &&
+    grep "Max processes  *0 " /proc/$looker/limits &&
+    grep "Max file size  *0 " /proc/$looker/limits &&
+    ! tr "\0" "\n" </proc/$looker/environ | grep -a . &&
+    { [ "$(id -u)" != 0 ] || grep "^Uid:.65534.65534" /proc/$looker/status; } &&
+    [ "$(ls -l /proc/$looker/fd | grep -c "pipe:")" = 3 ]; status=$?
+    wait; exit $status; }'
+dies 64 '-s must be at least 1 with -c (see acme-step help respond)' \
+    'acme-step respond -c -s 0 <look.rec'
+dies 64 '-c cannot be used with -B' \
+    'ACME_DIRECTORY= acme-step respond -t http-01 -c -B look.box <look.rec'
+kill "$look_pid"
+ACME_KEY=$account_key
+
 group 'hooks, before Pebble'
 web=$web_server dns=$dns_server
 pebble_start
@@ -9262,7 +10123,7 @@ example() {
 	block "$1" '#!' |
 	sed -e "s|/data|$PWD|" -e "s|/var/www/acme|$www|" \
 	    -e "s|-l 80|-l 127.0.0.1:$web|" -e 's|sleep 20000|sleep 2|' \
-	    -e 's|respond -s 20|respond -s 2|'
+	    -e 's|respond -c -s 60|respond -s 2|'
 }
 # What is at port 80 is started by the container.
 pebble_stop
@@ -9399,6 +10260,15 @@ main(void)
 	FACT("peers of respond -l %d", CLIENTS);
 	FACT("anchors named in a chain %d", ANCHORS);
 	FACT("addresses of each family %d", ADDRESSES);
+	FACT("looks (-c) at once %d", LOOKS);
+	FACT("a look at a challenge %d seconds", LOOK);
+	FACT("places that a look visits %d", PLACES);
+	FACT("connecting to a place %d seconds", REACH);
+	FACT("redirects that it follows %d", REDIRECTS);
+	FACT("questions it sends by UDP %d", PACKETS);
+	FACT("aliases and delegations %d", ALIASES);
+	FACT("its report %d bytes", REPORT);
+	FACT("make respond exit %d,", LATER);
 	FACT("a message %d bytes", MESSAGE);
 	FACT("a list in a message %d bytes", LIST);
 	FACT("a host name %d bytes", HOSTNAME);
@@ -9466,9 +10336,9 @@ check 'no limit of acme.c is missing in LIMITS' '
     [ "$(grep -c . a)" -gt 40 ] && while read -r limit; do
 	grep -qw "$limit" facts.c || echo "$limit"
     done <a >b; printf "%s\n" SLOTS PORT MAX_PORT REFUSALS LAG REMEDY DETAIL \
-	BRIEF EARLY IDLE HEAD_START LATE_IPV6 RESIDUE | diff - b'
-check 'the README has at most 1100 lines' '
-    awk "END { print NR; exit NR > 1100 }" "$src/README"'
+	BRIEF EARLY IDLE HEAD_START LATE_IPV6 RESIDUE SETTLE | diff - b'
+check 'the README has at most 1130 lines' '
+    awk "END { print NR; exit NR > 1130 }" "$src/README"'
 case $acme in
 *-san) ;;		# its sanitizers bring their own
 *)
