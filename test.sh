@@ -166,6 +166,9 @@ needs() {
 	case $task in
 	check)
 		cat <<-'EOF'
+		/bin/nc.openbsd			netcat-openbsd
+		/usr/bin/systemd-analyze	systemd
+		/usr/lib/python3/dist-packages/yaml	python3-yaml
 		make				make
 		runc				runc
 		skopeo				skopeo
@@ -337,7 +340,7 @@ fetch_servers() (
 	mkdir -p "$cache/lists/partial" "$cache/archives/partial"
 	private_apt update &&
 	private_apt -s --no-install-recommends install nginx bind9 \
-	    bind9-utils haproxy >plan || exit
+	    bind9-utils haproxy caddy kubernetes-client microsocks >plan || exit
 	sed -n 's/^Inst \([^ ]*\) .*/\1/p' plan | while read -r package; do
 		private_apt download "$package" || exit
 	done || exit
@@ -10206,6 +10209,160 @@ check 'SIGTERM removes the records, too' '
     [ $? = 1 ] && diff wanted updates'
 cd "$tmp" || exit
 rm bin/nsupdate
+
+group 'the README works: further examples'
+mkdir further
+cd further || exit
+for key in account key example; do
+	acme-step key -o $key.pem
+done
+acme-step new-account -y -o account
+check 'a health check' '
+    block "Renew from cron" "acme-step due" >script && cat script &&
+    acme-step new-order -a account example.com | acme-step respond \
+	-t http-01 -l "127.0.0.1:$web" |
+    acme-step finalize -K example.pem -o fullchain.pem && sh script &&
+    mv fullchain.pem first.pem && not sh script'
+check 'the units of systemd' '
+    block "Renew from a systemd timer" "[Unit]" |
+    sed "s|/usr/local/sbin/renew|/bin/true|" >acme.service &&
+    block "Renew from a systemd timer" "[Timer]" >acme.timer &&
+    cat acme.service acme.timer && with_servers systemd-analyze verify \
+	./acme.service ./acme.timer 2>&1 | tee said; ! [ -s said ] &&
+    with_servers systemd-analyze calendar "$(sed -n \
+	"s/OnCalendar=//p" acme.timer)"'
+# script_of FILTER: what the container of the CronJob runs, in this directory.
+script_of() {
+	block 'Renew from a Kubernetes CronJob' 'apiVersion:' >job.yaml &&
+	python3 -c '
+import sys, yaml
+job = yaml.safe_load(open("job.yaml"))
+assert job["kind"] == "CronJob" and job["apiVersion"] == "batch/v1"
+pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+(c,) = pod["containers"]
+assert c["command"] == ["sh", "-ec"] and c["workingDir"] == "/data"
+assert c["volumeMounts"][0]["name"] == pod["volumes"][0]["name"]
+sys.stdout.write(c["args"][0])' | sed "$1"
+}
+cat >../bin/kubectl <<END
+#!/bin/sh
+case \$1 in apply) exec cp "\$3" applied ;; esac
+PATH=\${PATH#*:}
+. ../kubectl.path
+exec kubectl "\$@"
+END
+with_servers sh -c 'echo "PATH=$PATH LD_LIBRARY_PATH=$LD_LIBRARY_PATH" \
+    >../kubectl.path'
+sed -i "s|PATH=$tmp/bin:|PATH=|" ../kubectl.path
+chmod +x ../bin/kubectl
+check 'a CronJob of Kubernetes, and its secret' '
+    script_of "s|-l 8080|-l 127.0.0.1:$web|" >script && cat script &&
+    sh -e script && python3 -c "
+import base64, yaml
+secret = yaml.safe_load(open(\"applied\"))
+assert secret[\"kind\"] == \"Secret\" and secret[\"type\"] == \\
+    \"kubernetes.io/tls\", secret
+for name, file in (\"tls.crt\", \"chain.pem\"), (\"tls.key\", \"key.pem\"):
+    data = base64.b64decode(secret[\"data\"][name])
+    assert data == open(file, \"rb\").read()
+" && cp ../root.pem . && issued key.pem chain.pem DNS:example.com'
+check 'it issues only what is due' '
+    cp chain.pem old.pem && rm applied && sh -e script &&
+    cmp old.pem chain.pem &&
+    [ -s applied ] && echo x >key.pem && not sh -e script'
+front=$(free_port)
+sed -e "s/bind .*/bind 127.0.0.1:$web/" -e "s/1:[0-9]* send/1:$front send/" \
+    ../hostile/haproxy-v2.conf >haproxy.conf
+check 'pods behind a balancer with the PROXY protocol' '
+    rm -f key.pem chain.pem && acme-step key -o key.pem &&
+    grep -qF "it is -l proxy:8080" "$src/README" &&
+    script_of "s|-l 8080|-l proxy:127.0.0.1:$front|" >script && {
+    with_servers haproxy -db -f haproxy.conf & balancer=$!
+    await listening $web; sh -e script; status=$?
+    pkill -f "haproxy -db -f haproxy.con[f]"; [ $status = 0 ] &&
+    issued key.pem chain.pem DNS:example.com; }'
+server_start busybox httpd -f -p "127.0.0.1:$web" -h "$tmp/www"
+up "$web"
+# from_etc: the script of standard input, with the paths of here.
+from_etc() { sed -e "s|/etc/acme|$PWD|g" -e "s|/var/www/acme|$www|"; }
+check 'the second CA, when the first is down' '
+    unset ACME_DIRECTORY
+    block "Two CAs, the second one when the first is down" "#!" |
+    from_etc >script && cat script && cp account account2 &&
+    sed "s|localhost:$pebble|localhost:1|" account2 >account && sh script &&
+    cp ../root.pem . && issued example.pem fullchain.pem DNS:example.com
+    status=$?; cp account2 account; exit $status'
+check 'not when it refuses' '
+    unset ACME_DIRECTORY
+    rm fullchain.pem && sed -i "s/ example.com/ blocked.test/" script &&
+    echo >account2; sh script; [ $? = 77 ] && [ ! -e fullchain.pem ]'
+check 'the names that do not fail' '
+    rm -f order authz ready && curl -sS --fail \
+	-d "{\"host\":\"old.example.com\",\"addresses\":[\"127.0.0.9\"]}" \
+	"http://127.0.0.1:$dns_control/add-a" &&
+    block "Go on without the names that fail" "#!" | from_etc >script &&
+    cat script && sh script && cp ../root.pem . &&
+    issued example.pem fullchain.pem DNS:example.com DNS:www.example.com'
+check 'and an end if none is left' '
+    rm fullchain.pem; sed -i "s/^set -- .*com/set -- old.example.com/" script &&
+    sh script; [ $? = 77 ] && [ ! -e fullchain.pem ] &&
+    sed -i "s/^set -- .*com/set -- blocked.test/" script &&
+    sh script; [ $? = 77 ]'
+check 'for haproxy, and PKCS #12' '
+    cp first.pem fullchain.pem && echo secret >password &&
+    block "Other forms of the result" "(umask" >script && cat script &&
+    sh -e script && printf "%s\n" "frontend x" "mode http" \
+	"timeout client 1s" "bind 127.0.0.1:1 ssl crt haproxy.pem" \
+	>check.conf &&
+    with_servers haproxy -c -f check.conf &&
+    [ "$(stat -c %a haproxy.pem)" = 600 ] &&
+    openssl pkcs12 -in example.p12 -passin file:password -nokeys >p12 &&
+    openssl x509 -in p12 -noout -pubkey >a &&
+    openssl pkey -in example.pem -pubout | diff a - &&
+    openssl pkcs12 -in example.p12 -passin file:password -nodes -nocerts |
+    openssl pkey -pubout | diff a -'
+nginx_port=$(free_port)
+caddy_port=$(free_port)
+check 'nginx with a certificate of the private CA' '
+    cp first.pem fullchain.pem && mkdir scratch && {
+    printf "%s\n" "daemon off; pid scratch/pid; error_log scratch/log;" \
+	"events { } http { access_log off;"
+    for kind in client_body proxy fastcgi uwsgi scgi; do
+	echo "${kind}_temp_path scratch;"
+    done
+    echo "server { listen 127.0.0.1:$nginx_port ssl;"
+    block "A private CA" ssl_certificate | from_etc
+    echo "return 200 hello; } }"; } >nginx.conf && cat nginx.conf &&
+    { with_servers nginx -p "$PWD/" -e scratch/log -c nginx.conf & 
+    await listening $nginx_port
+    is hello "curl -sS --cacert ../root.pem --resolve \
+	example.com:$nginx_port:127.0.0.1 https://example.com:$nginx_port/"
+    status=$?; kill "$(cat scratch/pid)"; exit $status; }'
+check 'Caddy, too' '
+    { printf "%s\n" "{" admin\ off auto_https\ disable_redirects "}"
+    block "A private CA" "example.com {" | from_etc |
+    sed -e "s/^example.com/https:\/\/example.com:$caddy_port/" \
+	-e "s/^}/respond hello\n}/"; } >Caddyfile && cat Caddyfile &&
+    { HOME=$PWD XDG_DATA_HOME=$PWD with_servers caddy run --config Caddyfile \
+	--adapter caddyfile >caddy.log 2>&1 & 
+    await listening $caddy_port; cat caddy.log
+    is hello "curl -sS --cacert ../root.pem --resolve \
+	example.com:$caddy_port:127.0.0.1 https://example.com:$caddy_port/"
+    status=$?; pkill -f "caddy run --config Caddyfil[e]"; exit $status; }'
+socks=$(free_port)
+with_servers microsocks -i 127.0.0.1 -p "$socks" >>../servers.log 2>&1 &
+pids="$pids $!"
+check 'a SOCKS proxy' '
+    await listening $socks && ln -sf /bin/nc.openbsd ../bin/nc || exit
+    grep -o "export ACME_PROXY_COMMAND=.nc .*" "$src/README" |
+    sed "s/1080/$socks/" >script && cat script && [ -s script ] && . ./script &&
+    acme-step directory >d && grep new-order d &&
+    kill -STOP $(pgrep -f "microsocks -i 127.0.0.1 -p $socks") && {
+    acme-step directory -T 2; status=$?
+    kill -CONT $(pgrep -f "microsocks -i 127.0.0.1 -p $socks")
+    [ $status = 69 ]; }'
+rm -f ../bin/nc ../bin/kubectl
+cd "$tmp" || exit
 pebble_stop
 
 group 'the README agrees with acme.c'
@@ -10337,8 +10494,8 @@ check 'no limit of acme.c is missing in LIMITS' '
 	grep -qw "$limit" facts.c || echo "$limit"
     done <a >b; printf "%s\n" SLOTS PORT MAX_PORT REFUSALS LAG REMEDY DETAIL \
 	BRIEF EARLY IDLE HEAD_START LATE_IPV6 RESIDUE SETTLE | diff - b'
-check 'the README has at most 1130 lines' '
-    awk "END { print NR; exit NR > 1130 }" "$src/README"'
+check 'the README has at most 1250 lines' '
+    awk "END { print NR; exit NR > 1250 }" "$src/README"'
 case $acme in
 *-san) ;;		# its sanitizers bring their own
 *)
