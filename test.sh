@@ -5985,6 +5985,9 @@ case $acme in
 			<http.rec >out &&
 		    clean_end $type.pem 73 $(a_step respond $type) -x ./none \
 			<http.rec'
+		check "$type: -c, and the processes that look" '
+		    clean_end $type.pem 75 $(a_step respond $type) -x true \
+			-c -s 1 -H a.example:80:127.0.0.1 <http.rec'
 		check "$type: new keys, requests, thumbprints" '
 		    clean_end new.$type 0 "$acme" key -t $type -o new.$type &&
 		    clean_end $type.pem 0 "$acme" csr -K $type.pem a.example &&
