@@ -3388,7 +3388,7 @@ dies 78 'the built-in roots' \
     'ACME_CA_FILE=builtin SSL_CERT_FILE=root.pem "$acme" directory -d "$ca/dir"'
 # bundled FILE COMMAND...: the system has this bundle, and no other.
 bundled() {
-	bundles=$(sed -n '/char .const bundle/,/^}/s/[^"]*"\([^"]*\)".*/\1/p' \
+	bundles=$(sed -n '/char bundle/,/^}/s/[^"]*"\([^"]*\)".*/\1/p' \
 	    "$src/acme.c")
 	unshare -m sh -c 'for file in $1; do
 			[ ! -e "$file" ] || mount --bind "$2" "$file" || exit
