@@ -87,7 +87,7 @@ bench: deps
 
 image: acme-step.tar
 
-acme-step.tar: acme-step test.sh
+acme-step.tar: acme-step test.sh LICENSE
 	sh ./test.sh image acme-step $@
 
 install: acme-step

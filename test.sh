@@ -46,7 +46,7 @@ give_up() {
 
 # ------------------------------------------------------ container image --
 
-# pack_image ACME-STEP IMAGE: the program, alone, as a container image.
+# pack_image ACME-STEP IMAGE: the program, with LICENSE, as a container image.
 # It is an OCI layout, with the manifest.json of docker load beside it, in
 # one archive.  The same program gives the same bytes: its times are those
 # of the release, or SOURCE_DATE_EPOCH.
@@ -95,7 +95,8 @@ pack_image() (
 
 	cp "$program" "$tmp/root/acme-step"
 	chmod 755 "$tmp/root/acme-step"
-	pack "$tmp/root" -cf "$tmp/layer" acme-step
+	cp "$src/LICENSE" "$tmp/root/LICENSE"
+	pack "$tmp/root" -cf "$tmp/layer" LICENSE acme-step
 	blob layer.v1.tar <"$tmp/layer"
 	layer=$hash layer_described=$described
 
@@ -1131,13 +1132,14 @@ image() {
 	    unpacked docker-archive:here/acme-step.tar'
 	check 'and as what OCI tools take' '
 	    unpacked oci-archive:here/acme-step.tar'
-	check 'umoci unpacks it: one file' '
+	check 'umoci unpacks it: the program and LICENSE' '
 	    own=--rootless
 	    [ "$(id -u)" != 0 ] || own=
 	    mkdir layout && tar xf here/acme-step.tar -C layout &&
 	    umoci unpack $own --image "layout:$(version)" bundle &&
-	    find bundle/rootfs -mindepth 1 >list && cat list &&
-	    echo bundle/rootfs/acme-step | diff - list &&
+	    find bundle/rootfs -mindepth 1 | sort >list && cat list &&
+	    printf "bundle/rootfs/%s\n" LICENSE acme-step | diff - list &&
+	    cmp "$src/LICENSE" bundle/rootfs/LICENSE &&
 	    cmp here/acme-step bundle/rootfs/acme-step'
 	check 'runc runs it' '
 	    contained "\"version\"" >out && acme-step version | diff - out &&
@@ -1154,7 +1156,7 @@ image() {
 made() (
 	umask "$1"
 	mkdir -p "$2" && cd "$2" &&
-	cp "$src/acme.c" "$src/Makefile" "$src/test.sh" . &&
+	cp "$src/acme.c" "$src/Makefile" "$src/test.sh" "$src/LICENSE" . &&
 	env ${3+"$3"} make image
 )
 
@@ -1162,7 +1164,7 @@ version() {
 	sed -n 's/^#define VERSION "\(.*\)"/\1/p' "$src/acme.c"
 }
 
-# unpacked IMAGE: skopeo checks all hashes of it; the layer has one file.
+# unpacked IMAGE: skopeo checks all hashes of it; the layer has two files.
 unpacked() {
 	rm -rf copy
 	skopeo inspect --config "$1" >config && cat config &&
@@ -1171,7 +1173,7 @@ unpacked() {
 	for file in copy/*; do
 		tar tf "$file" 2>/dev/null
 	done >list
-	echo acme-step | diff - list
+	printf '%s\n' LICENSE acme-step | diff - list
 }
 
 # contained ARGUMENTS, in JSON: run the container with them, and with the
