@@ -11042,6 +11042,7 @@ find_descriptors(void)
 static void
 confine(int step_fd)
 {
+	find_descriptors();
 	setsid();	/* no terminal: input could be put into it */
 	limit_to_zero(RLIMIT_NPROC);
 	give_up_root();
@@ -11091,7 +11092,6 @@ start_responder(const char *where)
 	pid_t pid;
 
 	(void)where;
-	find_descriptors();
 	pid = start_process(fds, &old);
 	if (pid == 0) {
 		close(fds[1]);

@@ -5662,6 +5662,7 @@ widowed() {
 	    -l "127.0.0.1:$port" "$@" <http.rec 2>err & pid=$!
 	await listening "$port"
 	await [ -e "$told" ]
+	await pgrep -P "$pid"
 	kill -9 "$(pgrep -P "$pid")"
 	start=$(date +%s)
 	wait "$pid"
