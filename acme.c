@@ -1803,7 +1803,7 @@ cut_digits(Str *s, size_t n)
 
 /* Take hh:mm:ss off, as seconds; sep 0: without separators; -1: malformed. */
 static long long
-time_of_day(Str *s, char sep)
+time_of_day(Str *s, int sep)
 {
 	int part[3];
 
@@ -1932,7 +1932,7 @@ now_ms(void)
 	return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
 }
 
-/* Do nothing for so long, whatever signals come. */
+/* Sleep for ms, even if signals arrive. */
 static void
 sleep_for(long long ms)
 {
@@ -4683,9 +4683,9 @@ tls_run(unsigned states)
 }
 
 /*
- * Negotiate TLS over a connection to a host, a name or an address, whose
- * certificate can be `any` or must be valid, with a protocol (RFC 7301) or
- * NULL. False: tls_end() has the reason.
+ * Negotiate TLS over a connection to a host, a name or an address. Its
+ * certificate must be valid, unless `any`. Offer a protocol (RFC 7301), unless
+ * it is NULL. False: tls_end() has the reason.
  */
 static bool
 tls_negotiate(int fd, const char *host, bool any, const char *protocol)
@@ -4714,7 +4714,7 @@ tls_open(int fd, const char *host)
 	return tls_negotiate(fd, host, false, NULL);
 }
 
-/* The same with a server to which nothing is entrusted. */
+/* The same with any certificate: for respond -c, which sends no secret. */
 static bool
 tls_open_any(int fd, const char *host, const char *protocol)
 {
@@ -5002,9 +5002,9 @@ cannot_start(void)
 }
 
 /*
- * Start a process with a pipe between it and this one, or end the step. It
- * begins with all signals blocked, and so does what follows here, until the
- * process is noted and `old` is restored. Returns as fork() does.
+ * Start a process with a pipe between it and this one, or end the step. In
+ * both, all signals are blocked on return: here, the caller notes the process
+ * and then restores `old`. Returns as fork() does.
  */
 static pid_t
 start_process(int fds[2], sigset_t *old)
@@ -5017,7 +5017,7 @@ start_process(int fds[2], sigset_t *old)
 	return pid;
 }
 
-/* The process is noted: from now on this one reads, the other one writes. */
+/* Once the new process is noted: this one reads, the new one writes. */
 static void
 begin_reading(int fds[2], const sigset_t *old)
 {
@@ -5027,9 +5027,9 @@ begin_reading(int fds[2], const sigset_t *old)
 }
 
 /*
- * In a new process of ours, where all signals are blocked: SIGTERM and, when
- * `deadline` has passed, SIGALRM end it without any clean-up. The other
- * signals are for the step.
+ * In a new process, where all signals are blocked: let SIGTERM end it, and
+ * SIGALRM when `deadline` has passed, without clean-up. The other signals
+ * stay blocked: they are for the step.
  */
 static void
 end_by_signals(void)
@@ -6224,7 +6224,7 @@ connect_early(const struct url *u)
 	clean_up_to(mark);
 }
 
-/* The next bytes of a connection without TLS, as tls_read() has them. */
+/* The next bytes of a connection without TLS, as tls_read() returns them. */
 static Str
 plain_read(void)
 {
@@ -6240,7 +6240,7 @@ plain_read(void)
 static bool
 conn_fill(void)
 {
-	Str s = NONE, words;
+	Str s, words;
 
 	if (conn.whole)
 		return false;
@@ -6532,7 +6532,6 @@ static bool
 http_receive(const struct request *q, struct response *r)
 {
 	struct framing f = { false, false, 0 };
-	int c;
 
 	*r = (struct response){ .url = q->url, .retry_after = -1 };
 	doing(CA_DOWN, "waiting for a response from", conn.host);
@@ -6550,7 +6549,7 @@ http_receive(const struct request *q, struct response *r)
 		http_bytes(r, f.length);
 	else {
 		r->last = true;
-		while ((c = conn_byte()) >= 0) {
+		while (conn_byte() >= 0) {
 			conn.at--;
 			http_bytes(r, 1);
 		}
@@ -6605,7 +6604,7 @@ static size_t
 pipeline(const struct request *q, struct response *r, size_t n)
 {
 	struct url u, v;
-	size_t mark = used, m = 0, got = 0;
+	size_t mark, m = 0, got = 0;
 	Str all = NONE;
 
 	request_url(&q[0], &u);
@@ -9494,7 +9493,7 @@ static struct client {
 	int fd;
 	long long since;	/* by now_ms() */
 	bool answered;		/* what it sends now is ignored */
-	bool begun;		/* its own bytes come now, not a balancer's */
+	bool begun;		/* a balancer's header, if any, was read */
 	size_t n;		/* bytes in b */
 	unsigned char b[REQUEST + 325];	/* 325: see BR_SSL_BUFSIZE_MONO */
 	struct tls_server tls;
@@ -9890,20 +9889,20 @@ dns_serve(struct client *c)
 /* ----------------------------------------------------------- 43. Looks -- */
 
 /*
- * With respond -c a process for each challenge (section 50) looks, as a CA
- * would, whether its content is shown at all places where a CA can look: it
- * visits one after another, and reports each in a line. What is there can be
- * hostile: all that it can do is to make the look end without success.
+ * With respond -c a process for each challenge (section 50) checks, as a CA
+ * would, that its content is found at all places where a CA can look. It
+ * visits them one after another, and reports each in a line. A hostile
+ * server can make the look fail, and be quoted in the report; nothing more.
  */
 enum {
 	PLACES    = 64,		/* that one look visits */
 	PACKETS   = 500,	/* that one look sends by UDP */
 	REACH     = 3,		/* seconds to connect to an address */
 	REDIRECTS = 10,		/* that Boulder follows */
-	ALIASES   = 8		/* and delegations, from a name on */
+	ALIASES   = 8		/* and delegations, that are followed */
 };
 
-/* Report what was seen at this place; a failure is reported by fail(). */
+/* Report what was seen at this place; fail_by() reports failures. */
 static void
 report(const char *kind, Str what)
 {
@@ -9918,7 +9917,7 @@ report_success(void)
 	report("+", S("as published"));
 }
 
-/* Look at one place; false if that failed, which is reported then. */
+/* Look at one place; false if that failed, which has been reported. */
 static bool
 visit(Str place, void (*look)(void *), void *arg)
 {
@@ -9932,7 +9931,7 @@ visit(Str place, void (*look)(void *), void *arg)
 		leave(DONE);
 	}
 	if (time_left() <= 0) {
-		report("-", S("not looked at: the time is over"));
+		report("-", S("not looked at: out of time"));
 		return false;
 	}
 	retreat = &here;
@@ -9946,7 +9945,7 @@ visit(Str place, void (*look)(void *), void *arg)
 	return done;
 }
 
-/* Wait until a descriptor can be used, by `end` at the latest. */
+/* Wait, until `end` at the latest, for a descriptor that can be used. */
 static bool
 ready(int fd, short events, long long end)
 {
@@ -9957,8 +9956,8 @@ ready(int fd, short events, long long end)
 }
 
 /*
- * An address cannot be reached. If this machine has no way to its family, it
- * was not looked at, which is no failure.
+ * An address cannot be reached. If this machine lacks its family, the address
+ * is left out, which is not a failure.
  */
 static void
 not_reached(int error, Str port)
@@ -9987,8 +9986,8 @@ reach(struct address *a, Str port)
 		error = errno;
 	else if (!ready(conn.fd, POLLOUT, now_ms() + REACH * 1000))
 		error = ETIMEDOUT;
-	else if (getsockopt(conn.fd, SOL_SOCKET, SO_ERROR, &error, &n) != 0)
-		error = errno;
+	else
+		getsockopt(conn.fd, SOL_SOCKET, SO_ERROR, &error, &n);
 	if (error)
 		not_reached(error, port);
 	fcntl(conn.fd, F_SETFL, fcntl(conn.fd, F_GETFL) & ~O_NONBLOCK);
@@ -10009,7 +10008,7 @@ struct host {
 	size_t n;
 };
 
-/* Find them in this process, which cannot start others: with -H's first. */
+/* Find them without a new process: those of -H or, without any, all. */
 static void
 look_up_host(void *arg)
 {
@@ -10017,14 +10016,14 @@ look_up_host(void *arg)
 	Str ip = ip_bytes(h->name);
 	struct addrinfo hint = { .ai_socktype = SOCK_STREAM }, *list = NULL;
 	struct address *a, found;
+	bool given;
 	int error = 0;
 
 	begin_way();
-	if (add_resolved_addresses(h->name, h->port))
-		;
-	else if (ip.n)
+	given = add_resolved_addresses(h->name, h->port);
+	if (!given && ip.n)
 		add_ip(ip);
-	else
+	else if (!given)
 		error = getaddrinfo(c_str(in_hosts(h->name) ? h->name :
 		    text("%.", h->name)), NULL, &hint, &list);
 	if (error)
@@ -10046,7 +10045,7 @@ find_host(struct host *h)
 
 /* ------------------------------------------------------- 44. HTTP look -- */
 
-/* A URL that is looked at, at one address of its host. */
+/* A look at a URL, at one address of its host. */
 struct page {
 	const struct challenge *challenge;
 	Str url, next;		/* where it redirects to, or NONE */
@@ -10055,7 +10054,7 @@ struct page {
 	struct address at;
 };
 
-/* Begin with a URL; false if it is malformed, or neither http nor https. */
+/* The page of a URL; false if it is malformed, or not http or https. */
 static bool
 page_of(Str url, struct page *p)
 {
@@ -10064,7 +10063,7 @@ page_of(Str url, struct page *p)
 	return p->secure || url_of(url, S("http://"), S("80"), &p->part);
 }
 
-/* The URL of a reference in a page (RFC 3986 5.2), except for dot segments. */
+/* Resolve a redirect (RFC 3986 5.2); "?query" and dot segments are not. */
 static Str
 reference(const struct page *p, Str ref)
 {
@@ -10089,7 +10088,7 @@ is_redirect(int status)
 	    status == 308;
 }
 
-/* A CA follows redirects to the ports of http and https alone. */
+/* CAs follow redirects only to the ports of http and https. */
 static void
 redirect(struct page *p, Str to)
 {
@@ -10108,12 +10107,12 @@ redirect(struct page *p, Str to)
 static bool
 is_content(Str body, Str content)
 {
-	while (body.n && strchr(" \t\r\n", body.p[body.n - 1]))
+	while (body.n && made_of(from(body, body.n - 1), " \t\r\n"))
 		body.n--;
 	return same(body, content);
 }
 
-/* Request the page; what it shows is the content, or a redirect. */
+/* Request the page: it must be the content or a redirect. */
 static void
 look_at_page(void *arg)
 {
@@ -10188,7 +10187,7 @@ struct alpn_place {
 	struct address at;
 };
 
-/* Is the certificate that a server sent that of a challenge (RFC 8737 3)? */
+/* Does a server send the challenge's certificate (RFC 8737 3)? */
 static void
 look_at_alpn(void *arg)
 {
@@ -10241,7 +10240,7 @@ enum {
 	ANSWER = 1000		/* ... so many ms */
 };
 
-/* Take a name, in lower case with dots, off a message at an offset. */
+/* Read the name at an offset of a message, in lower case, and move on. */
 static bool
 dns_name(Str m, size_t *at, Str *name)
 {
@@ -10260,7 +10259,7 @@ dns_name(Str m, size_t *at, Str *name)
 struct reader {
 	Str m;
 	size_t at;
-	unsigned left[3];	/* of the sections of a message */
+	unsigned left[3];	/* unread records, by section */
 };
 
 enum { ANSWERS, AUTHORITY, ADDITIONAL };	/* these (RFC 1035 4.1) */
@@ -10272,7 +10271,7 @@ struct record {
 	unsigned type;
 };
 
-/* Begin to read the records of an answer, behind its question. */
+/* Begin to read the records of an answer, after its question. */
 static struct reader
 dns_records(Str m)
 {
@@ -10315,7 +10314,7 @@ struct query {
 	size_t end;		/* of its question */
 };
 
-/* A question; an extended one allows answers of DATAGRAM bytes, signed ones. */
+/* A question; extended (EDNS), it asks for signatures, in DATAGRAM bytes. */
 static struct query
 dns_query(Str name, unsigned type, bool extended)
 {
@@ -10408,7 +10407,7 @@ ask_tcp(struct address *a, const struct query *q)
 		die(CA_DOWN, "closed the connection");
 	m = receive(u16_at(receive(2), 0));
 	if (!is_answer(m, q))
-		die(CA_DOWN, "its answer over TCP is not that of the question");
+		die(CA_DOWN, "its answer over TCP is for another question");
 	return m;
 }
 
@@ -10444,7 +10443,7 @@ dns_ask(struct address *a, Str name, unsigned type)
 }
 
 /*
- * What the resolver says about a name; NONE if it has no answer. res_query()
+ * The resolver's answer about a name; NONE if it has none. res_query()
  * returns no length if the name, or the type, does not exist.
  */
 static Str
@@ -10461,10 +10460,10 @@ dns_resolve(Str name, unsigned type)
 
 /* -------------------------------------------------------- 47. DNS look -- */
 
-/* A search for a TXT record: the zone's servers, and what they say. */
+/* A search for a TXT record: the zone's servers, and their answers. */
 static struct {
-	Str first, content;	/* of the record */
-	Str name;		/* the same, or what it is an alias of */
+	Str first, content;	/* the name and content of the challenge */
+	Str name;		/* first, or what that is an alias of */
 	Str zone;		/* whose servers are asked */
 	struct server {
 		Str name;
@@ -10537,9 +10536,9 @@ use_servers(Str m, int section, Str zone)
 }
 
 /*
- * Find the zone that is next above the name, and its servers, through the
- * resolver. If the name is a zone of its own, they refer to its servers: so
- * these need not be known to the resolver, which may not reach them.
+ * Ask the resolver for the closest zone above the name, and its servers. If
+ * the name is itself a zone, those servers refer to its own ones: so the
+ * resolver, which may be unable to reach the latter, is not asked for them.
  */
 static void
 find_zone(void *arg)
@@ -10556,7 +10555,7 @@ find_zone(void *arg)
 	die(CA_DOWN, "cannot find its name servers");
 }
 
-/* Use the servers to which the zone's own ones refer. */
+/* Continue with the servers to which the zone's servers refer. */
 static void
 follow_referral(void *arg)
 {
@@ -10565,7 +10564,7 @@ follow_referral(void *arg)
 	use_servers(search.referral, AUTHORITY, search.zone);
 }
 
-/* Is this TXT record, in strings (RFC 1035 3.3.14), a content? */
+/* Do the strings of a TXT record (RFC 1035 3.3.14) make up a content? */
 static bool
 is_txt(Str data, Str content)
 {
@@ -10590,7 +10589,7 @@ is_within(Str name, Str domain)
 	    (above == 0 || name.p[above - 1] == '.');
 }
 
-/* Remember what the name is an alias of: for all servers the same. */
+/* Remember what the name is an alias of; all servers must agree. */
 static void
 note_alias(Str alias)
 {
@@ -10600,8 +10599,8 @@ note_alias(Str alias)
 }
 
 /*
- * Ask one server for the record. It has it, or knows that it is elsewhere;
- * anything else is a failure.
+ * Ask one server for the record. The server must have it, or refer to another
+ * name or zone; anything else is a failure.
  */
 static void
 look_at_server(void *arg)
@@ -10664,7 +10663,7 @@ look_at_servers(void)
 }
 
 /*
- * dns-01 and its like: at all servers of the zone, following aliases and
+ * The DNS types: look at all servers of the zone, following aliases and
  * delegations.
  */
 static void
@@ -10758,7 +10757,7 @@ accept_failed(void)
 
 static bool proxied;		/* -l proxy: */
 
-/* Do two strings agree as far as the shorter one goes? */
+/* Is one of two strings a prefix of the other? */
 static bool
 agree(Str a, Str b)
 {
@@ -10768,9 +10767,9 @@ agree(Str a, Str b)
 }
 
 /*
- * How many bytes to read next of the header that a balancer sends first (The
- * PROXY protocol 2.1, 2.2): 0 if s is all of it, -1 if it is none. No more
- * than it has may be read: what follows is for TLS.
+ * How many bytes of the header that a balancer sends first (The PROXY
+ * protocol 2.1, 2.2) to read after s: 0 if s is all of it, -1 if s is not a
+ * header. Nothing beyond it may be read: what follows is for HTTP or TLS.
  */
 static int
 header_needs(Str s)
@@ -10792,7 +10791,7 @@ header_needs(Str s)
 	return s.n ? (int)(n - s.n) : 1;
 }
 
-/* Begin to serve a peer; what comes now is its own. */
+/* Begin to serve a peer, whose own bytes come next. */
 static void
 client_begin(const struct responder *how, struct client *c)
 {
@@ -10843,7 +10842,7 @@ client_accept(const struct responder *how, int listener)
 		client_begin(how, c);
 }
 
-/* Serve a peer from which something came. */
+/* Serve a peer that has sent something. */
 static void
 client_serve(const struct responder *how, struct client *c)
 {
@@ -10995,7 +10994,7 @@ limit_to_zero(int resource)
 	const struct rlimit zero = { 0, 0 };
 
 	if (setrlimit(resource, &zero) != 0)
-		die(FAULT, "cannot limit the responder: %", why());
+		die(FAULT, "cannot limit a process: %", why());
 }
 
 /*
@@ -11009,7 +11008,7 @@ give_up_root(void)
 	    setgid(NOBODY) == 0 && setuid(NOBODY) == 0))
 		return;
 	if (errno != EPERM && errno != EINVAL)
-		die(FAULT, "the responder cannot give up root: %",
+		die(FAULT, "cannot give up root: %",
 		    why());
 	if (verbose)
 		warn("the responder cannot give up root: %", why());
@@ -11018,8 +11017,8 @@ give_up_root(void)
 static int last_descriptor;	/* none above it is open */
 
 /*
- * Find that once. Those that the step opens later get the lowest free
- * numbers: SPARE is more than it has open at any time.
+ * Find last_descriptor, once. Later descriptors get the lowest free numbers,
+ * and the step never has as many as SPARE of its own open.
  */
 static void
 find_descriptors(void)
@@ -11115,13 +11114,13 @@ start_responder(const char *where)
 
 /* -------------------------------------------------- 50. Look processes -- */
 
-enum { REPORT = 8192 };		/* bytes of one; a line has about 80 */
+enum { REPORT = 8192 };		/* bytes; a line has about 80 */
 
 /* The processes that look, each at a challenge, as the step sees them. */
 static struct look {
 	volatile pid_t pid;	/* 0: this place is free */
 	int fd;			/* of its report, ... */
-	size_t n;		/* ... of which there is so much */
+	size_t n;		/* ... and its length so far */
 	size_t challenge;	/* its number in the order */
 	unsigned char b[REPORT];
 } looks[LOOKS];
@@ -11130,9 +11129,9 @@ static bool visible[NAMES];	/* the challenges that are seen everywhere */
 static struct list not_seen;	/* what is reported of the others */
 
 /*
- * The process: as the responder it forgets what it does not need, and gives
- * up its rights. It ends by itself, at `end` at the latest. What it reads from
- * others goes no further than its report.
+ * The process: like the responder, it forgets what it does not need, and
+ * gives up its rights. It ends at `end` at the latest, and writes what it
+ * reads from others only to its report.
  */
 static void
 run_look(size_t i, long long end, int fd)
@@ -11191,8 +11190,8 @@ stop_looks(const struct cleanup *d)
 }
 
 /*
- * A look has ended. Its challenge is seen if it is wherever the look came to,
- * at one place at least, and the report is complete.
+ * A look has ended. Its challenge is seen if the report is complete, with at
+ * least one success and no failure.
  */
 static void
 end_look(struct look *l)
@@ -11235,7 +11234,7 @@ read_report(struct look *l)
 	return n > 0 || (n < 0 && errno == EINTR);
 }
 
-/* Read what looks report, until `end`; false if none is under way. */
+/* Read the reports of looks until `end`; false if no look is running. */
 static bool
 await_reports(long long end)
 {
@@ -11271,7 +11270,7 @@ free_look(void)
 	return NULL;
 }
 
-/* Look once at all challenges that were not seen; are all seen now? */
+/* Look once at all challenges not yet seen; have all been seen now? */
 static bool
 look_at_all(long long end)
 {
@@ -11291,7 +11290,7 @@ look_at_all(long long end)
 
 /*
  * respond -c: look at what is published until it is seen everywhere, or end
- * the step after so many seconds.
+ * the step when the seconds are over.
  */
 static void
 await_published(unsigned long seconds)
@@ -13739,14 +13738,14 @@ static const struct command {
 	{ .letter = 'w', .arg = "DIR",
 	    .gist = "publish http-01 as files that a web server serves" },
 	{ .letter = 'l', .arg = "ADDR", .or = true,
-	    .gist = "answer on [HOST:]PORT: HTTP 80, ALPN 443, DNS 53" },
+	    .gist = "answer on [proxy:][HOST:]PORT (80, 443, DNS 53)" },
 	{ .letter = 'x', .arg = "HOOK", .or = true,
 	    .choices = hook_style_names,
 	    .gist = "publish with [STYLE:]PROGRAM (style dehydrated)" },
 	{ .letter = 'c',
 	    .gist = "look at all that is published before the CA does" },
 	{ .letter = 's', .arg = "SECONDS",
-	    .gist = "wait after publishing (0; with -c at most 30)" },
+	    .gist = "wait after publishing (0), or -c's limit (30)" },
 	{ .letter = 'n', .gist = "do not wait for the CA to validate" }) },
 { .name = "finalize", .group = ISSUE, .needs = ORDER,
 	.gist = "get the certificate",

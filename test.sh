@@ -9189,7 +9189,7 @@ for evil in silent='does not answer' id='does not answer' \
     strings='has other TXT records' stub='does not answer' \
     error='answers with error 9' chain='too many aliases' \
     deep='no result in time\|too many\|is not a name server' \
-    storm='too many\|no result in time\|time is over\|cannot find the addr' \
+    storm='too many\|no result in time\|out of time\|cannot find the addr' \
     big='has other TXT records' cut='its answer over TCP is incomplete' \
     slow='its answer over TCP is incomplete'; do
 	words=${evil#*=} evil=${evil%%=*}
@@ -10252,7 +10252,7 @@ sys.stdout.write(c["args"][0])' | sed "$1"
 }
 cat >../bin/kubectl <<END
 #!/bin/sh
-case \$1 in apply) exec cp "\$3" applied ;; esac
+case \$1 in apply) exec cat >applied ;; esac
 PATH=\${PATH#*:}
 . ../kubectl.path
 exec kubectl "\$@"
@@ -10262,7 +10262,7 @@ with_servers sh -c 'echo "PATH=$PATH LD_LIBRARY_PATH=$LD_LIBRARY_PATH" \
 sed -i "s|PATH=$tmp/bin:|PATH=|" ../kubectl.path
 chmod +x ../bin/kubectl
 check 'a CronJob of Kubernetes, and its secret' '
-    script_of "s|-l 8080|-l 127.0.0.1:$web|" >script && cat script &&
+    script_of "s|-l 8080 -s 30|-l 127.0.0.1:$web|" >script && cat script &&
     sh -e script && python3 -c "
 import base64, yaml
 secret = yaml.safe_load(open(\"applied\"))
@@ -10281,8 +10281,8 @@ sed -e "s/bind .*/bind 127.0.0.1:$web/" -e "s/1:[0-9]* send/1:$front send/" \
     ../hostile/haproxy-v2.conf >haproxy.conf
 check 'pods behind a balancer with the PROXY protocol' '
     rm -f key.pem chain.pem && acme-step key -o key.pem &&
-    grep -qF "it is -l proxy:8080" "$src/README" &&
-    script_of "s|-l 8080|-l proxy:127.0.0.1:$front|" >script && {
+    grep -qF "use -l proxy:8080" "$src/README" &&
+    script_of "s|-l 8080 -s 30|-l proxy:127.0.0.1:$front|" >script && {
     with_servers haproxy -db -f haproxy.conf & balancer=$!
     await listening $web; sh -e script; status=$?
     pkill -f "haproxy -db -f haproxy.con[f]"; [ $status = 0 ] &&
@@ -10427,11 +10427,11 @@ main(void)
 	FACT("a look at a challenge %d seconds", LOOK);
 	FACT("places that a look visits %d", PLACES);
 	FACT("connecting to a place %d seconds", REACH);
-	FACT("redirects that it follows %d", REDIRECTS);
-	FACT("questions it sends by UDP %d", PACKETS);
+	FACT("redirects of a look %d", REDIRECTS);
+	FACT("UDP queries of a look %d", PACKETS);
 	FACT("aliases and delegations %d", ALIASES);
-	FACT("its report %d bytes", REPORT);
-	FACT("make respond exit %d,", LATER);
+	FACT("a look's report %d bytes", REPORT);
+	FACT("make respond exit %d and", LATER);
 	FACT("a message %d bytes", MESSAGE);
 	FACT("a list in a message %d bytes", LIST);
 	FACT("a host name %d bytes", HOSTNAME);
