@@ -81,6 +81,9 @@ check-initramfs: deps
 	@$(MAKE) acme-step
 	@sh ./test.sh initramfs
 
+lint:
+	@sh ./test.sh lint
+
 bench: deps
 	@$(MAKE) acme-step
 	@sh ./test.sh bench
@@ -102,5 +105,5 @@ uninstall:
 clean:
 	rm -rf acme-step acme-step.a acme-step-san acme-step.tar .cache
 
-.PHONY: all deps demo check check-san check-cross check-initramfs bench \
+.PHONY: all deps demo check check-san check-cross check-initramfs lint bench \
         image install uninstall clean

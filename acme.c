@@ -1197,8 +1197,9 @@ translate(Str s, const char *set, const char *to)
 
 	for (size_t i = 0; i < s.n; i++) {
 		p[i] = s.p[i];
-		if (p[i] == set[0] || p[i] == set[1])
-			p[i] = (unsigned char)to[p[i] == set[1]];
+		for (size_t k = 0; k < 2; k++)
+			if (s.p[i] == (unsigned char)set[k])
+				p[i] = (unsigned char)to[k];
 	}
 	return (Str){ p, s.n };
 }
@@ -2075,6 +2076,7 @@ file_name(const char *name)
 static int
 open_input(const char *name)
 {
+	/* NOLINTNEXTLINE(clang-analyzer-*): then it is not NULL */
 	int fd = is_std(name) ? 0 : open(name, O_RDONLY | O_NOCTTY | O_CLOEXEC);
 
 	if (fd < 0)
@@ -2427,6 +2429,7 @@ is_mount(void)
 	bool linked;
 
 	block_signals(&old);
+	/* NOLINTNEXTLINE(clang-analyzer-*): split_path() has set out.base */
 	linked = linkat(out.dir, out.base, out.dir, name, 0) == 0;
 	if (linked)
 		add_cleanup(remove_file, out.dir, name);
@@ -2487,6 +2490,7 @@ out_open(const char *file, bool key)
 	out.dir = open_directory(split_path(file, &out.base));
 	if (out.dir < 0)
 		cannot_create(why());
+	/* NOLINTNEXTLINE(clang-analyzer-*): split_path() has set it */
 	if (!*out.base)
 		die(NO_PLACE, "cannot create '%': the file name is empty",
 		    str(file));
@@ -9767,6 +9771,7 @@ dns_answers(const struct question *q, Str *answers, size_t *zone, size_t *n)
 
 		if (c->name.n > q->name.n ||
 		    !same_nocase(from(q->name, above), c->name) ||
+		    /* NOLINTNEXTLINE(clang-analyzer-*): if NONE, above is 0 */
 		    (above && q->name.p[above - 1] != '.'))
 			continue;
 		ours = true;
@@ -9926,12 +9931,8 @@ visit(Str place, void (*look)(void *), void *arg)
 	sigjmp_buf here;
 
 	looking_at = place;
-	if (++places > PLACES) {
-		report("-", S("there are too many places to look at"));
-		leave(DONE);
-	}
-	if (time_left() <= 0) {
-		report("-", S("not looked at: out of time"));
+	if (++places > PLACES || time_left() <= 0) {
+		report("-", S("too many places, or out of time"));
 		return false;
 	}
 	retreat = &here;
@@ -9956,26 +9957,24 @@ ready(int fd, short events, long long end)
 }
 
 /*
- * An address cannot be reached. If this machine lacks its family, the address
- * is left out, which is not a failure.
+ * connect() failed immediately. If this machine lacks the address's family,
+ * the address is left out, which is not a failure.
  */
 static void
-not_reached(int error, Str port)
+not_connected(Str port)
 {
-	if (lacks_family(error)) {
-		report("~", text("cannot be reached from here: %",
-		    str(strerror(error))));
+	if (lacks_family(errno)) {
+		report("~", cat(S("cannot be reached from here: "), why()));
 		siglongjmp(*retreat, 1);
 	}
-	die(CA_DOWN, "cannot connect to port %: %", port,
-	    str(strerror(error)));
+	die(CA_DOWN, "cannot connect to port %: %", port, why());
 }
 
 /* Connect to an address by TCP. */
 static void
 reach(struct address *a, Str port)
 {
-	int error = 0;
+	int error = ETIMEDOUT;
 	socklen_t n = sizeof error;
 	unsigned long to;
 
@@ -9983,13 +9982,12 @@ reach(struct address *a, Str port)
 	number(port, MAX_PORT, &to);
 	conn.fd = start_connecting(a, htons((in_port_t)to));
 	if (conn.fd < 0)
-		error = errno;
-	else if (!ready(conn.fd, POLLOUT, now_ms() + REACH * 1000))
-		error = ETIMEDOUT;
-	else
+		not_connected(port);
+	if (ready(conn.fd, POLLOUT, now_ms() + REACH * 1000))
 		getsockopt(conn.fd, SOL_SOCKET, SO_ERROR, &error, &n);
 	if (error)
-		not_reached(error, port);
+		die(CA_DOWN, "cannot connect to port %: %", port,
+		    str(strerror(error)));
 	fcntl(conn.fd, F_SETFL, fcntl(conn.fd, F_GETFL) & ~O_NONBLOCK);
 }
 
@@ -10016,7 +10014,7 @@ look_up_host(void *arg)
 	Str ip = ip_bytes(h->name);
 	struct addrinfo hint = { .ai_socktype = SOCK_STREAM }, *list = NULL;
 	struct address *a, found;
-	bool given;
+	size_t given, n = 0;
 	int error = 0;
 
 	begin_way();
@@ -10028,13 +10026,15 @@ look_up_host(void *arg)
 		    text("%.", h->name)), NULL, &hint, &list);
 	if (error)
 		die(CA_DOWN, "%", str(gai_strerror(error)));
-	for (; list; list = list->ai_next) {
+	for (; list; list = list->ai_next, n++) {
 		found.n = list->ai_addrlen;
 		memcpy(&found.to, list->ai_addr, list->ai_addrlen);
 		add_address(&found);
 	}
 	for (h->n = 0; h->n < COUNT(h->at) && (a = next_address()); h->n++)
 		h->at[h->n] = *a;
+	if (h->n < n)
+		die(LATER, "has more than % of a family", num(ADDRESSES));
 }
 
 static bool
@@ -10067,25 +10067,18 @@ page_of(Str url, struct page *p)
 static Str
 reference(const struct page *p, Str ref)
 {
-	Str path = p->part.path, base = cut(&path, '?');
+	Str path = p->part.path, base = cut(&path, '?'), rest = ref;
 
 	ref = cut(&ref, '#');
 	if (begins(ref, "//"))
 		return text("%:%", p->secure ? S("https") : S("http"), ref);
 	if (begins(ref, "/"))
 		return cat(NONE, p->part.origin, ref);
-	if (contains(ref, S("://")))
+	if (made_of(cut(&rest, ':'), ALPHA) && rest.n)
 		return ref;
 	while (base.n && base.p[base.n - 1] != '/')
 		base.n--;
 	return cat(NONE, p->part.origin, base.n ? base : S("/"), ref);
-}
-
-static bool
-is_redirect(int status)
-{
-	return (status >= 301 && status <= 303) || status == 307 ||
-	    status == 308;
 }
 
 /* CAs follow redirects only to the ports of http and https. */
@@ -10127,11 +10120,10 @@ look_at_page(void *arg)
 	memcpy(conn.host, c_str(p->part.host), p->part.host.n + 1);
 	if (p->secure && !tls_open_any(conn.fd, conn.host, NULL))
 		conn_failed();
-	if (p->secure ? !tls_write(ask) : !write_all(conn.fd, ask))
-		die(CA_DOWN, "closed the connection");
-	if (!http_receive(&q, &r))
+	if (!(p->secure ? tls_write(ask) : write_all(conn.fd, ask)) ||
+	    !http_receive(&q, &r))
 		die(CA_DOWN, "no response");
-	if (is_redirect(r.status) && r.location.n)
+	if (r.status / 100 == 3 && r.location.n)
 		redirect(p, r.location);
 	else if (r.status != 200)
 		die(LATER, "status %", num((unsigned)r.status));
@@ -10299,7 +10291,7 @@ dns_next(struct reader *w, struct record *r)
 		return false;
 	w->left[i]--;
 	r->section = i;
-	r->type = u16_at(w->m, w->at + 2) == IN ? u16_at(w->m, w->at) : 0;
+	r->type = u16_at(w->m, w->at);
 	n = u16_at(w->m, w->at + 8);
 	r->at = w->at + 10;
 	if (n > w->m.n - r->at)
@@ -10347,7 +10339,7 @@ is_answer(Str m, const struct query *q)
 	    (Str){ q->wire.p + DNS_HEAD, q->end - DNS_HEAD });
 }
 
-/* Ask a server by UDP; NONE, with errno, if it does not answer. */
+/* Ask a server by UDP. */
 static Str
 ask_udp(struct address *a, const struct query *q)
 {
@@ -10359,7 +10351,7 @@ ask_udp(struct address *a, const struct query *q)
 	set_port(a, htons(53));
 	conn.fd = socket(a->to.any.sa_family, SOCK_DGRAM, 0);
 	if (conn.fd < 0 || connect(conn.fd, &a->to.any, a->n) != 0)
-		return NONE;
+		not_connected(S("53"));
 	for (int i = 0; i < ASKED; i++) {
 		long long end = now_ms() + ANSWER;
 
@@ -10372,9 +10364,9 @@ ask_udp(struct address *a, const struct query *q)
 				return (Str){ b, (size_t)n };
 		}
 		if (n < 0)
-			return NONE;
+			die(CA_DOWN, "cannot connect to port 53: %", why());
 	}
-	errno = ETIMEDOUT;
+	die(CA_DOWN, "does not answer");
 	return NONE;
 }
 
@@ -10417,33 +10409,22 @@ code_of(Str m)
 	return u16_at(m, 2) & 15;
 }
 
-/* The name of an error (RFC 1035 4.1.1), or its number. */
-static Str
-error_text(unsigned code)
-{
-	static const char name[][9] = { "", "FORMERR", "SERVFAIL", "NXDOMAIN",
-	    "NOTIMP", "REFUSED" };
-
-	return code < COUNT(name) ? str(name[code]) : num(code);
-}
-
-/* Ask a server; NONE, with errno, if it does not answer. */
 static Str
 dns_ask(struct address *a, Str name, unsigned type)
 {
 	struct query q = dns_query(name, type, true);
 	Str m = ask_udp(a, &q);
 
-	if (m.n && (code_of(m) == FORMAT_ERROR ||
-	    code_of(m) == NOT_IMPLEMENTED)) {	/* it has no EDNS */
+	if (code_of(m) == FORMAT_ERROR || code_of(m) == NOT_IMPLEMENTED) {
+		/* It has no EDNS. */
 		q = dns_query(name, type, false);
 		m = ask_udp(a, &q);
 	}
-	return m.n && u16_at(m, 2) & TRUNCATED ? ask_tcp(a, &q) : m;
+	return u16_at(m, 2) & TRUNCATED ? ask_tcp(a, &q) : m;
 }
 
 /*
- * The resolver's answer about a name; NONE if it has none. res_query()
+ * The resolver's whole answer about a name; NONE if it has none. res_query()
  * returns no length if the name, or the type, does not exist.
  */
 static Str
@@ -10454,8 +10435,8 @@ dns_resolve(Str name, unsigned type)
 
 	memset(b, 0, REQUEST);
 	res_query(c_str(name), IN, (int)type, b, REQUEST);
-	return u16_at(m, 2) & IS_REPLY && (code_of(m) == 0 ||
-	    code_of(m) == NO_NAME) ? m : NONE;
+	return (u16_at(m, 2) & (IS_REPLY | TRUNCATED)) == IS_REPLY &&
+	    (code_of(m) == 0 || code_of(m) == NO_NAME) ? m : NONE;
 }
 
 /* -------------------------------------------------------- 47. DNS look -- */
@@ -10471,9 +10452,21 @@ static struct {
 	} server[PLACES];
 	size_t n;
 	Str alias;		/* what the name is an alias of, or NONE */
-	Str child;		/* a zone that they delegate, or NONE */
-	Str referral;		/* the message that does */
+	struct {
+		Str zone;	/* one that they delegate, ... */
+		Str message;	/* ... and the message that does */
+	} referral[PLACES];
+	size_t nreferral;
 } search;
+
+static bool
+has_server(Str name)
+{
+	for (size_t i = 0; i < search.n; i++)
+		if (same(search.server[i].name, name))
+			return true;
+	return false;
+}
 
 /* Add the address of a server, if a record has one. */
 static void
@@ -10490,7 +10483,6 @@ static void
 find_server(Str name)
 {
 	static const unsigned types[] = { A, AAAA };
-	size_t before = search.n;
 	struct record r;
 
 	for (size_t i = 0; i < COUNT(types); i++) {
@@ -10505,31 +10497,36 @@ find_server(Str name)
 				add_server(name, &r);
 		used = mark;
 	}
-	if (search.n == before)
+	if (!has_server(name))
 		report("-", text("cannot find the address of its name "
 		    "server %", name));
 }
 
-/* Use the servers of a zone that are in a section of a message, if any. */
+/*
+ * Add the servers of a zone that are in a section of a message. False if it
+ * has none, or is malformed.
+ */
 static bool
 use_servers(Str m, int section, Str zone)
 {
 	struct reader w = dns_records(m), glue;
 	struct record r, g;
-	size_t n = 0, before;
+	size_t n = 0;
 	Str name;
 
-	search.n = 0;
 	while (search.n < PLACES && dns_next(&w, &r)) {
 		if (r.section != section || r.type != NS ||
-		    !same(r.owner, zone) || !dns_name(m, &r.at, &name))
+		    !same(r.owner, zone))
 			continue;
+		if (!dns_name(m, &r.at, &name))
+			return false;
 		n++;
-		before = search.n;
+		if (has_server(name))
+			continue;
 		for (glue = w; section != ANSWERS && dns_next(&glue, &g); )
 			if (same(g.owner, name))
 				add_server(name, &g);
-		if (search.n == before)
+		if (!has_server(name))
 			find_server(name);
 	}
 	return n > 0;
@@ -10546,6 +10543,7 @@ find_zone(void *arg)
 	Str m;
 
 	(void)arg;
+	search.n = 0;
 	search.zone = search.name;
 	while (cut(&search.zone, '.').n && search.zone.n) {
 		m = dns_resolve(search.zone, NS);
@@ -10555,13 +10553,18 @@ find_zone(void *arg)
 	die(CA_DOWN, "cannot find its name servers");
 }
 
-/* Continue with the servers to which the zone's servers refer. */
+/* Continue with all servers to which the zone's servers refer. */
 static void
-follow_referral(void *arg)
+follow_referrals(void *arg)
 {
 	(void)arg;
-	search.zone = search.child;
-	use_servers(search.referral, AUTHORITY, search.zone);
+	search.n = 0;
+	for (size_t i = 0; i < search.nreferral; i++) {
+		search.zone = search.referral[i].zone;
+		if (!use_servers(search.referral[i].message, AUTHORITY,
+		    search.zone))
+			die(LATER, "is delegated to no name server");
+	}
 }
 
 /* Do the strings of a TXT record (RFC 1035 3.3.14) make up a content? */
@@ -10612,10 +10615,6 @@ look_at_server(void *arg)
 	struct record r;
 	size_t others = 0;
 
-	if (!m.n && errno == ETIMEDOUT)
-		die(CA_DOWN, "does not answer");
-	if (!m.n)
-		not_reached(errno, S("53"));
 	for (w = dns_records(m); dns_next(&w, &r); ) {
 		bool ours = r.section == ANSWERS && same(r.owner, search.name);
 
@@ -10634,13 +10633,13 @@ look_at_server(void *arg)
 	if (alias.n)
 		note_alias(alias);
 	else if (code_of(m) != 0 && code_of(m) != NO_NAME)
-		die(LATER, "answers with error %", error_text(code_of(m)));
+		die(LATER, "answers with RCODE %", num(code_of(m)));
 	else if (u16_at(m, 2) & AUTHORITATIVE)
-		die(LATER, others ? "has other TXT records (%)" :
-		    "has no TXT record", num(others));
+		die(LATER, "has % TXT records, none with the content",
+		    num(others));
 	else if (child.n) {
-		search.child = child;
-		search.referral = m;
+		search.referral[search.nreferral].zone = child;
+		search.referral[search.nreferral++].message = m;
 	} else
 		die(LATER, "is not a name server of this zone");
 }
@@ -10657,7 +10656,7 @@ look_at_servers(void)
 		if (!same(search.name, search.first))
 			place = text("% at %", search.name, place);
 		visit(place, look_at_server, s);
-		if (!search.alias.n && !search.child.n)
+		if (!search.alias.n && !search.nreferral)
 			used = mark;
 	}
 }
@@ -10677,14 +10676,17 @@ look_at_dns(const struct challenge *c)
 	if (!visit(search.name, find_zone, NULL))
 		return;
 	for (int i = 0; i <= ALIASES; i++) {
-		search.alias = search.child = NONE;
+		search.alias = NONE;
+		search.nreferral = 0;
 		look_at_servers();
+		if (search.alias.n && search.nreferral)
+			report("-", S("another server has an alias"));
 		if (search.alias.n) {
 			search.name = search.alias;
 			if (!visit(search.name, find_zone, NULL))
 				return;
-		} else if (!search.child.n ||
-		    !visit(search.child, follow_referral, NULL))
+		} else if (!search.nreferral ||
+		    !visit(search.name, follow_referrals, NULL))
 			return;
 	}
 	looking_at = search.name;
@@ -10725,17 +10727,11 @@ static const struct responder *
 find_responder(Str type)
 {
 	const struct challenge_type *t = find_challenge_type(type);
-	struct list all = list_begin();
 
-	if (t && t->responder)
-		return t->responder;
-	for (t = challenge_types; t < challenge_types +
-	    COUNT(challenge_types); t++)
-		if (t->responder)
-			list_add(&all, " ", str(t->type));
-	usage("-l cannot answer % challenges, only: %", type,
-	    list_text(&all));
-	return NULL;
+	if (!t)
+		usage("-l cannot answer % challenges, only: %", type,
+		    NAMES_OF(challenge_types));
+	return t->responder;
 }
 
 /*
@@ -11137,19 +11133,21 @@ static void
 run_look(size_t i, long long end, int fd)
 {
 	long long most = now_ms() + LOOK * 1000;
+	const struct challenge_type *t;
 
 	ncleanup = 0;
 	on_record_pipe = verbose = false;
 	answering.pid = 0;
 	forget_step();
 	looking_for = order.challenge[i].id.value;
+	t = find_challenge_type(order.challenge[i].type);
 	confine(fd);
 	conn.fd = -1;
 	family = AF_UNSPEC;	/* -4 and -6 are for the CA alone */
 	deadline = end < most ? end : most;
 	end_by_signals();
-	find_challenge_type(order.challenge[i].type)->look(
-	    &order.challenge[i]);
+	if (t)
+		t->look(&order.challenge[i]);
 	write_all(1, S(".\n"));
 	leave(DONE);
 }
@@ -11176,8 +11174,8 @@ stop_look(struct look *l)
 	if (!l->pid)
 		return;
 	close(l->fd);
-	kill(l->pid, SIGKILL);
-	waitpid(l->pid, NULL, 0);
+	if (kill(l->pid, SIGKILL) == 0)	/* it can be another user's */
+		waitpid(l->pid, NULL, 0);
 	l->pid = 0;
 }
 
