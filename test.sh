@@ -360,13 +360,17 @@ fetch_servers() (
 	mv -T "$new" "$cache/servers" || [ -e "$cache/servers" ]
 )
 
-# with_servers COMMAND...: it finds them.
-with_servers() {
+# be_server COMMAND...: become a program that finds them.  With "&" the
+# process has the number $!.
+be_server() {
 	there=$cache/servers/usr
-	# shellcheck disable=SC2086	# a pattern
-	env PATH="$PATH:/usr/sbin:$there/sbin:$there/bin" \
-	    LD_LIBRARY_PATH="$(echo $there/lib/*-linux-gnu)" "$@"
+	PATH=$PATH:/usr/sbin:$there/sbin:$there/bin
+	# shellcheck disable=SC2116	# a pattern
+	LD_LIBRARY_PATH=$(echo "$there"/lib/*-linux-gnu)
+	export PATH LD_LIBRARY_PATH
+	exec "$@"
 }
+with_servers() ( be_server "$@" )
 
 # fetched FILE WHAT: it is in the cache, or is put there.
 fetched() {
@@ -5298,7 +5302,7 @@ for version in '' -v2; do
 		bind 127.0.0.1:$balancer
 		server responder 127.0.0.1:$front send-proxy$version
 	END
-	with_servers haproxy -db -f "haproxy$version.conf" >>servers.log 2>&1 &
+	be_server haproxy -db -f "haproxy$version.conf" >>servers.log 2>&1 &
 	pids="$pids $!"
 	check "haproxy with send-proxy$version" '
 	    await listening $balancer &&
@@ -5442,7 +5446,7 @@ for version in '' -v2; do
 	sed -e "s/bind .*/bind 127.0.0.1:$alpn/" \
 	    -e "s/1:[0-9]* send/1:$front send/" "haproxy$version.conf" \
 	    >"haproxy-tls$version.conf"
-	with_servers haproxy -db -f "haproxy-tls$version.conf" \
+	be_server haproxy -db -f "haproxy-tls$version.conf" \
 	    >>servers.log 2>&1 &
 	pids="$pids $!"
 	check "haproxy with send-proxy$version, before TLS" '
@@ -8992,14 +8996,19 @@ busybox ip addr add fd00:9::2/128 dev lo
 busybox ip addr add fd00:9::6/128 dev lo
 mount --bind "$1/resolv.conf" /etc/resolv.conf
 mount --bind "$1/hosts" /etc/hosts
+started=
 for server in res par n1 n2; do
 	named -c "$1/$server.conf" -f &
+	started="$started $!"
 done
 "$1/liar" &
+started="$started $!"
 nginx -c "$1/nginx.conf" -p "$1" -e "$1/nginx.log" &
+started="$started $!"
 PEBBLE_VA_NOSLEEP=1 PEBBLE_AUTHZREUSE=0 "$2/pebble" -config "$1/pebble.json" \
     -dnsserver 127.0.0.1:53 &
-trap 'kill $(jobs -p); exit' TERM
+started="$started $!"
+trap 'kill $started $!; exit' TERM
 echo $$ >"$1/pid"
 while :; do
 	sleep 1000 &
@@ -9022,10 +9031,10 @@ END
 # They stay until look_stop: with_servers runs in them what is fetched.
 own=-rnm enter='-U --preserve-credentials'
 [ "$(id -u)" != 0 ] || own=-nm enter=
-with_servers unshare $own sh look.sh "$lookout" "$bin" >look.log 2>&1 &
-await [ -s "$lookout/pid" ]
-look_pid=$(cat "$lookout/pid")
+be_server unshare $own sh look.sh "$lookout" "$bin" >look.log 2>&1 &
+look_pid=$!
 pids="$pids $look_pid"
+await [ -s "$lookout/pid" ]
 # look COMMAND...: run it there.
 look() {
 	# shellcheck disable=SC2086	# options
@@ -10368,9 +10377,9 @@ check 'pods behind a balancer with the PROXY protocol' '
     rm -f key.pem chain.pem && acme-step key -o key.pem &&
     grep -qF "use -l proxy:8080" "$src/README" &&
     script_of "s|-l 8080 -s 30|-l proxy:127.0.0.1:$front|" >script && {
-    with_servers haproxy -db -f haproxy.conf & balancer=$!
+    be_server haproxy -db -f haproxy.conf & balancer=$!
     await listening $web; sh -e script; status=$?
-    pkill -f "haproxy -db -f haproxy.con[f]"; [ $status = 0 ] &&
+    kill $balancer; wait $balancer; [ $status = 0 ] &&
     issued key.pem chain.pem DNS:example.com; }'
 server_start busybox httpd -f -p "127.0.0.1:$web" -h "$tmp/www"
 up "$web"
@@ -10424,7 +10433,7 @@ check 'nginx with a certificate of the private CA' '
     echo "server { listen 127.0.0.1:$nginx_port ssl;"
     block "A private CA" ssl_certificate | from_etc
     echo "return 200 hello; } }"; } >nginx.conf && cat nginx.conf &&
-    { with_servers nginx -p "$PWD/" -e scratch/log -c nginx.conf & 
+    { be_server nginx -p "$PWD/" -e scratch/log -c nginx.conf &
     await listening $nginx_port
     is hello "curl -sS --cacert ../root.pem --resolve \
 	example.com:$nginx_port:127.0.0.1 https://example.com:$nginx_port/"
@@ -10434,23 +10443,24 @@ check 'Caddy, too' '
     block "A private CA" "example.com {" | from_etc |
     sed -e "s/^example.com/https:\/\/example.com:$caddy_port/" \
 	-e "s/^}/respond hello\n}/"; } >Caddyfile && cat Caddyfile &&
-    { HOME=$PWD XDG_DATA_HOME=$PWD with_servers caddy run --config Caddyfile \
-	--adapter caddyfile >caddy.log 2>&1 & 
+    export HOME=$PWD XDG_DATA_HOME=$PWD; {
+    be_server caddy run --config Caddyfile --adapter caddyfile \
+	>caddy.log 2>&1 & caddy=$!
     await listening $caddy_port; cat caddy.log
     is hello "curl -sS --cacert ../root.pem --resolve \
 	example.com:$caddy_port:127.0.0.1 https://example.com:$caddy_port/"
-    status=$?; pkill -f "caddy run --config Caddyfil[e]"; exit $status; }'
+    status=$?; kill $caddy; wait $caddy; exit $status; }'
 socks=$(free_port)
-with_servers microsocks -i 127.0.0.1 -p "$socks" >>../servers.log 2>&1 &
-pids="$pids $!"
+be_server microsocks -i 127.0.0.1 -p "$socks" >>../servers.log 2>&1 &
+socks_server=$!
+pids="$pids $socks_server"
 check 'a SOCKS proxy' '
     await listening $socks && ln -sf /bin/nc.openbsd ../bin/nc || exit
     grep -o "export ACME_PROXY_COMMAND=.nc .*" "$src/README" |
     sed "s/1080/$socks/" >script && cat script && [ -s script ] && . ./script &&
     acme-step directory >d && grep new-order d &&
-    kill -STOP $(pgrep -f "microsocks -i 127.0.0.1 -p $socks") && {
-    acme-step directory -T 2; status=$?
-    kill -CONT $(pgrep -f "microsocks -i 127.0.0.1 -p $socks")
+    kill -STOP $socks_server && {
+    acme-step directory -T 2; status=$?; kill -CONT $socks_server
     [ $status = 69 ]; }'
 rm -f ../bin/nc ../bin/kubectl
 cd "$tmp" || exit
