@@ -133,9 +133,6 @@ enum {
 	LATE_IPV6 = 50,		/* ms by which AAAA may be late (RFC 8305 3) */
 	RESOLVED = 16,		/* addresses of -H and ACME_RESOLVE */
 	RESIDUE  = 16 << 10,	/* stack below a use of keys; BearSSL: 6 KB */
-	LOOKS    = 8,		/* processes that look (-c) at once */
-	LOOK     = 15,		/* seconds for each of them */
-	SETTLE   = 30,		/* seconds for -c without -s */
 	MAX_WAIT = 86400 * 30	/* seconds for -T and -s */
 };
 
@@ -11110,7 +11107,11 @@ start_responder(const char *where)
 
 /* -------------------------------------------------- 50. Look processes -- */
 
-enum { REPORT = 8192 };		/* bytes; a line has about 80 */
+enum {
+	LOOKS  = 8,		/* processes at once */
+	LOOK   = 15,		/* seconds for each */
+	REPORT = 8192		/* bytes; a line has about 80 */
+};
 
 /* The processes that look, each at a challenge, as the step sees them. */
 static struct look {
@@ -13151,6 +13152,7 @@ chosen_publisher(void)
 static unsigned long
 settling_time(void)
 {
+	enum { SETTLE = 30 };	/* for the records of a zone to spread */
 	unsigned long n = opt['c'] ? SETTLE : 0;
 
 	if (opt['s'] && !number(str(opt['s']), MAX_WAIT, &n))

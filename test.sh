@@ -9077,11 +9077,18 @@ records() {
 		[ "$word" != challenge ] || echo "$name. TXT \"$content\""
 	done <"$1"
 }
-# order TYPE NAME...: a record with its challenges, in look.rec.
+# order TYPE NAME...: a record with its challenges, in look.rec.  Pebble uses
+# some authorizations again: such an order lacks a challenge.
 order() {
 	type=$1; shift
-	look acme-step new-order "$@" >look.new &&
-	look acme-step challenges -t "$type" <look.new >look.rec
+	for _ in 1 2 3 4 5; do
+		look acme-step new-order "$@" >look.new &&
+		look acme-step challenges -t "$type" <look.new >look.rec ||
+		    return
+		[ "$(grep -c ^challenge look.rec)" != $# ] || return 0
+	done
+	echo "no order with all challenges"
+	return 1
 }
 # told: how often Pebble was asked to validate.
 told() { grep -c 'POST /chalZ' look.log; }
@@ -10594,7 +10601,7 @@ check 'no limit of acme.c is missing in LIMITS' '
     [ "$(grep -c . a)" -gt 40 ] && while read -r limit; do
 	grep -qw "$limit" facts.c || echo "$limit"
     done <a >b; printf "%s\n" SLOTS PORT MAX_PORT REFUSALS LAG REMEDY DETAIL \
-	BRIEF EARLY IDLE HEAD_START LATE_IPV6 RESIDUE SETTLE | diff - b'
+	BRIEF EARLY IDLE HEAD_START LATE_IPV6 RESIDUE | diff - b'
 check 'the README has at most 1250 lines' '
     awk "END { print NR; exit NR > 1250 }" "$src/README"'
 case $acme in
