@@ -10475,11 +10475,15 @@ add_server(Str name, const struct record *r)
 		    address_of(r->data) };
 }
 
-/* Find the addresses of a server. */
+/*
+ * Find the addresses of a server. It is a failure, too, if the resolver cannot
+ * answer for one family: a CA may ask the server at those addresses.
+ */
 static void
 find_server(Str name)
 {
 	static const unsigned types[] = { A, AAAA };
+	bool failed = false;
 	struct record r;
 
 	for (size_t i = 0; i < COUNT(types); i++) {
@@ -10489,12 +10493,14 @@ find_server(Str name)
 
 		if (m.n)
 			w = dns_records(m);
+		else
+			failed = true;
 		while (dns_next(&w, &r))
 			if (r.section == ANSWERS)
 				add_server(name, &r);
 		used = mark;
 	}
-	if (!has_server(name))
+	if (failed || !has_server(name))
 		report("-", text("cannot find the address of its name "
 		    "server %", name));
 }

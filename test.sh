@@ -8647,6 +8647,7 @@ _acme-challenge.lame		NS	a.test.
 _acme-challenge.shut		NS	shut
 shut				A	10.9.0.5
 _acme-challenge.nowhere		NS	nowhere.test.
+_acme-challenge.half		NS	half.liar.test.
 _acme-challenge.circle		CNAME	_acme-challenge.circle2
 _acme-challenge.circle2		CNAME	_acme-challenge.circle
 END
@@ -8755,6 +8756,13 @@ answer(int tcp)
 	if (strcmp(kind, "ns") == 0) {
 		if (type == 1)
 			record(6, 1, "\12\11\0\4", 4);
+		return 1;
+	}
+	if (strcmp(kind, "half") == 0) {	/* the resolver gives up */
+		if (type == 1)
+			record(6, 1, "\12\11\0\6", 4);
+		if (type == 28)
+			m[3] = 2;
 		return 1;
 	}
 	if (type != 16) {
@@ -9254,6 +9262,9 @@ check 'a delegation to a host without a server' '
 check 'a server whose name has no address' '
     order dns-01 nowhere.example.test &&
     unseen "cannot find the address of its name server nowhere.test" -s 2'
+check 'a server whose name has an IPv4 address, and others nobody knows' '
+    order dns-01 half.example.test && unseen "cannot find the address of its \
+name server half.liar.test" -s 12 -l 10.9.0.6:53'
 long=$(seq -s . 200 400 | head -c 240)
 check 'more than a datagram has: TCP' '
     order dns-01 d.example.test &&
