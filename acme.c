@@ -7669,7 +7669,7 @@ need_member(const struct response *r, Str o, const char *name, int kind)
 
 /* What the user can do about a problem, by its type. */
 static const struct {
-	const char *type, *hint;
+	char type[24], hint[69];
 } hints[] = {
 	{ "externalAccountRequired", "; the CA requires external account "
 	    "binding; use new-account -e FILE" },
@@ -13627,7 +13627,7 @@ enum {			/* what a command needs before it is called */
 
 enum { ISSUE, DETAILS, RENEWAL, ACCOUNT, OTHER };	/* groups of help */
 
-static const char *const groups[] = {
+static const char groups[][39] = {
 	[ISSUE] = "Get a certificate",
 	[DETAILS] = "Keys, orders and challenges in detail",
 	[RENEWAL] = "Renew and revoke",
