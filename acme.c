@@ -13586,11 +13586,24 @@ do_send(char **arg)
 
 static void do_help(char **);
 
+/* What a macro is defined as; its name, if it is not defined. */
+#define DEFINITION(macro)  AS_TEXT(macro)
+#define AS_TEXT(words)     #words
+
+/*
+ * musl and BearSSL 0.6 do not tell their versions. Only glibc defines
+ * __GLIBC__, and only later versions of BearSSL have a callback for the time.
+ */
 static void
 do_version(char **arg)
 {
+	static const char libc[] = DEFINITION(__GLIBC__),
+	    callback[] = DEFINITION(BR_FEATURE_X509_TIME_CALLBACK);
+
 	(void)arg;
-	print(S("acme-step " VERSION "\n"));
+	print(text("acme-step " VERSION " (BearSSL %, %)\n",
+	    str(*callback == 'B' ? "0.6" : "after 0.6"),
+	    str(*libc == '_' ? "musl" : "glibc")));
 }
 
 /* ----------------------------------------------------------- 61. Table -- */

@@ -747,7 +747,7 @@ bench() {
 	    "Linux $(uname -r); Pebble $("$bin/pebble" -version 2>&1 |
 	    sed -n 's/.*version: //p')"
 	printf '\nsize on disk, in KiB, with all packages that it needs:\n'
-	echo "acme-step $(acme-step version): $(($(wc -c <"$acme") / 1024))"
+	echo "$(acme-step version): $(($(wc -c <"$acme") / 1024))"
 	for client in $clients; do
 		[ "$client" = acme-step ] || disk_size "$client"
 	done
@@ -2858,6 +2858,18 @@ check 'what the value of an option can be' '
     "$acme" help key | grep "ec256 ec384 rsa2048 rsa3072 rsa4096" &&
     "$acme" help respond | grep "http-01 dns-01 tls-alpn-01" &&
     "$acme" help respond | grep "dehydrated uacme lego certbot"'
+
+# libraries: those of the program.  The one for another processor is static.
+libraries() {
+	libc=musl later=
+	! readelf -dW "$acme" 2>/dev/null | grep -q 'NEEDED.*libc\.so\.6' ||
+	    libc=glibc
+	! grep -rq 'define BR_FEATURE' /usr/include/bearssl || later='after '
+	echo "BearSSL ${later}0.6, $libc"
+}
+check 'version names BearSSL and libc, too' '
+    is "acme-step $(version) ($(libraries))" \""$acme"\" version &&
+    "$acme" version >a && "$acme" --version | diff a -'
 
 [ "$task" != offline ] || finish
 
