@@ -81,6 +81,10 @@ check-initramfs: deps
 	@$(MAKE) acme-step
 	@sh ./test.sh initramfs
 
+check-load: deps
+	@$(MAKE) acme-step
+	@sh ./test.sh load
+
 lint:
 	@sh ./test.sh lint
 
@@ -105,5 +109,5 @@ uninstall:
 clean:
 	rm -rf acme-step acme-step.a acme-step-san acme-step.tar .cache
 
-.PHONY: all deps demo check check-san check-cross check-initramfs lint bench \
-        image install uninstall clean
+.PHONY: all deps demo check check-san check-cross check-initramfs \
+        check-load lint bench image install uninstall clean

@@ -5,6 +5,7 @@
 # test.sh initramfs [ACME-STEP]  an issuance before there is a system
 # test.sh demo [ACME-STEP]      issue a certificate as the README does it
 # test.sh lint                  let other programs read the source
+# test.sh load [ACME-STEP]      the responders under load, 64 steps at once
 # test.sh bench [ACME-STEP]     report size, memory, round trips and time
 # test.sh image ACME-STEP FILE  pack the program as a container image
 # test.sh deps                  see to it that what these need is there
@@ -25,7 +26,9 @@
 
 task=check
 case ${1-} in
-check|offline|cross|initramfs|demo|bench|lint|deps) task=$1; shift ;;
+check|offline|cross|initramfs|demo|bench|lint|load|deps)
+	task=$1
+	shift ;;
 esac
 src=$(cd "$(dirname "$0")" && pwd)
 acme=${1:-$src/acme-step}
@@ -189,6 +192,9 @@ needs() {
 		;;
 	initramfs)
 		echo 'qemu-system-x86_64	qemu-system-x86'
+		;;
+	load)
+		echo 'dnsperf			dnsperf'
 		;;
 	lint)
 		cat <<-'EOF'
@@ -1414,8 +1420,486 @@ bugprone-*,cert-*,clang-analyzer-*,$(listed not_of_tidy -)" -- $inc'
 	finish
 }
 
+# ----------------------------------------------------------------- load --
+
+# The responders under load, and many steps at once.  This needs two processors
+# for itself: what it measures is in the titles.
+load() {
+	world_start
+	load_tools
+	for type in http-01 tls-alpn-01 dns-01; do
+		group "load: respond -l, $type"
+		load_responder
+	done
+	pebble_start
+	group 'at once: 64 pipelines, one account'
+	load_pipelines
+	group 'at once: 64 steps, one file or port'
+	load_collisions
+	finish
+}
+
+# flood FILE ANSWER PORT RATE SECONDS HELD: open RATE connections a second
+# that ask: each sends the bytes of FILE, and is answered if what comes back
+# begins with ANSWER.  At most 1000 of them are open at a time.  HELD others
+# stay: every second one sends a byte of FILE each second, without the last,
+# the others send nothing.  If the server closes them they come again, up to
+# HELD in a second.  It prints how many asked, how many were answered, how
+# many were ended without an answer, how many could not connect, how many of
+# those that stay were connected on average, and how often one came.  They
+# come from addresses in 127.1.0.0/16, so that ports suffice, and end with a
+# reset, which leaves nothing to the system.  Other people's generators for
+# HTTP ask as fast as they can, and keep none that is slow.
+load_tools() {
+	cat >flood.c <<-'END'
+	#define _GNU_SOURCE
+	#include <arpa/inet.h>
+	#include <errno.h>
+	#include <netinet/in.h>
+	#include <stdio.h>
+	#include <stdlib.h>
+	#include <string.h>
+	#include <sys/epoll.h>
+	#include <sys/socket.h>
+	#include <time.h>
+	#include <unistd.h>
+	enum { ASKING = 1000, MOST = 4096, BATCH = 32 };
+	static struct peer {
+		int fd;
+		int kind;		/* 0 asks, 1 is silent, 2 is slow */
+		size_t sent;
+		double next;		/* when a slow one sends again */
+	} peers[MOST];
+	static char say[4096];
+	static size_t length;
+	static const char *answer;
+	static int port, epoll, asking, held;
+	static long opened, answered, ended, failed, reopened;
+	static double
+	now(void)
+	{
+		struct timespec t;
+
+		clock_gettime(CLOCK_MONOTONIC, &t);
+		return t.tv_sec + t.tv_nsec / 1e9;
+	}
+	static void
+	drop(struct peer *p)
+	{
+		struct linger reset = { 1, 0 };
+
+		setsockopt(p->fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
+		close(p->fd);
+		p->fd = -1;
+		if (p->kind)
+			held--;
+		else
+			asking--;
+	}
+	static struct sockaddr_in
+	address(const char *ip, int to)
+	{
+		struct sockaddr_in a = { .sin_family = AF_INET,
+		    .sin_port = htons(to) };
+
+		inet_pton(AF_INET, ip, &a.sin_addr);
+		return a;
+	}
+	static int
+	dial(struct peer *p, int kind)
+	{
+		static unsigned last;
+		struct epoll_event e = { EPOLLIN | EPOLLOUT | EPOLLET,
+		    { .ptr = p } };
+		char ip[32];
+		struct sockaddr_in to = address("127.0.0.1", port), from;
+		int on = 1;
+
+		last++;
+		snprintf(ip, sizeof ip, "127.1.%u.%u", last / 250 % 250,
+		    last % 250 + 1);
+		from = address(ip, 0);
+		p->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+		p->kind = kind;
+		p->sent = 0;
+		p->next = 0;
+		if (p->fd < 0)
+			exit(3);
+		if (kind)
+			held++;
+		else
+			asking++;
+		setsockopt(p->fd, IPPROTO_IP, 24 /* BIND_ADDRESS_NO_PORT */,
+		    &on, sizeof on);
+		bind(p->fd, (void *)&from, sizeof from);
+		if (connect(p->fd, (void *)&to, sizeof to) != 0 &&
+		    errno != EINPROGRESS) {
+			failed++;
+			drop(p);
+			return 1;
+		}
+		if (kind)
+			reopened++;
+		else
+			opened++;
+		epoll_ctl(epoll, EPOLL_CTL_ADD, p->fd, &e);
+		return 1;
+	}
+	static void
+	serve(struct peer *p, unsigned events)
+	{
+		char b[8192];
+		ssize_t n;
+
+		if (p->fd < 0)
+			return;
+		if (!p->kind && !p->sent && events & EPOLLOUT &&
+		    (n = send(p->fd, say, length, MSG_NOSIGNAL)) > 0)
+			p->sent = n;
+		if (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR)))
+			return;
+		n = recv(p->fd, b, sizeof b, 0);
+		if (n < 0 && errno == EAGAIN)
+			return;
+		if (!p->kind && n > 0 && n >= (ssize_t)strlen(answer) &&
+		    memcmp(b, answer, strlen(answer)) == 0)
+			answered++;
+		else if (!p->kind)
+			ended++;
+		drop(p);
+	}
+	static void
+	slow(struct peer *p, double t)
+	{
+		if (p->fd < 0 || p->kind != 2 || t < p->next)
+			return;
+		p->next = t + 1;
+		if (p->sent + 1 < length)
+			send(p->fd, say + p->sent++, 1, MSG_NOSIGNAL);
+	}
+	int
+	main(int argc, char **argv)
+	{
+		FILE *f = fopen(argv[1], "r");
+		double rate = atof(argv[4]), start = now(), t, sum = 0;
+		double end = start + atof(argv[5]);
+		int hold = atoi(argv[6]);
+		long ticks = 0;
+
+		(void)argc;
+		length = fread(say, 1, sizeof say, f);
+		answer = argv[2];
+		port = atoi(argv[3]);
+		epoll = epoll_create1(0);
+		for (int i = 0; i < MOST; i++)
+			peers[i].fd = -1;
+		while ((t = now()) < end) {
+			struct epoll_event e[512];
+			int i = 0, n, batch = 0;
+
+			for (; i < MOST && batch < BATCH && held < hold &&
+			    reopened < hold * (1 + t - start); i++)
+				if (peers[i].fd < 0)
+					batch += dial(&peers[i], 1 + i % 2);
+			for (; i < MOST && batch < 2 * BATCH && asking <
+			    ASKING && opened + failed < rate * (t - start); i++)
+				if (peers[i].fd < 0)
+					batch += dial(&peers[i], 0);
+			n = epoll_wait(epoll, e, 512, 1);
+			for (i = 0; i < n; i++)
+				serve(e[i].data.ptr, e[i].events);
+			for (i = ticks % 16; i < MOST; i += 16)
+				slow(&peers[i], t);
+			sum += held;
+			ticks++;
+		}
+		printf("%ld %ld %ld %ld %.0f %ld\n", opened, answered, ended,
+		    failed, sum / ticks, reopened);
+		return 0;
+	}
+	END
+	cc -w -O2 -o bin/flood flood.c || exit
+}
+
+# One responder, of the challenge type $type, for a step of 100 names, which
+# Pebble validates at moments spread over 70 seconds.
+load_responder() {
+	old_web=$web old_tls=$tls old_dns=$dns
+	port=$(free_port)
+	case $type in
+	http-01)	web=$port ;;
+	tls-alpn-01)	tls=$port ;;
+	dns-01)		dns=$port ;;
+	esac
+	pebble_start PEBBLE_VA_NOSLEEP=0 PEBBLE_VA_SLEEPTIME=70
+	names=$(seq -f 'n%g.load.test' 100)
+	rm -f account.pem account ready chain.pem
+	# shellcheck disable=SC2086	# names, one word each
+	{ acme-step key -o account.pem && acme-step new-account -y -o account &&
+	  { [ -s leaf.pem ] || acme-step key -o leaf.pem; } &&
+	  acme-step new-order -a account $names |
+	  acme-step challenges -t "$type" >todo; } 2>err ||
+	    give_up "$(cat err)"
+	grep '^challenge ' todo >lines
+	load_question
+	acme-step respond -t "$type" -l "127.0.0.1:$port" -s 6 -T 240 \
+	    <todo >ready 2>err & step=$!
+	others=$pids pids="$pids $step"
+	up "$port"
+	await pgrep -P "$step" || give_up "$(cat err)"
+	child=$(pgrep -P "$step")
+	before=$(load_ticks) moment=$(date +%s)
+	flood question x "$port" 0 4 250 >silent
+	idle=$(($(load_ticks) - before))
+	load_offer & offer=$!
+	load_watch >seen
+	wait "$step"
+	got=$?
+	pids=$others
+	passed=$(($(date +%s) - moment))
+	wait "$offer"
+	web=$old_web tls=$old_tls dns=$old_dns
+	load_checks
+	pebble_stop
+}
+
+# What peers ask: the file question, for flood, and the file questions, for
+# dnsperf.
+load_question() {
+	read -r _ _ _ _ _ name content <lines
+	case $type in
+	http-01)
+		printf '%s\r\n' \
+		    "GET /.well-known/acme-challenge/$name HTTP/1.1" \
+		    'Host: n1.load.test' 'User-Agent: load' '' >question
+		right='HTTP/1.1 200 OK' ;;
+	tls-alpn-01)
+		sink=$(free_port)
+		socat -u "TCP-LISTEN:$sink,bind=127.0.0.1" - >question & got=$!
+		await listening "$sink"
+		load_hello "$name" "$sink" 1
+		wait "$got"
+		right=$(printf '\026\003\003') ;;
+	dns-01)
+		{ printf '\0%b' "\\0$(printf %o $((${#name} + 18)))"
+		  printf '\022\064\001\0\0\001\0\0\0\0\0\0'
+		  echo "$name" | tr . '\n' | while read -r label; do
+			printf '%b%s' "\\0$(printf %o ${#label})" "$label"
+		  done
+		  printf '\0\0\020\0\001'; } >question
+		while read -r _ _ _ _ _ name _; do
+			printf '%s TXT\n%s A\n' "$name" "$name"
+		done <lines >questions
+		right='' ;;
+	esac
+}
+
+# load_hello NAME PORT SECONDS: what a CA does for tls-alpn-01.
+load_hello() {
+	timeout "$3" openssl s_client -connect "127.0.0.1:$2" -tls1_2 \
+	    -servername "$1" -alpn acme-tls/1 </dev/null 2>&1
+}
+
+# The minute: ten thousand questions a second, and a thousand peers more that
+# only stay.
+load_offer() {
+	case $type in
+	dns-01)
+		flood question '' "$port" 500 60 1000 >flooded &
+		dnsperf -s 127.0.0.1 -p "$port" -d questions -Q 10000 -l 60 \
+		    -c 20 -q 1000 >dnsperf.log 2>&1
+		wait $! ;;
+	*)	flood question "$right" "$port" 10000 60 1000 >flooded ;;
+	esac
+}
+
+load_ticks() {
+	echo $(($(cut -d ' ' -f 14,15 "/proc/$child/stat" | tr ' ' +)))
+}
+
+# Until the step ends, a line each second: the most KiB of the responder so
+# far, the hundredths of a second that it has computed, whether it gave the
+# right answer to a question of ours, and how many ms that took.
+load_watch() {
+	while kill -0 "$step" 2>/dev/null && [ -e "/proc/$child" ]; do
+		line=$(shuf -n 1 lines)
+		name=${line% *} name=${name##* } content=${line##* }
+		from=$(date +%s%3N)
+		load_look >looked 2>&1 && answer=right || answer=wrong
+		[ -e "/proc/$child/status" ] || return
+		echo "$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' \
+		    "/proc/$child/status") $(load_ticks) $answer" \
+		    "$(($(date +%s%3N) - from))"
+		sleep 1
+	done 2>>servers.log
+}
+load_look() {
+	case $type in
+	http-01)
+		curl -sS -m 9 "http://127.0.0.1:$port/.well-known/$(
+		    )acme-challenge/$name" | grep -Fxe "$content" ;;
+	tls-alpn-01)
+		load_hello "$name" "$port" 9 | openssl x509 -outform DER |
+		xxd -p | tr -d '\n' | grep -i "0420$content" ;;
+	dns-01)
+		dig +short +tries=3 +time=3 -p "$port" @127.0.0.1 TXT "$name" |
+		grep -Fxe "\"$content\"" ;;
+	esac
+}
+
+# load_sum COLUMN: of the file flooded.
+load_sum() { cut -d ' ' -f "$1" flooded; }
+
+load_checks() {
+	case $type in
+	dns-01)
+		asked=$(sed -n 's/.*Queries sent: *//p' dnsperf.log)
+		answered=$(sed -n 's/.*completed: *\([0-9]*\).*/\1/p' \
+		    dnsperf.log)
+		least=300000 ;;
+	*)
+		asked=$(load_sum 1) answered=$(load_sum 2)
+		# No two processors can do ten thousand handshakes a second:
+		# then a thousand wait, and others ask when these have ended.
+		least=300000
+		[ "$type" != tls-alpn-01 ] || least=6000 ;;
+	esac
+	: "${asked:=0}" "${answered:=0}"
+	check "$type: the step ends well, after $passed s" '
+	    cat err; [ "$got" = 0 ] && [ "$passed" -le 100 ] && [ ! -s err ]'
+	check "$type: all 100 names are valid, and are issued" '
+	    grep -x "status ready" ready &&
+	    acme-step finalize -a account -K leaf.pem -o chain.pem <ready &&
+	    issued leaf.pem chain.pem $(printf "DNS:%s " $names)'
+	check "$type: in a minute $asked questions came, and $answered were \
+answered (at least $least)" '
+	    cat flooded; [ "$type" != dns-01 ] || cat dnsperf.log
+	    [ "$answered" -ge "$least" ]'
+	# At the end a thousand may be under way.  A peer whose bytes are late,
+	# since others have the processors, can be ended by newer ones.
+	check "$type: hardly a question had no answer: \
+$((asked - answered)) of $asked" '
+	    [ $((asked - answered)) -le $((1000 + asked / 20)) ]'
+	check "$type: a thousand other peers were there at once, and came \
+$(load_sum 6) times" '[ "$(load_sum 6)" -ge 2000 ]'
+	check "$type: it is right under load, $(grep -c right seen) times, at \
+most after $(cut -d " " -f 4 seen | sort -n | tail -n 1) ms" '
+	    cat seen; not grep wrong seen && [ "$(grep -c right seen)" -ge 20 ]'
+	check "$type: memory: $(load_most) KiB, all in the first seconds" '
+	    cat seen; [ "$(load_most)" -lt 3072 ] &&
+	    [ "$(sed -n 6p seen | cut -d " " -f 1)" -ge \
+		$(($(load_most) - 64)) ]'
+	check "$type: 250 silent peers take no time: $idle/100 s of 4 s" '
+	    [ "$idle" -le 20 ]'
+	check "$type: when the load is over it rests" '
+	    tail -n 3 seen | cut -d " " -f 2 >rest && cat rest &&
+	    [ $(($(tail -n 1 rest) - $(head -n 1 rest))) -le 20 ]'
+	check "$type: no process and no socket stays" '
+	    [ ! -e "/proc/$child" ] && not listening "$port" &&
+	    not grep -i "$(printf " 0100007F:%04X " "$port")" /proc/net/udp'
+}
+load_most() { tail -n 1 seen | cut -d ' ' -f 1; }
+
+# many NAME COUNT CODE...: the code, run COUNT times at once, with $i from 1;
+# its exit statuses are in NAME.status, a line each, what it says in NAME.err.
+many() {
+	job=$1 count=$2 runs='' i=0
+	shift 2
+	rm -f "$job".[0-9]*
+	while [ "$i" -lt "$count" ]; do
+		i=$((i + 1))
+		{ (eval "$*"); echo $? >"$job.$i.status"; } \
+		    </dev/null >"$job.$i.out" 2>"$job.$i.err" &
+		runs="$runs $!"
+	done
+	# shellcheck disable=SC2086	# one word a process
+	wait $runs
+	cat "$job".*.status | sort | uniq -c >"$job.status"
+	cat "$job".*.err >"$job.err"
+}
+# ended COUNT STATUS...: so many ended so, and no other.
+ended() {
+	while [ $# -gt 0 ]; do
+		printf '%7d %s\n' "$1" "$2"
+		shift 2
+	done | sort -k 2 | diff - "$job.status" && return
+	sort "$job.err" | uniq -c
+	return 1
+}
+
+pipeline() {
+	acme-step new-order -a account "$1" |
+	acme-step respond -w "$www" |
+	acme-step finalize -K "$2" -o "$3"
+}
+tidy() { [ -z "$(ls "$www")" ] && [ -z "$(find . -name '.acme-step*')" ]; }
+
+load_pipelines() {
+	rm -f account.pem account
+	acme-step key -o account.pem && acme-step new-account -y -o account ||
+	    exit
+	many keys 64 'acme-step key -o "at.$i.pem"'
+	check '64 keys, made at once, are 64' '
+	    ended 64 0 && for i in $(seq 64); do
+		openssl pkey -in "at.$i.pem" -pubout || exit
+	    done >publics && [ "$(grep -v -e --- publics | sort -u |
+		grep -c "=$")" = 64 ]'
+	moment=$(date +%s)
+	many pipelines 64 'pipeline "p$i.test" "at.$i.pem" "at.$i.chain"'
+	passed=$(($(date +%s) - moment))
+	check "none of 64 pipelines fails; they take $passed s" '
+	    ended 64 0 && [ ! -s pipelines.err ] && [ "$passed" -lt 60 ]'
+	check 'each has its own certificate' '
+	    for i in $(seq 64); do
+		issued "at.$i.pem" "at.$i.chain" "DNS:p$i.test" || exit
+	    done'
+	check 'nothing is left in the directories' tidy
+	check 'the account is as it was: one more pipeline' '
+	    pipeline again.test at.1.pem again.chain &&
+	    issued at.1.pem again.chain DNS:again.test'
+}
+
+load_collisions() {
+	many same 64 'acme-step key -o same.pem'
+	check 'of 64 key -o SAME one makes the key, the others exit 73' '
+	    ended 1 0 63 73 && openssl pkey -in same.pem -noout -check &&
+	    [ "$(stat -c %a same.pem)" = 600 ] && tidy'
+	check 'and say why' '
+	    [ "$(grep -c "^acme-step: key: .*same.pem.*exists" \
+		same.err)" = 63 ]'
+	many cron 64 'acme-step due -K same.pem same.chain same.test &&
+	    pipeline same.test same.pem same.chain'
+	check '64 times "due && pipeline" at once, one file: none fails' '
+	    ended 64 0 && [ ! -s cron.err ] &&
+	    issued same.pem same.chain DNS:same.test && tidy'
+	many later 64 'acme-step due -K same.pem same.chain same.test &&
+	    pipeline same.test same.pem same.chain'
+	check 'and after that none is due' 'ended 64 1 && tidy'
+	many csr 64 'acme-step csr -K "at.$i.pem" -o same.csr "p$i.test"'
+	check '64 times -o SAME: the file is whole, and of one of them' '
+	    ended 64 0 && [ "$(grep -c BEGIN same.csr)" = 1 ] &&
+	    openssl req -in same.csr -noout -verify -text >text &&
+	    i=$(sed -n "s/.*DNS:p\([0-9]*\).test$/\1/p" text) &&
+	    openssl pkey -in "at.$i.pem" -pubout >want.pub &&
+	    openssl req -in same.csr -noout -pubkey | diff want.pub - && tidy'
+	web=$(free_port)
+	pebble_stop
+	pebble_start
+	rm -f account
+	{ acme-step new-account -y -o account &&
+	  acme-step new-order -a account port.test |
+	  acme-step challenges -t http-01 >port.todo; } || exit
+	many port 64 'acme-step respond -l "127.0.0.1:$web" -s 8 <port.todo'
+	check 'of 64 respond -l PORT one listens, the others exit 73' '
+	    ended 1 0 63 73 && not listening "$web" &&
+	    cat port.*.out | grep -x "status ready"'
+	check 'and say why' '
+	    [ "$(grep -c "^acme-step: respond: cannot listen on .*in use" \
+		port.err)" = 63 ]'
+}
+
 case $task in
-demo|bench|cross|initramfs|lint)
+demo|bench|cross|initramfs|lint|load)
 	"$task"
 	exit
 	;;
