@@ -85,6 +85,10 @@ check-load: deps
 	@$(MAKE) acme-step
 	@sh ./test.sh load
 
+check-waits: deps
+	@$(MAKE) acme-step
+	@sh ./test.sh waits
+
 lint:
 	@sh ./test.sh lint
 
@@ -110,4 +114,4 @@ clean:
 	rm -rf acme-step acme-step.a acme-step-san acme-step.tar .cache
 
 .PHONY: all deps demo check check-san check-cross check-initramfs \
-        check-load lint bench image install uninstall clean
+        check-load check-waits lint bench image install uninstall clean

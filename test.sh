@@ -6,6 +6,7 @@
 # test.sh demo [ACME-STEP]      issue a certificate as the README does it
 # test.sh lint                  let other programs read the source
 # test.sh load [ACME-STEP]      the responders under load, 64 steps at once
+# test.sh waits [ACME-STEP]     long waits: outages, suspension, clocks, DHCP
 # test.sh bench [ACME-STEP]     report size, memory, round trips and time
 # test.sh image ACME-STEP FILE  pack the program as a container image
 # test.sh deps                  see to it that what these need is there
@@ -26,7 +27,7 @@
 
 task=check
 case ${1-} in
-check|offline|cross|initramfs|demo|bench|lint|load|deps)
+check|offline|cross|initramfs|demo|bench|lint|load|waits|deps)
 	task=$1
 	shift ;;
 esac
@@ -400,7 +401,7 @@ deps() {
 	offline|lint)	return ;;
 	cross)		fetched foreign/s390x/specs foreign ;;
 	initramfs)	fetched machine/vmlinuz machine ;;
-	check)		fetched servers servers ;;
+	check|waits)	fetched servers servers ;;
 	esac
 	fetched pebble/usr/bin/pebble pebble
 }
@@ -1898,8 +1899,568 @@ load_collisions() {
 		port.err)" = 63 ]'
 }
 
+# ---------------------------------------------------------------- waits --
+
+# Long waits: a CA that goes away, a machine that is suspended, a clock that
+# is set, and a network that changes.
+waits() {
+	chmod 755 "$tmp"	# for nginx
+	world_start
+	retry_after=30
+	pebble_start PEBBLE_WFE_NONCEREJECT=0
+	unset ACME_TIMEOUT
+	ACME_KEY=$tmp/account.pem
+	export ACME_KEY
+	acme-step key -o account.pem && acme-step key -o leaf.pem &&
+	    acme-step new-account -y -o account || exit
+	fast_build
+	waits_hour
+	pebble_stop
+	retry_after=1
+	pebble_start PEBBLE_VA_NOSLEEP=0 PEBBLE_VA_SLEEPTIME=3
+	acme-step new-account -y -o account || exit
+	waits_suspended
+	pebble_stop
+	waits_dhcp
+	finish
+}
+
+# The program in whose process an hour takes a minute: its clocks run SPEED
+# times as fast, and its waits are that much shorter.  BASE is when the fast
+# clock showed the right time; the file WALL has the seconds by which the
+# clock with the date is set off besides.  The functions are defined here,
+# not renamed, since BearSSL asks for the time, too.
+speed=60
+fast_build() {
+	cat >fast.c <<-'END'
+	#define _GNU_SOURCE
+	#include <sys/syscall.h>
+	#include <sys/time.h>
+	#include <poll.h>
+	#include <stdio.h>
+	#include <stdlib.h>
+	#include <time.h>
+	#include <unistd.h>
+	static long long speed, base;
+	static char wall[4096];
+	/* Some of its processes overwrite their environment. */
+	__attribute__((constructor)) static void
+	begin(void)
+	{
+		speed = atoll(getenv("SPEED"));
+		base = atoll(getenv("BASE"));
+		snprintf(wall, sizeof wall, "%s", getenv("WALL"));
+	}
+	int
+	clock_gettime(clockid_t id, struct timespec *t)
+	{
+		long long ns;
+
+		if (id == CLOCK_REALTIME) {
+			t->tv_sec = time(NULL);
+			t->tv_nsec = 0;
+			return 0;
+		}
+		syscall(SYS_clock_gettime, id, t);
+		ns = (t->tv_sec * 1000000000LL + t->tv_nsec) * speed;
+		t->tv_sec = ns / 1000000000;
+		t->tv_nsec = ns % 1000000000;
+		return 0;
+	}
+	int
+	poll(struct pollfd *p, nfds_t n, int ms)
+	{
+		long long ns = ms * 1000000LL / speed + 1;
+		struct timespec t = { ns / 1000000000, ns % 1000000000 };
+
+		return ppoll(p, n, ms < 0 ? NULL : &t, NULL);
+	}
+	unsigned
+	alarm(unsigned seconds)
+	{
+		long long us = seconds * 1000000LL / speed;
+		struct itimerval t = { { 0, 0 },
+		    { us / 1000000, us % 1000000 } };
+
+		setitimer(ITIMER_REAL, &t, NULL);
+		return 0;
+	}
+	time_t
+	time(time_t *to)
+	{
+		FILE *f = fopen(wall, "r");
+		long long off = 0;
+		struct timespec t;
+
+		syscall(SYS_clock_gettime, CLOCK_REALTIME, &t);
+		if (f) {
+			fscanf(f, "%lld", &off);
+			fclose(f);
+		}
+		t.tv_sec = base + (t.tv_sec - base) * speed + off;
+		if (to)
+			*to = t.tv_sec;
+		return t.tv_sec;
+	}
+	#include "acme.c"
+	END
+	cc -w -I"$src" fast.c -o bin/fast -lbearssl || exit
+}
+# fast STEP...: with its clock, and for 90 real seconds at most.
+fast() {
+	SPEED=$speed BASE=$base WALL=$tmp/$case/wall \
+	    timeout -s KILL 90 fast "$@"
+}
+
+# begin_case NAME: a directory, in which there is a pending order for the name
+# NAME.test at a CA whose port is $port.
+begin_case() {
+	case=$1
+	mkdir -p "$case" && cd "$case" || exit
+	sed "s|localhost:$pebble/|localhost:$port/|" ../account >account
+	ACME_DIRECTORY=https://localhost:$port/dir
+	ACME_KEY=$tmp/account.pem
+	ACME_CA_FILE=$tmp/${trusted:-ca.pem}
+	export ACME_DIRECTORY ACME_KEY ACME_CA_FILE
+	acme-step new-order -a account -o order "$case.test" || exit
+	began=$(date +%s%3N)
+}
+# end_case PROCESS: how it ends, and after how many ms.
+end_case() {
+	wait "$1"
+	got=$?
+	echo "$got $(($(date +%s%3N) - began))" >ended
+}
+# at SECONDS: until so many have passed since the case began.
+at() {
+	left=$((began + $1 * 1000 - $(date +%s%3N)))
+	[ "$left" -le 0 ] || sleep "$(printf '%d.%03d' $((left / 1000)) \
+	    $((left % 1000)))"
+}
+# signal NAME PROCESS: to a process, or with a minus sign a group, that this
+# shell started and that still runs: numbers are soon used again.
+signal() {
+	[ "$(sed -n 's/^PPid:[^0-9]*//p' "/proc/${2#-}/status")" = \
+	    "$(sh -c 'echo "$PPID"')" ] && kill "-$1" "$2"
+}
+# A relay before the CA, in a group of processes of its own: it can be ended,
+# and stopped, which leaves a CA that accepts and says nothing.
+relay_up() {
+	setsid socat "TCP-LISTEN:$port,bind=127.0.0.1,fork,reuseaddr" \
+	    "TCP:127.0.0.1:$pebble" </dev/null >>relay.log 2>&1 &
+	relay=$!
+	await listening "$port"
+}
+relay() { signal "$1" "-$relay"; }
+# hour: the step that waits for an hour, in the background.
+hour() {
+	fast finalize -v -K ../leaf.pem -T 3600 -o chain <order 2>err &
+	step=$!
+}
+# The rest of a case: the order's challenges are answered.
+answered() { acme-step respond -w "$www" -T 60 <order >ready 2>respond.err; }
+
+case_silent() {
+	port=$(free_port); relay_up
+	begin_case silent
+	hour
+	at 5; relay STOP; at 20; relay CONT; at 22; answered
+	end_case "$step"; relay TERM
+}
+case_mute() {
+	port=$(free_port); relay_up
+	begin_case mute
+	hour
+	at 5; relay STOP
+	end_case "$step"; relay KILL
+}
+case_refused() {
+	port=$(free_port); relay_up
+	begin_case refused
+	hour
+	at 5; relay TERM
+	end_case "$step"
+	at 12; relay_up
+	mv err first; hour
+	at 15; answered
+	wait "$step"; echo $? >again; relay TERM
+}
+# The CA is away while the step waits for something else.
+case_settle() {
+	port=$(free_port); relay_up
+	begin_case settle
+	fast respond -w "$www" -s 1200 -T 3600 <order >ready 2>err & step=$!
+	at 5; relay TERM; at 15; relay_up
+	end_case "$step"
+	acme-step finalize -K ../leaf.pem -o chain <ready 2>>err; relay TERM
+}
+case_alone() {
+	port=$(free_port); relay_up
+	begin_case alone
+	fast order -W -T 3600 <order >out 2>err & step=$!
+	end_case "$step"; relay TERM
+}
+# A web server before the CA, which is away while there is a file.
+front() {
+	mkdir -p "$1"
+	port=$(free_port)
+	cat >>front.conf <<-END
+	server {
+		listen 127.0.0.1:$port ssl;
+		keepalive_requests 4;
+		location / {
+			if (-f $tmp/$1/away) {
+				add_header Retry-After "$2" always;
+				return 503;
+			}
+			proxy_pass https://127.0.0.1:$pebble;
+			proxy_set_header Host \$http_host;
+			proxy_hide_header Retry-After;
+			${3:+add_header Retry-After \"$3\" always;}
+		}
+	}
+	END
+	echo "$port" >"$1.port"
+}
+fronts() {
+	later=$(date -u -d "@$((base + 43200 + 1500))" '+%a, %d %b %Y %T GMT')
+	cat >front.conf <<-END
+	daemon off; pid front.pid; error_log front.log;
+	worker_processes 1; events { worker_connections 999; }
+	http {
+	access_log off;
+	client_body_temp_path scratch; proxy_temp_path scratch;
+	fastcgi_temp_path scratch; uwsgi_temp_path scratch;
+	scgi_temp_path scratch;
+	ssl_certificate server.pem; ssl_certificate_key server.key;
+	END
+	front busy 600
+	front full 600
+	front ahead "$later"
+	front behind "$later"
+	front jumps 1 "$later"
+	echo '}' >>front.conf
+	be_server nginx -p "$tmp/" -e front.log -c front.conf \
+	    >>servers.log 2>&1 &
+	pids="$pids $!"
+	up "$port"
+}
+case_busy() {
+	port=$(cat busy.port)
+	begin_case busy
+	hour
+	at 5; : >away; at 20; rm away; at 22; answered
+	end_case "$step"
+}
+case_full() {
+	port=$(cat full.port)
+	begin_case full
+	hour
+	at 5; : >away
+	end_case "$step"
+}
+case_ahead() {
+	port=$(cat ahead.port)
+	begin_case ahead
+	echo 61200 >wall
+	hour
+	at 5; : >away; at 15; rm away; at 17; answered
+	end_case "$step"
+}
+case_behind() {
+	port=$(cat behind.port)
+	begin_case behind
+	echo 25200 >wall
+	hour
+	at 5; : >away
+	end_case "$step"
+}
+# The clock with the date jumps by ten hours, both ways, all the time.
+case_jumps() {
+	port=$(cat jumps.port)
+	begin_case jumps
+	while :; do
+		echo 25200 >wall; sleep 0.3; echo 61200 >wall; sleep 0.3
+	done & jumper=$!
+	hour
+	at 20; answered
+	end_case "$step"
+	signal TERM "$jumper"
+}
+
+# outcome NAME STATUS FROM TO: the case ended so, after seconds in this range.
+outcome() {
+	cat cases.log "$1/err" "$1/respond.err" 2>&1
+	echo "ended: $(cat "$1/ended") (wanted: $2, $3 to $4 s)"
+	read -r got ms <"$1/ended"
+	[ "$got" = "$2" ] && [ "$ms" -ge $(($3 * 1000)) ] &&
+	    [ "$ms" -le $(($4 * 1000)) ]
+}
+certified() { issued leaf.pem "$1/chain" "DNS:$1.test"; }
+
+waits_hour() {
+	base=$(date +%s)
+	cases='silent mute refused settle alone busy full ahead behind jumps'
+	# Their certificates are valid before and after all jumps.
+	mkdir -p scratch
+	fronts
+	runs=''
+	for case in $cases; do
+		("case_$case") >>cases.log 2>&1 & runs="$runs $!"
+	done
+	# shellcheck disable=SC2086	# one word a process
+	wait $runs
+	group 'waits: an hour, in which the CA goes away'
+	check 'it accepts and says nothing for a quarter, and comes back' '
+	    outcome silent 0 22 40 && certified silent'
+	check 'and does not come back: 69, at the end of the hour' '
+	    outcome mute 69 55 65 && grep "time limit of 3600 s" mute/err'
+	check 'it refuses connections: 69, at once' '
+	    outcome refused 69 5 10 && grep "cannot connect" refused/first'
+	check 'and the step, run again when the CA is back, goes on' '
+	    [ "$(cat refused/again)" = 0 ] && certified refused'
+	check 'it is away while a step waits for something else' '
+	    outcome settle 0 20 30 && certified settle'
+	check 'it is there, but nothing comes of the order: 75' '
+	    outcome alone 75 55 65 && grep "still pending" alone/err'
+	check 'it is busy (503, Retry-After) for a quarter' '
+	    outcome busy 0 22 40 && grep " 503" busy/err && certified busy'
+	check 'it stays busy: 75, when less is left than it asks for' '
+	    outcome full 75 45 65 && grep "again after 600 s" full/err'
+	group 'waits: an hour, in which the clock is set'
+	check 'Retry-After is a date, and the clock is five hours fast' '
+	    outcome ahead 0 17 35 && grep " 503" ahead/err && certified ahead'
+	check 'five hours slow: 75, at once, with what the CA asks for' '
+	    outcome behind 75 5 10 && grep "again after [12]" behind/err'
+	check 'it jumps by ten hours, to and fro' '
+	    outcome jumps 0 20 40 && certified jumps'
+}
+
+# The real program, and the real clock.  stop PROCESS SECONDS: it, or with a
+# minus sign its group, is suspended for so long.
+stop() {
+	signal STOP "$1" && sleep "$2" && signal CONT "$1"
+}
+case_pipeline() {
+	case=pipeline.$1
+	mkdir "$case" && cd "$case" || exit
+	ms=$(($1 * 15))
+	setsid sh -c 'acme-step new-order -a ../account "$1" |
+	    acme-step respond -w "$2" | acme-step finalize -K ../leaf.pem \
+		-o chain' sh "$case.test" "$www" 2>err & step=$!
+	sleep "0.$(printf %03d "$ms")"
+	stop "-$step" 2 && echo stopped >stopped
+	wait "$step"
+	echo $? >ended
+}
+# The step is stopped while it makes a connection, whose other end says
+# nothing yet, and for longer than that.
+case_opening() {
+	port=$(free_port); relay_up
+	began=$(date +%s%3N)
+	mkdir opening && cd opening || exit
+	relay STOP
+	acme-step directory -T 30 -d "https://localhost:$port/dir" >out 2>err &
+	step=$!
+	sleep 1
+	signal STOP "$step"; sleep 1; relay CONT; sleep 2; signal CONT "$step"
+	end_case "$step"; relay TERM
+}
+# While its request is under way.
+case_asking() {
+	port=$(free_port); relay_up
+	begin_case asking
+	acme-step order -W -T 30 <order >out 2>err & step=$!
+	sleep 1; relay STOP; sleep 6
+	signal STOP "$step"; sleep 1; relay CONT; answered; signal CONT "$step"
+	end_case "$step"; relay TERM
+}
+# The process that answers is stopped, when the CA asks it.
+case_responder() {
+	port=$pebble
+	begin_case responder
+	acme-step respond -t http-01 -l "127.0.0.1:$own_web" -T 60 <order \
+	    >out 2>err & step=$!
+	await listening "$own_web"
+	await pgrep -P "$step"
+	child=$(pgrep -P "$step")
+	kill -STOP "$child" && sleep 3 && kill -CONT "$child"
+	end_case "$step"
+}
+# It is stopped for longer than its time.
+case_over() {
+	port=$pebble
+	begin_case over
+	acme-step order -W -T 4 <order >out 2>err & step=$!
+	at 2; signal STOP "$step"; at 8; signal CONT "$step"
+	end_case "$step"
+}
+case_published() {
+	port=$pebble
+	begin_case published
+	mkdir www
+	acme-step respond -w www -s 5 -T 8 <order >out 2>err & step=$!
+	at 2; ls www >before; signal STOP "$step"; at 10; signal CONT "$step"
+	end_case "$step"
+	ls www >after
+}
+waits_suspended() {
+	runs=''
+	for case in opening asking over published; do
+		("case_$case") >>cases.log 2>&1 & runs="$runs $!"
+	done
+	for number in $(seq 32); do
+		(case_pipeline "$number") >>cases.log 2>&1 & runs="$runs $!"
+	done
+	# shellcheck disable=SC2086	# one word a process
+	wait $runs
+	group 'waits: a machine that is suspended'
+	check "32 pipelines, each for 2 s at another moment: none fails" '
+	    cat pipeline.*/err
+	    for i in $(seq 32); do
+		[ "$(cat "pipeline.$i/ended")" = 0 ] &&
+		issued leaf.pem "pipeline.$i/chain" "DNS:pipeline.$i.test" ||
+		exit
+	    done'
+	check "$(cat pipeline.*/stopped | grep -c .) of them were" '
+	    [ "$(cat pipeline.*/stopped | grep -c .)" -ge 24 ]'
+	check 'nothing is left in the web server' '[ -z "$(ls "$www")" ]'
+	check 'while it connects' '
+	    outcome opening 0 4 8 && grep new-order opening/out'
+	check 'while a request is under way' '
+	    outcome asking 0 8 20 && grep "^status ready" asking/out'
+	check 'for longer than its time: it ends when it is awake' '
+	    outcome over 75 8 10 && grep "time limit of 4 s" over/err'
+	check 'and removes what it published' '
+	    outcome published 75 10 12 && [ -s published/before ] &&
+	    [ ! -s published/after ]'
+	pebble_stop
+	own_web=$(free_port) old_web=$web
+	web=$own_web
+	pebble_start PEBBLE_VA_NOSLEEP=0 PEBBLE_VA_SLEEPTIME=2
+	web=$old_web
+	acme-step new-account -y -o account
+	(case_responder) >>cases.log 2>&1
+	check 'the process that answers, while the CA asks it' '
+	    outcome responder 0 3 15 && grep "^status ready" responder/out'
+}
+
+# A network whose name servers change: the CA is at pebble.test, behind a
+# relay.  All is in namespaces, with an /etc of their own.
+waits_dhcp() {
+	server=$(free_port)
+	web=80
+	cp -a /etc etc
+	echo '127.0.0.1 localhost' >etc/hosts
+	cat >dhcp.json <<-END
+	{ "pebble": {
+		"listenAddress": "127.0.0.1:14000",
+		"managementListenAddress": "127.0.0.1:15000",
+		"certificate": "server.pem", "privateKey": "server.key",
+		"httpPort": 80, "tlsPort": 443, "keyAlgorithm": "ecdsa",
+		"retryAfter": { "authz": 1, "order": 1 },
+		"profiles": { "default": {
+			"description": "x", "validityPeriod": 7776000 } }
+	} }
+	END
+	cat >dhcp.sh <<-'END'
+	busybox ip link set lo up
+	mount --bind etc /etc
+	bin=$1 www=$2 started=
+	trap 'kill $started $names -$relay' EXIT
+	# names NUMBER: the name server 127.0.0.NUMBER, instead of the old one.
+	names() {
+		[ ! "$names" ] || kill "$names"
+		"$bin/pebble-challtestsrv" -dnsserver "127.0.0.$1:53" \
+		    -management "127.0.0.$1:8055" -http01 '' -https01 '' \
+		    -tlsalpn01 '' -doh '' -defaultIPv4 127.0.0.1 \
+		    -defaultIPv6 '' &
+		names=$!
+	}
+	relay_up() {
+		if [ "$relay" ]; then
+			kill -TERM "-$relay"
+			wait "$relay"
+		fi
+		setsid socat TCP-LISTEN:8443,bind=127.0.0.1,fork,reuseaddr \
+		    TCP:127.0.0.1:14000 &
+		relay=$!
+		until ready ':20FB 0*:0000 0A'; do
+			sleep 0.05
+		done
+	}
+	ready() { grep -qi "$1" /proc/net/tcp; }
+	"$bin/pebble-challtestsrv" -dnsserver 127.0.0.9:53 \
+	    -management 127.0.0.9:8055 -http01 '' -https01 '' -tlsalpn01 '' \
+	    -doh '' -defaultIPv4 127.0.0.1 -defaultIPv6 '' &
+	started="$started $!"
+	PEBBLE_VA_NOSLEEP=1 PEBBLE_AUTHZREUSE=0 "$bin/pebble" \
+	    -config dhcp.json -dnsserver 127.0.0.9:53 &
+	started="$started $!"
+	busybox httpd -f -p 127.0.0.1:80 -h "$3" &
+	started="$started $!"
+	names 2
+	relay_up
+	echo nameserver 127.0.0.2 >/etc/resolv.conf
+	until ready ':36B0 ' && ready '0200007F:1F77 '; do
+		sleep 0.1
+	done
+	ACME_CA_FILE=ca.pem ACME_KEY=account.pem ACME_TIMEOUT=30
+	ACME_DIRECTORY=https://pebble.test:8443/dir
+	export ACME_CA_FILE ACME_KEY ACME_TIMEOUT ACME_DIRECTORY
+	acme-step new-account -y -o net.account || exit
+	# wait_in NAME CODE...: a step waits, and the code runs meanwhile, after
+	# which the old connections are gone.
+	wait_in() {
+		name=$1; shift
+		acme-step new-order -a net.account -o "$name.order" \
+		    "$name.test" || exit
+		acme-step respond -w "$www" -s 5 <"$name.order" \
+		    >"$name.out" 2>"$name.err" & step=$!
+		sleep 1
+		eval "$*"
+		relay_up
+		wait "$step"
+		echo $? >"$name.ended"
+	}
+	dhcp() {
+		echo "nameserver 127.0.0.$1" >/etc/resolv.new
+		mv /etc/resolv.new /etc/resolv.conf
+	}
+	wait_in changed 'names 3; dhcp 3'
+	wait_in missing 'names 4; rm /etc/resolv.conf; sleep 2; dhcp 4'
+	wait_in half 'names 5; printf "nameserver 127.0." >/etc/resolv.conf
+	    sleep 2; echo 0.5 >>/etc/resolv.conf'
+	wait_in late 'names 6; (sleep 6; dhcp 6) &'
+	acme-step respond -w "$www" <late.order >late.out 2>late.again
+	echo $? >late.then
+	wait_in gone 'names 7; rm /etc/resolv.conf; (sleep 6; dhcp 7) &'
+	acme-step respond -w "$www" <gone.order >gone.out 2>gone.again
+	echo $? >gone.then
+	END
+	unshare -nm sh dhcp.sh "$bin" "$www" "$tmp/www" \
+	    >dhcp.log 2>&1
+	group 'waits: DHCP changes /etc/resolv.conf'
+	check 'the old name server is dead, the new one answers' '
+	    found changed 0'
+	check 'the file is missing for a moment' 'found missing 0'
+	check 'it is half written for a moment' 'found half 0'
+	check 'it changes after the question was sent: 69, and then 0' '
+	    found late 69 && [ "$(cat late.then)" = 0 ]'
+	check 'it is missing when the question is sent: the same' '
+	    found gone 69 && [ "$(cat gone.then)" = 0 ]'
+}
+# found NAME STATUS: the step ended so; with 0, its order is ready.
+found() {
+	tail -n 20 dhcp.log
+	cat "$1.err"
+	got=$(cat "$1.ended")
+	echo "ended: $got"
+	[ "$got" = "$2" ] && grep "^status ready" "$1.out"
+}
+
 case $task in
-demo|bench|cross|initramfs|lint|load)
+demo|bench|cross|initramfs|lint|load|waits)
 	"$task"
 	exit
 	;;
