@@ -49,8 +49,8 @@
  * signed request.
  */
 #define _POSIX_C_SOURCE 200809L
-#define _DEFAULT_SOURCE		/* getentropy */
-#define _GNU_SOURCE		/* getpagesize */
+#define _DEFAULT_SOURCE		/* getentropy, syscall */
+#define _GNU_SOURCE		/* getpagesize, prlimit */
 #include <sys/types.h>
 #include <sys/auxv.h>
 #include <sys/mman.h>
@@ -58,6 +58,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -65,7 +66,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
 #include <limits.h>
 #include <link.h>
 #include <netdb.h>
@@ -4990,7 +4990,7 @@ become_child(void)
 	retreat = NULL;
 	on_record_pipe = false;
 	drop_secret_variables();
-	setrlimit(RLIMIT_CORE, &core_limit);
+	prlimit(0, RLIMIT_CORE, &core_limit, NULL);
 	signal(SIGPIPE, SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
@@ -10992,21 +10992,24 @@ limit_to_zero(int resource)
 {
 	const struct rlimit zero = { 0, 0 };
 
-	if (setrlimit(resource, &zero) != 0)
+	if (prlimit(0, resource, &zero, NULL) != 0)
 		die(FAULT, "cannot limit a process: %", why());
 }
 
 /*
  * Change from root to nobody. In a user namespace without nobody, or without
- * the capabilities, this is impossible, and the process stays root.
+ * the capabilities, this is impossible, and the process stays root. libc's
+ * functions would change all threads: code of 2 KB, for the only one. The
+ * calls of 32-bit systems are old ones, which a kernel may lack.
  */
 static void
 give_up_root(void)
 {
-	if (geteuid() != 0 || (setgroups(0, NULL) == 0 &&
-	    setgid(NOBODY) == 0 && setuid(NOBODY) == 0))
+	if (geteuid() != 0 || (syscall(SYS_setgroups, 0, NULL) == 0 &&
+	    syscall(SYS_setgid, NOBODY) == 0 &&
+	    syscall(SYS_setuid, NOBODY) == 0))
 		return;
-	if (errno != EPERM && errno != EINVAL)
+	if (errno != EPERM && errno != EINVAL && errno != ENOSYS)
 		die(FAULT, "cannot give up root: %",
 		    why());
 	if (verbose)
@@ -14373,7 +14376,7 @@ limit_core(void)
 		die(FAULT, "cannot forbid core files: %", why());
 	zero = core_limit;
 	zero.rlim_cur = 0;
-	if (setrlimit(RLIMIT_CORE, &zero) != 0)
+	if (prlimit(0, RLIMIT_CORE, &zero, NULL) != 0)
 		die(FAULT, "cannot forbid core files: %", why());
 }
 
