@@ -1920,14 +1920,31 @@ rfc3339(Str s, long long *t)
 	return true;
 }
 
+/* Old sandboxes refuse system calls that they do not know, such as this. */
+static struct timespec
+read_clock(clockid_t clock)
+{
+	struct timespec t;
+
+	if (clock_gettime(clock, &t) != 0)
+		die(FAULT, "cannot read the clock: %", why());
+	return t;
+}
+
 /* Milliseconds on a clock that is never set. */
 static long long
 now_ms(void)
 {
-	struct timespec t;
+	struct timespec t = read_clock(CLOCK_MONOTONIC);
 
-	clock_gettime(CLOCK_MONOTONIC, &t);
 	return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
+}
+
+/* Seconds since 1970. */
+static long long
+now_seconds(void)
+{
+	return read_clock(CLOCK_REALTIME).tv_sec;
 }
 
 /* Sleep for ms, even if signals arrive. */
@@ -4254,8 +4271,12 @@ chain_validate(br_x509_minimal_context *x, const br_x509_trust_anchor *a,
     size_t na, size_t *n)
 {
 	const br_x509_class **v = &x->vtable;
+	long long now = now_seconds();
 
 	br_x509_minimal_init(x, &br_sha256_vtable, a, na);
+	/* BearSSL's own clock can be one of 32 bits; day 0 is in year 0. */
+	br_x509_minimal_set_time(x, (uint32_t)(now / 86400 + 719528),
+	    (uint32_t)(now % 86400));
 	br_x509_minimal_set_rsa(x, br_rsa_i31_pkcs1_vrfy);
 	br_x509_minimal_set_ecdsa(x, curves, br_ecdsa_i31_vrfy_asn1);
 	br_x509_minimal_set_hash(x, br_sha256_ID, &br_sha256_vtable);
@@ -4494,7 +4515,7 @@ critical_fault(void)
 static Str
 time_fault(void)
 {
-	long long now = (long long)time(NULL);
+	long long now = now_seconds();
 
 	if (now < RELEASED)
 		return text("the clock here is wrong (it shows %); set it",
@@ -6368,7 +6389,7 @@ retry_after(Str s)
 		return MAX_WAIT;
 	if (!http_date(s, &t))
 		return -1;
-	t -= (long long)time(NULL);
+	t -= now_seconds();
 	if (t < 0)
 		return 0;
 	return t < MAX_WAIT ? (long)t : MAX_WAIT;
@@ -12438,7 +12459,7 @@ due_answer(const char *file, bool due, Str reason)
 static void
 do_due(char **arg)
 {
-	long long now = (long long)time(NULL);
+	long long now = now_seconds();
 	struct cert c;
 	Str fault = NONE, content;
 
@@ -13479,7 +13500,7 @@ do_renewal_info(char **arg)
 		lines = text("%retry-after %\n", lines,
 		    num((unsigned long)r.retry_after));
 	print(lines);
-	if ((long long)time(NULL) < when)
+	if (now_seconds() < when)
 		answer_no();
 }
 
