@@ -2489,6 +2489,8 @@ out_open(const char *file, bool key)
 	out.file = file;
 	out.key = key;
 	old = lstat(file, &st) == 0;
+	if (!old && errno != ENOENT)
+		cannot_create(why());
 	if (old && key)
 		cannot_create(S("it exists, and keys are never replaced"));
 	if (old)
@@ -5349,7 +5351,8 @@ run_lookup(const char *name, int af, int fd)
 
 	memcpy(copy, name, strlen(name) + 1);
 	become_lookup();
-	dup2(fd, 1);	/* do not keep the step's output open */
+	if (dup2(fd, 1) < 0)	/* do not keep the step's output open */
+		leave(FAULT);
 	close(0);
 	close(2);
 	l.error = getaddrinfo(copy, NULL, &hint, &a);
@@ -5845,12 +5848,12 @@ dial_command(const char *host, const char *port)
 		become_child();
 		if (!shares)
 			setpgid(0, 0);
-		dup2(fds[1], 0);
-		dup2(fds[1], 1);
-		close(fds[0]);
-		close(fds[1]);
-		execv("/bin/sh", (char *const []){ (char *)"sh", (char *)"-c",
-		    (char *)command, NULL });
+		if (dup2(fds[1], 0) == 0 && dup2(fds[1], 1) == 1) {
+			close(fds[0]);
+			close(fds[1]);
+			execv("/bin/sh", (char *const []){ (char *)"sh",
+			    (char *)"-c", (char *)command, NULL });
+		}
 		warn("cannot run /bin/sh for -P: %", why());
 		leave(127);
 	}
@@ -11744,8 +11747,7 @@ hook_exec(const struct hook *h, const char *const *call, int says)
 	become_child();
 	setpgid(0, 0);
 	environ = hook_environment(h);
-	dup2(says, 1);
-	if (file)
+	if (dup2(says, 1) == 1 && file)
 		execv(file, (char *const *)call);
 	leave(127);
 }
@@ -14437,8 +14439,8 @@ main(int argc, char **argv)
 	wipe_at_end(&reader, sizeof reader);
 	wipe_at_end(&conn, sizeof conn);
 	wipe_at_end(&tls, sizeof tls);
-	catch_signals();
 	on_record_pipe = true;
+	catch_signals();
 	run(argc, argv);
 	leave(DONE);
 }
