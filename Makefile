@@ -62,10 +62,6 @@ acme-step-san: acme.c Makefile
 deps:
 	@sh ./test.sh deps
 
-demo: deps
-	@$(MAKE) acme-step
-	@sh ./test.sh demo
-
 check: deps
 	@$(MAKE) acme-step
 	@sh ./test.sh
@@ -74,27 +70,14 @@ check-san: deps
 	@$(MAKE) acme-step-san
 	@sh ./test.sh check ./acme-step-san
 
-check-cross:
-	@sh ./test.sh cross
-
-check-initramfs: deps
+# Tasks of test.sh for the program ...
+demo check-initramfs check-faults check-load check-waits fuzz bench: deps
 	@$(MAKE) acme-step
-	@sh ./test.sh initramfs
+	@task=$@; sh ./test.sh "$${task#check-}"
 
-check-load: deps
-	@$(MAKE) acme-step
-	@sh ./test.sh load
-
-check-waits: deps
-	@$(MAKE) acme-step
-	@sh ./test.sh waits
-
-lint:
-	@sh ./test.sh lint
-
-bench: deps
-	@$(MAKE) acme-step
-	@sh ./test.sh bench
+# ... and for what they build.
+check-cross check-old check-builds coverage lint:
+	@task=$@; sh ./test.sh "$${task#check-}"
 
 image: acme-step.tar
 
@@ -113,5 +96,6 @@ uninstall:
 clean:
 	rm -rf acme-step acme-step.a acme-step-san acme-step.tar .cache
 
-.PHONY: all deps demo check check-san check-cross check-initramfs \
-        check-load check-waits lint bench image install uninstall clean
+.PHONY: all deps demo check check-san check-cross check-initramfs check-old \
+        check-builds check-faults check-load check-waits fuzz coverage lint \
+        bench image install uninstall clean

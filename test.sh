@@ -3,11 +3,16 @@
 # test.sh offline [ACME-STEP]   the tests that need no network
 # test.sh cross                 these, and an issuance, on other processors
 # test.sh initramfs [ACME-STEP]  an issuance before there is a system
-# test.sh demo [ACME-STEP]      issue a certificate as the README does it
-# test.sh lint                  let other programs read the source
+# test.sh old                   old kernels and sandboxes, and years to come
+# test.sh builds                compilers, releases of Debian, and BearSSL
+# test.sh faults [ACME-STEP]    let each system call of a step fail
 # test.sh load [ACME-STEP]      the responders under load, 64 steps at once
 # test.sh waits [ACME-STEP]     long waits: outages, suspension, clocks, DHCP
+# test.sh fuzz [ACME-STEP]      random input to all that reads, for a while
+# test.sh coverage              count the lines of acme.c that the tests run
+# test.sh lint                  let other programs read the source
 # test.sh bench [ACME-STEP]     report size, memory, round trips and time
+# test.sh demo [ACME-STEP]      issue a certificate as the README does it
 # test.sh image ACME-STEP FILE  pack the program as a container image
 # test.sh deps                  see to it that what these need is there
 #
@@ -27,9 +32,9 @@
 
 task=check
 case ${1-} in
-check|offline|cross|initramfs|demo|bench|lint|load|waits|deps)
-	task=$1
-	shift ;;
+check|offline|cross|initramfs|old|builds|faults|load|waits|fuzz|coverage|lint|\
+bench|demo|deps)
+	task=$1; shift ;;
 esac
 src=$(cd "$(dirname "$0")" && pwd)
 acme=${1:-$src/acme-step}
@@ -181,7 +186,7 @@ needs() {
 		umoci				umoci
 		EOF
 		;;
-	cross)
+	cross|old)
 		cat <<-'EOF'
 		make				make
 		aarch64-linux-gnu-gcc		gcc-aarch64-linux-gnu
@@ -194,8 +199,28 @@ needs() {
 	initramfs)
 		echo 'qemu-system-x86_64	qemu-system-x86'
 		;;
+	builds)
+		cat <<-'EOF'
+		debootstrap			debootstrap
+		xz				xz-utils
+		EOF
+		;;
 	load)
 		echo 'dnsperf			dnsperf'
+		;;
+	fuzz)
+		cat <<-'EOF'
+		clang				clang
+		/usr/share/doc/libclang-rt-dev	libclang-rt-dev
+		/usr/include/openssl/x509.h	libssl-dev
+		EOF
+		;;
+	coverage)
+		cat <<-'EOF'
+		clang				clang
+		llvm-cov			llvm
+		/usr/share/doc/libclang-rt-dev	libclang-rt-dev
+		EOF
 		;;
 	lint)
 		cat <<-'EOF'
@@ -348,6 +373,41 @@ fetch_machine() (
 	mv -T "$new" "$cache/machine" || [ -e "$cache/machine/vmlinuz" ]
 )
 
+# Releases of Debian, with what README's BUILDING names, and BearSSL's source
+# tree.
+fetch_debian() (
+	new=$(mktemp -d "$cache/new.XXXXXX") && cd "$new" || exit
+	chmod 755 .
+	site=$(mirror)
+	for release in bookworm trixie; do
+		debootstrap --variant=minbase --include=binutils,clang,\
+faketime,gcc,libbearssl-dev,libc6-dev,locales,make,musl-tools \
+		    "$release" "$new/$release" "$site" &&
+		chroot "$release" localedef -i tr_TR -f UTF-8 tr_TR.UTF-8 &&
+		chroot "$release" apt-get clean || exit
+	done
+	mv -T "$new" "$cache/debian" || [ -e "$cache/debian/trixie/usr" ]
+)
+fetch_bearssl() (
+	new=$(mktemp -d "$cache/new.XXXXXX") && cd "$new" || exit
+	chmod 755 .
+	mkdir -p lists/partial "$cache/archives/partial"
+	# shellcheck disable=SC1091	# the system's
+	release=$(. /etc/os-release && echo "$VERSION_CODENAME")
+	keys=/usr/share/keyrings/debian-archive-keyring.gpg
+	echo "deb-src [signed-by=$keys] $(mirror) $release main" >source.list
+	for what in update 'source --download-only bearssl'; do
+		# shellcheck disable=SC2086	# two words and an option
+		private_apt -o Dir::State::lists="$new/lists" \
+		    -o Dir::Etc::sourcelist="$new/source.list" \
+		    -o Dir::Etc::sourceparts=/dev/null $what || exit
+	done
+	mkdir tree && tar xf bearssl_*.orig.tar.* --strip-components=1 -C tree &&
+	[ -e tree/inc/bearssl.h ] || exit
+	mv -T tree "$cache/bearssl" || [ -e "$cache/bearssl/inc" ] || exit
+	cd .. && rm -rf "$new"
+)
+
 # Servers and tools of others, and the libraries that they lack here.  They
 # are unpacked, not installed: a package would start its server.
 fetch_servers() (
@@ -388,6 +448,8 @@ fetched() {
 	servers)	fetch_servers ;;
 	foreign)	fetch_foreign ;;
 	machine)	fetch_machine ;;
+	debian)		fetch_debian ;;
+	bearssl)	fetch_bearssl ;;
 	esac >"$cache/$2.log" 2>&1 || {
 		cat "$cache/$2.log" >&2
 		give_up "cannot fetch $2"
@@ -398,9 +460,14 @@ deps() {
 	mkdir -p "$cache" || exit
 	packages
 	case $task in
-	offline|lint)	return ;;
-	cross)		fetched foreign/s390x/specs foreign ;;
+	offline|lint|coverage)	return ;;
+	cross|old)	fetched foreign/s390x/specs foreign ;;
 	initramfs)	fetched machine/vmlinuz machine ;;
+	builds)
+		[ "$(id -u)" = 0 ] || give_up 'builds needs root'
+		fetched debian/trixie/usr debian
+		fetched bearssl/inc/bearssl.h bearssl
+		;;
 	check|waits)	fetched servers servers ;;
 	esac
 	fetched pebble/usr/bin/pebble pebble
@@ -409,7 +476,7 @@ deps() {
 deps
 [ "$task" = deps ] && exit
 case $task in
-cross|lint)	;;
+cross|old|builds|coverage|lint)	;;
 *)		[ -x "$acme" ] || give_up "no $acme: run make" ;;
 esac
 
@@ -2460,10 +2527,8 @@ found() {
 }
 
 case $task in
-demo|bench|cross|initramfs|lint|load|waits)
-	"$task"
-	exit
-	;;
+check|offline)	;;
+*)		"$task"; exit ;;
 esac
 
 # ---------------------------------------------------------------- tests --
