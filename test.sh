@@ -1488,6 +1488,656 @@ bugprone-*,cert-*,clang-analyzer-*,$(listed not_of_tidy -)" -- $inc'
 	finish
 }
 
+# ----------------------------------------- old systems, and years to come --
+
+# An old kernel lacks system calls (ENOSYS).  An old sandbox refuses those
+# that it does not know (EPERM), even if the kernel has them; a C library
+# then takes no other call in their place.
+old() {
+	[ "$(uname -m)" = x86_64 ] || give_up 'needs an x86-64 kernel'
+	chmod 755 "$tmp"
+	world_start
+	pebble_start
+	rm -r "$www"
+	mkdir "$tmp/published"
+	ln -s "$tmp/published" "$www"
+	cp ca.pem root.pem published
+	retired
+	group 'programs for each processor'
+	printf 'amd64\n' >processors
+	processors >>processors
+	offline=''
+	while read -r cpu compiler emulator <&3; do
+		mkdir "$cpu"
+		compiler_for "$cpu" "$compiler"
+		check "$cpu: it builds" built_here
+		check "$cpu: so do the tools" tools_for
+		for list in $(tested "$cpu"); do
+			stands "$list"
+			offline_start "$list"
+		done
+	done 3<processors
+	refusals
+	old_issues
+	years
+	offline_end
+	finish
+}
+
+# compiler_for PROCESSOR COMPILER: $cc and $there, as in cross.
+compiler_for() {
+	cc=musl-gcc there=
+	[ "$1" != amd64 ] || return 0
+	there=$cache/foreign/$1
+	sed "s|/usr/|$there/usr/|g" "$there/specs" >"$1/specs"
+	cc="$2-gcc -specs $tmp/$1/specs"
+}
+
+# The program as it is, and one whose clock is the variable CLOCK.  The
+# kernel's vDSO answers without a system call: so no program here finds it;
+# qemu has none.
+built_here() {
+	cat >"$cpu/clock.c" <<-'END'
+	#include <stdlib.h>
+	#include <time.h>
+	int __real___clock_gettime(clockid_t, struct timespec *);
+	int
+	__wrap___clock_gettime(clockid_t id, struct timespec *t)
+	{
+		const char *set = getenv("CLOCK");
+		int r = __real___clock_gettime(id, t);
+
+		if (r == 0 && id == CLOCK_REALTIME && set)
+			t->tv_sec = atoll(set);
+		return r;
+	}
+	#define SAME __attribute__((alias("__wrap___clock_gettime")))
+	SAME int __wrap_clock_gettime(clockid_t, struct timespec *);
+	SAME int __wrap___clock_gettime64(clockid_t, struct timespec *);
+	END
+	cd "$cpu" && unset MAKEFLAGS && cp "$src/acme.c" "$src/Makefile" . &&
+	make CC="$cc" BEARSSL="$there" && no_vdso acme-step now &&
+	$cc -c clock.c && mv acme-step known &&
+	make CC="$cc $PWD/clock.o -Wl,--wrap=clock_gettime \
+-Wl,--wrap=__clock_gettime,--wrap=__clock_gettime64" BEARSSL="$there" &&
+	no_vdso acme-step later
+}
+no_vdso() {
+	sed s/__vdso_/__none_/g "$1" >"$2" && chmod +x "$2" || return
+	case $cpu in
+	amd64|i386)	not cmp "$1" "$2" ;;
+	esac
+}
+
+# numbers NAME...: of system calls; a processor lacks some of them.
+numbers() {
+	for call; do
+		printf '#ifdef __NR_%s\n__NR_%s,\n#endif\n' "$call" "$call"
+	done
+}
+
+# What Docker 1.10 did not allow of the calls of its time; which of them, and
+# which newer ones, Docker 19.03.8 allowed, and 19.03.9; and what gVisor has
+# never had.  Of the calls above the last one of 2014, those of sockets are
+# older on other processors than on i386.
+retired() {
+	numbers _sysctl acct add_key adjtimex afs_syscall bdflush bpf \
+	    clock_adjtime clock_settime clock_settime32 \
+	    create_module delete_module \
+	    finit_module get_kernel_syms get_mempolicy init_module ioperm \
+	    iopl ipc kcmp kexec_file_load kexec_load keyctl lookup_dcookie \
+	    mbind migrate_pages modify_ldt mount move_pages \
+	    name_to_handle_at nfsservctl open_by_handle_at perf_event_open \
+	    personality pivot_root process_vm_readv process_vm_writev ptrace \
+	    query_module quotactl reboot request_key restart_syscall \
+	    set_mempolicy setns settimeofday settimeofday_time32 \
+	    sigprocmask socketcall stime \
+	    swapoff swapon sysfs umount umount2 unshare uselib ustat vm86 \
+	    vm86old vserver waitpid >docker.h
+	numbers accept4 adjtimex bind connect copy_file_range getpeername \
+	    getsockname getsockopt io_pgetevents ipc listen mlock2 preadv2 \
+	    pwritev2 recv recvfrom recvmsg restart_syscall send sendmsg \
+	    sendto setsockopt shutdown sigprocmask socket socketcall \
+	    socketpair statx waitpid >docker-19.03.8.h
+	numbers clock_getres_time64 clock_gettime64 clock_nanosleep_time64 \
+	    futex_time64 io_pgetevents_time64 mq_timedreceive_time64 \
+	    mq_timedsend_time64 ppoll_time64 pselect6_time64 \
+	    recvmmsg_time64 rt_sigtimedwait_time64 \
+	    sched_rr_get_interval_time64 semtimedop_time64 timer_gettime64 \
+	    timer_settime64 timerfd_gettime64 timerfd_settime64 \
+	    utimensat_time64 | cat docker-19.03.8.h - >docker-19.03.9.h
+	numbers _sysctl epoll_ctl_old epoll_wait_old fanotify_init \
+	    fanotify_mark io_pgetevents modify_ldt mq_getsetattr mq_notify \
+	    mq_open mq_timedreceive mq_timedsend mq_unlink name_to_handle_at \
+	    open_by_handle_at perf_event_open process_vm_readv \
+	    process_vm_writev renameat2 setfsgid setfsuid sysfs tee \
+	    userfaultfd ustat vmsplice >gvisor.h
+	# refuse LIST COMMAND...: run it without the calls of the list, in the
+	# directory ROOT, if that is set.
+	cat >refuse.c <<-'END'
+	#include <errno.h>
+	#include <linux/filter.h>
+	#include <linux/seccomp.h>
+	#include <stddef.h>
+	#include <stdio.h>
+	#include <stdlib.h>
+	#include <string.h>
+	#include <sys/prctl.h>
+	#include <sys/syscall.h>
+	#include <unistd.h>
+	static const int none[] = { -1 };
+	static const int docker[] = {
+	#include "docker.h"
+		-1
+	};
+	static const int docker_19_03_8[] = {
+	#include "docker-19.03.8.h"
+		-1
+	};
+	static const int docker_19_03_9[] = {
+	#include "docker-19.03.9.h"
+		-1
+	};
+	static const int gvisor[] = {
+	#include "gvisor.h"
+		-1
+	};
+	static const struct list {
+		const char *name;
+		int error, last;	/* none above that number */
+		const int *allowed, *refused;
+	} lists[] = {
+		{ "linux-3.2", ENOSYS, __NR_process_vm_writev, none, none },
+		{ "docker-1.10", EPERM, __NR_execveat, none, docker },
+		{ "docker-19.03.8", EPERM, __NR_execveat, docker_19_03_8,
+		    docker },
+		{ "docker-19.03.9", EPERM, __NR_execveat, docker_19_03_9,
+		    docker },
+		{ "gvisor", ENOSYS, __NR_mlock2, none, gvisor },
+	};
+	static struct sock_filter filter[512];
+	static unsigned short n;
+	static void
+	add(int code, unsigned k, int otherwise)
+	{
+		filter[n++] = (struct sock_filter){ (unsigned short)code, 0,
+		    (unsigned char)otherwise, k };
+	}
+	static void
+	each(const int *number, unsigned result)
+	{
+		for (; *number >= 0; number++) {
+			add(BPF_JMP | BPF_JEQ | BPF_K, (unsigned)*number, 1);
+			add(BPF_RET | BPF_K, result, 0);
+		}
+	}
+	int
+	main(int argc, char **argv)
+	{
+		const struct list *l = lists;
+		struct sock_fprog p = { 0, filter };
+		const char *root = getenv("ROOT");
+		unsigned refused;
+
+		if (argc < 3)
+			return 125;
+		while (strcmp(l->name, argv[1]) != 0)
+			if (++l == lists + sizeof lists / sizeof *lists)
+				return 125;
+		refused = SECCOMP_RET_ERRNO | (unsigned)l->error;
+		add(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr),
+		    0);
+		each(l->allowed, SECCOMP_RET_ALLOW);
+		each(l->refused, refused);
+		add(BPF_JMP | BPF_JGT | BPF_K, (unsigned)l->last, 1);
+		add(BPF_RET | BPF_K, refused, 0);
+		add(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0);
+		p.len = n;
+		if ((root && (chroot(root) || chdir("/"))) ||
+		    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ||
+		    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &p)) {
+			perror("refuse");
+			return 125;
+		}
+		unsetenv("ROOT");
+		execvp(argv[2], argv + 2);
+		perror(argv[2]);
+		return 127;
+	}
+	END
+	# probe: what the system says to some calls.
+	cat >probe.c <<-'END'
+	#include <errno.h>
+	#include <stdio.h>
+	#include <sys/syscall.h>
+	#include <unistd.h>
+	static char b[16];
+	#define SAY(name, ...) errno = 0; \
+		syscall(__NR_##name, __VA_ARGS__); \
+		printf(#name ": %s\n", errno == ENOSYS ? "lacking" : \
+		    errno == EPERM ? "refused" : "there")
+	int
+	main(void)
+	{
+		SAY(getpid, 0);
+		SAY(setns, -1, 0);
+		SAY(getrandom, b, sizeof b, 0);
+		SAY(statx, -1, b, 0, 0, b);
+	#ifdef __NR_clock_gettime64
+		SAY(clock_gettime64, -1, b);
+	#endif
+		return 0;
+	}
+	END
+}
+
+# The tools for $cpu; refuse, if its programs run here without qemu.
+tools_for() {
+	headers="-idirafter /usr/include \
+-idirafter /usr/include/$(cc -print-multiarch)"
+	cd "$cpu" && $cc -w -static -o probe ../probe.c || return
+	case $cpu in
+	amd64|i386)
+		$cc -w -static $headers -o refuse ../refuse.c ;;
+	esac
+}
+
+# runs LIST PROGRAM: the words that run a program of $cpu without the calls.
+# Those of another processor run in qemu, which makes their calls.
+runs() {
+	case $cpu in
+	amd64|i386)
+		echo "$tmp/$cpu/refuse $1 $2" ;;
+	*)	echo "$tmp/amd64/refuse $1 $(command -v "qemu-$emulator-static")" \
+		    "-r 3.2.0 $2" ;;
+	esac
+}
+
+refusals() {
+	group 'calls that are refused'
+	while read -r cpu compiler emulator <&3; do
+		case $cpu in
+		amd64|i386)
+			refused linux-3.2 lacking lacking there
+			refused gvisor lacking there there
+			refused docker-1.10 refused there refused
+			refused docker-19.03.8 refused there refused
+			refused docker-19.03.9 there there refused ;;
+		*)	check "$cpu: through qemu, too" '
+			    $(runs linux-3.2 "$cpu/probe") >out && cat out &&
+			    grep -x "getrandom: lacking" out' ;;
+		esac
+	done 3<processors
+}
+
+# refused LIST TIME64 GETRANDOM SETNS: what the list makes of these calls.
+# The first one is also what becomes of statx, which Docker 19.03.8 allows.
+refused() {
+	list=$1 time64=$2 getrandom=$3 setns=$4
+	check "$cpu, $list: what it refuses is refused" '
+	    statx=$time64
+	    [ "$list" != docker-19.03.8 ] || statx=there
+	    printf "%s: %s\n" getpid there setns "$setns" \
+		getrandom "$getrandom" statx "$statx" >want
+	    [ "$cpu" = amd64 ] || echo "clock_gettime64: $time64" >>want
+	    $(runs "$list" "$cpu/probe") >out && diff want out'
+}
+
+# stands LIST [DIRECTORY]: a directory, named $cpu-LIST, with an acme-step
+# that runs without these calls.
+stands() {
+	where=$cpu-$1
+	mkdir "$where"
+	printf '#!/bin/sh\nexec %s "$@"\n' "$(runs "$1" "$tmp/$cpu/now")" \
+	    >"$where/acme-step"
+	chmod +x "$where/acme-step"
+}
+
+old_issues() {
+	group 'certificates from Pebble'
+	while read -r cpu compiler emulator <&3; do
+		lives linux-3.2
+	done 3<processors
+	cpu=amd64
+	lives docker-1.10
+	lives docker-19.03.8
+	cpu=i386
+	lives docker-19.03.9
+	without_time
+	cpu=amd64
+	jails
+}
+
+# lives LIST
+lives() {
+	where=$cpu-$1
+	[ -d "$where" ] || stands "$1"
+	check "$cpu, $1: each step of a certificate's life" '
+	    cd "$where" && cp ../root.pem ../ca.pem . && life'
+}
+
+# Before 19.03.9 Docker refused what 32-bit programs of musl read the clock
+# and the modes of files by; a kernel's vDSO reads the clock without a call.
+without_time() {
+	refused=$tmp/i386/refuse
+	check 'i386, docker-19.03.8: a kernel with a vDSO' '
+	    cp -r i386-docker-19.03.9 i386-vdso && cd i386-vdso && rm *.pem &&
+	    cp ../root.pem ../ca.pem . && where=i386-vdso &&
+	    printf "#!/bin/sh\nexec %s docker-19.03.8 %s \"\$@\"\n" \
+		"$refused" "$tmp/i386/known" >acme-step && life'
+	dies 70 'cannot read the clock: Operation not permitted' '
+	    $refused docker-19.03.8 i386/now due \
+		i386-docker-19.03.9/chain.pem'
+	dies 70 'cannot read the clock: Operation not permitted' '
+	    $refused docker-19.03.8 i386/now directory'
+	dies 73 'cannot create none.pem' '
+	    $refused docker-1.10 i386/known key -o none.pem'
+	check 'and there is no key then' '[ ! -e none.pem ]'
+}
+
+# Without /proc, /sys, /dev and /etc, and alone in its directory.
+jails() {
+	mkdir jail
+	mv published jail
+	ln -s jail/published published
+	cp amd64/now jail/program
+	cp root.pem ca.pem jail
+	cat >jail/acme-step <<-EOF
+	#!/bin/sh
+	ROOT=$tmp/jail exec $tmp/amd64/refuse \$list /program "\$@"
+	EOF
+	chmod +x jail/acme-step
+	check 'gVisor: each step, without a /proc, a /dev and an /etc' '
+	    cd jail && list=gvisor where=jail jail= ACME_CA_FILE=ca.pem \
+		ACME_RESOLVE="localhost:$pebble:127.0.0.1" &&
+	    export list ACME_CA_FILE ACME_RESOLVE && life'
+	check 'Linux 3.2: randomness comes from /dev/urandom' '
+	    cd jail && list=linux-3.2 && export list && mkdir dev &&
+	    mknod -m 666 dev/urandom c 1 9 && ./acme-step key -o dev.pem &&
+	    ./acme-step key -o other.pem && not cmp dev.pem other.pem &&
+	    openssl pkey -in dev.pem -noout -check && rm dev/urandom'
+	rm -f jail/dev/urandom
+	dies 70 'cannot get random bytes from the system: No such file' '
+	    cd jail && list=linux-3.2 ./acme-step key -o none.pem'
+	check 'and there is no key then' '[ ! -e jail/none.pem ]'
+}
+
+# life: of a certificate and of its account, in this directory, with the
+# acme-step that is in it.  Names are $where.test and 127.0.0.1.
+life() {
+	PATH=$PWD:$PATH
+	set -- "$where.test" 127.0.0.1
+	acme-step key -o account.pem &&
+	acme-step key -t ec384 -o leaf.pem &&
+	acme-step key -o next.pem && not cmp account.pem next.pem &&
+	acme-step new-account -y -m mailto:ops@example.com -o account &&
+	acme-step new-order -a account "$@" |
+	acme-step respond -t http-01 -w "${jail-$tmp/}published" |
+	acme-step finalize -K leaf.pem -o chain.pem &&
+	issued leaf.pem chain.pem "DNS:$1" "IP Address:$2" &&
+	acme-step csr -K leaf.pem "$@" >csr.pem &&
+	acme-step new-order -a account -R chain.pem -r csr.pem >order &&
+	acme-step challenges -t tls-alpn-01 <order |
+	acme-step respond -l "127.0.0.1:$tls" |
+	acme-step finalize -r csr.pem -o chain.pem &&
+	issued leaf.pem chain.pem "DNS:$1" "IP Address:$2" &&
+	answers acme-step due -K leaf.pem chain.pem "$@" &&
+	answers acme-step renewal-info -a account chain.pem &&
+	acme-step key-change -a account -K next.pem >account.new &&
+	acme-step revoke-cert -k next.pem -a account chain.pem &&
+	status_of chain.pem | grep Revoked
+}
+
+# answers COMMAND...: no, or what $answer says.
+answers() {
+	"$@"
+	[ $? = "${answer-1}" ]
+}
+
+years() {
+	dated_servers
+	while read -r cpu compiler emulator <&3; do
+		group "$cpu: after 2038"
+		run="$tmp/$cpu/later"
+		case $cpu in
+		amd64|i386)	;;
+		*)		run="qemu-$emulator-static $run" ;;
+		esac
+		while read -r server clock answer; do
+			check "$cpu: $server, and the clock shows $clock" at_clock
+		done <clocks
+		while read -r server clock answer; do
+			check "$cpu: due at $clock, $answer: $server" due_at
+		done <dues
+		for clock in 2040-06-01 2107-03-01 9999-12-01; do
+			check "$cpu: Retry-After and a window after $clock" \
+			    window_at
+		done
+	done 3<processors
+	dated_issues
+}
+
+# seconds TIME: since 1970.
+seconds() { date -u -d "$1" +%s; }
+# rfc3339 SECONDS
+rfc3339() { date -u -d "@$1" +%Y-%m-%dT%H:%M:%SZ; }
+
+# Servers of openssl, whose certificates have these lives, and what is said
+# when the clock shows these times: yes, before or after.  The first one ends
+# with 32-bit numbers, and begins with those that have no sign.
+dated_servers() {
+	cat >dated.cnf <<-'END'
+	[ca]
+	default_ca = ca
+	[ca]
+	database = dated.index
+	new_certs_dir = .
+	rand_serial = yes
+	default_md = sha256
+	policy = policy
+	[policy]
+	commonName = optional
+	END
+	echo authorityKeyIdentifier=keyid | cat server.ext - >dated.ext
+	port_2106=$(free_port)
+	dated_server 2106 20380119031408Z 21060207062815Z
+	port_9999=$(free_port)
+	dated_server 9999 20500101000000Z 99991231235959Z
+	cat >clocks <<-'END'
+	2106 2038-01-19T03:14:07Z before
+	2106 2038-01-19T03:14:08Z yes
+	2106 2040-02-29T12:00:00Z yes
+	2106 2105-12-31T23:59:59Z yes
+	2106 2106-02-07T06:28:15Z yes
+	2106 2106-02-07T06:28:16Z after
+	9999 2049-12-31T23:59:59Z before
+	9999 2050-01-01T00:00:00Z yes
+	9999 2106-02-07T06:28:16Z yes
+	9999 9999-12-30T00:00:00Z yes
+	9999 9999-12-31T23:59:59Z yes
+	END
+	dated 2039 20380101000000Z 20390401000000Z
+	dated 2107 21070101000000Z 21070401000000Z
+	cat >dues <<-'END'
+	2039 2037-12-31T00:00:00Z early
+	2039 2038-02-01T00:00:00Z no
+	2039 2039-01-01T00:00:00Z yes
+	2039 2039-04-01T00:00:01Z after
+	2107 2107-01-02T00:00:00Z no
+	2107 2107-03-30T00:00:00Z yes
+	2106 2040-01-01T00:00:00Z no
+	2106 2106-01-01T00:00:00Z yes
+	9999 9000-01-01T00:00:00Z yes
+	9999 2107-01-01T00:00:00Z no
+	END
+}
+
+# dated NAME START END: a certificate with this life, NAME.pem.
+dated() {
+	: >dated.index
+	openssl ca -batch -notext -config dated.cnf -extfile dated.ext \
+	    -cert ca.pem -keyfile ca.key -in server.csr -out "$1.pem" \
+	    -startdate "$2" -enddate "$3" 2>>servers.log ||
+	    give_up "$(cat servers.log)"
+}
+
+dated_server() {
+	dated "$@"
+	eval "port=\$port_$1"
+	mkdir "$1"
+	printf 'HTTP/1.1 200 OK\r\n%s\r\n%s\r\n\r\n%s\n' \
+	    'Content-Type: application/json' 'Connection: close' "{
+	    \"newNonce\": \"https://localhost:$port/nonce\",
+	    \"newAccount\": \"https://localhost:$port/account\",
+	    \"newOrder\": \"https://localhost:$port/order\",
+	    \"renewalInfo\": \"https://localhost:$port/ari\" }" >"$1/dir"
+	mkdir "$1/ari"
+	(cd "$1" && exec openssl s_server -HTTP -quiet -cert "../$1.pem" \
+	    -key ../server.key -accept "127.0.0.1:$port") >>servers.log 2>&1 &
+	pids="$pids $!"
+	up "$port"
+}
+
+# at_clock: $run accepts the server, or names what is wrong with it.
+at_clock() {
+	eval "port=\$port_$server"
+	[ "$(rfc3339 "$(seconds "$clock")")" = "$clock" ] || return
+	CLOCK=$(seconds "$clock") $run directory \
+	    -d "https://localhost:$port/dir" >out 2>err
+	got=$?
+	cat out err
+	case $answer in
+	yes)	[ $got = 0 ] && grep "^new-nonce https://localhost:$port" out &&
+		    [ ! -s err ] && return ;;
+	before)	end=-startdate words='is not valid before' ;;
+	after)	end=-enddate words='expired at' ;;
+	esac
+	[ "$answer" != yes ] && [ $got = 78 ] &&
+	    grep "$words $(life_end) (the clock here shows $clock)" err
+}
+
+# life_end: the one called $end of the certificate, by openssl and date.
+life_end() {
+	rfc3339 "$(seconds "$(openssl x509 -in "$server.pem" -noout "$end" |
+	    cut -d = -f 2)")"
+}
+
+# due_at: what $run says of a certificate, which lives long.
+due_at() {
+	not_before=$(end=-startdate life_end) not_after=$(end=-enddate life_end)
+	from=$(seconds "$not_before") to=$(seconds "$not_after")
+	CLOCK=$(seconds "$clock") $run due "$server.pem" >out 2>err
+	got=$?
+	echo "exit status $got"
+	cat out err
+	renewal="is valid until $not_after, to be renewed from $(
+	    rfc3339 $((to - (to - from) / 3)))"
+	case $answer in
+	early)	want="not due: $server.pem is not valid before $not_before" ;;
+	no)	want="not due: $server.pem $renewal" ;;
+	yes)	want="due: $server.pem $renewal" ;;
+	after)	want="due: $server.pem expired at $not_after" ;;
+	esac
+	case $answer in
+	yes|after)	[ $got = 0 ] ;;
+	*)		[ $got = 1 ] ;;
+	esac && [ ! -s err ] && grep "^$want" out
+}
+
+# window_at: the CA's window begins a day after $clock, and it wants to be
+# asked again an hour later.
+window_at() {
+	server=9999 port=$port_9999
+	[ "${clock%%-*}" -gt 2105 ] || server=2106 port=$port_2106
+	CLOCK=$(seconds "$clock")
+	export CLOCK
+	start=$(rfc3339 $((CLOCK + 86400))) end=$(rfc3339 $((CLOCK + 172800)))
+	again=$(LC_ALL=C date -u -d "@$((CLOCK + 3600))" \
+	    '+%a, %d %b %Y %H:%M:%S GMT')
+	printf 'HTTP/1.1 200 OK\r\n%s\r\n%s\r\n%s\r\n\r\n%s\n' \
+	    'Content-Type: application/json' "Retry-After: $again" \
+	    'Connection: close' "{ \"suggestedWindow\": {
+	    \"start\": \"$start\", \"end\": \"$end\" } }" \
+	    >"$server/ari/$(ari_name)" || return
+	$run renewal-info -d "https://localhost:$port/dir" "$server.pem" >out
+	got=$?
+	cat out
+	moment=$(field moment out)
+	[ $got = 1 ] && grep -x "window $start $end" out &&
+	    grep -x 'retry-after 3600' out &&
+	    [ "$(seconds "$moment")" -ge $((CLOCK + 86400)) ] &&
+	    [ "$(seconds "$moment")" -lt $((CLOCK + 172800)) ] || return
+	CLOCK=$(seconds "$moment") $run renewal-info \
+	    -d "https://localhost:$port/dir" "$server.pem" >out &&
+	grep -x "moment $moment" out
+}
+
+# ari_name: of the certificate (RFC 9773 4.1).
+ari_name() {
+	key_id=$(openssl x509 -in "$server.pem" -noout \
+	    -ext authorityKeyIdentifier | sed -n '2s/[ :]//gp')
+	serial=$(openssl x509 -in "$server.pem" -noout -serial | cut -d = -f 2)
+	case $serial in [89A-F]*) serial=00$serial ;; esac
+	echo "$(echo "$key_id" | xxd -r -p | base64url).$(
+	    echo "$serial" | xxd -r -p | base64url)"
+}
+
+# Pebble lives today, and its certificate lives until 9999.
+dated_issues() {
+	group 'certificates from Pebble on the last day but one of 9999'
+	pebble_stop
+	dated server 20200101000000Z 99991231235959Z
+	pebble_start
+	while read -r cpu compiler emulator <&3; do
+		check "$cpu: each step of a certificate's life" '
+		    where=$cpu-9999 && mkdir "$where" && cd "$where" &&
+		    cp ../root.pem ../ca.pem . &&
+		    printf "#!/bin/sh\nCLOCK=%s exec %s \"\$@\"\n" \
+			"$(seconds 9999-12-30)" "$(case $cpu in
+			amd64|i386) ;; *) echo "qemu-$emulator-static" ;;
+			esac) $tmp/$cpu/later" >acme-step &&
+		    chmod +x acme-step && answer=0 life'
+	done 3<processors
+}
+
+# tested PROCESSOR: the lists for which the tests without a network run.
+tested() {
+	case $1 in
+	amd64)	echo linux-3.2 docker-1.10 gvisor ;;
+	i386)	echo linux-3.2 docker-19.03.9 ;;
+	esac
+}
+
+# offline_start LIST: the tests that need no network, without these calls.
+offline_start() {
+	case $cpu in
+	amd64)	CC=cc ;;
+	*)	CC="$cc -static -isystem $there/inc -L$there/build $(defsyms)" ;;
+	esac
+	export CC
+	RUN="$tmp/$cpu/refuse $1" sh "$src/test.sh" offline \
+	    "$cpu-$1/acme-step" >"$cpu-$1/offline" 2>&1 &
+	unset CC
+	pids="$pids $!"
+	offline="$offline $cpu-$1:$!"
+}
+
+# offline_end: what they found.
+offline_end() {
+	for run in $offline; do
+		wait "${run#*:}"
+		run=${run%:*}
+		group "$run: the tests that need no network"
+		awk -v n="$n" -v run="$run" '
+		    /^(not )?ok /	{ sub(/[0-9]+ - /, ++n " - " run ": ") }
+		    !/^[0-9]+ passed/	{ print }' "$run/offline"
+		n=$((n + $(grep -c -e '^ok' -e '^not ok' "$run/offline")))
+		bad=$((bad + $(grep -c '^not ok' "$run/offline")))
+		check "$run: they came to their end" \
+		    'tail -n 1 "$run/offline" | grep " passed, "'
+	done
+}
+
 # ----------------------------------------------------------------- load --
 
 # The responders under load, and many steps at once.  This needs two processors
