@@ -2138,6 +2138,147 @@ offline_end() {
 	done
 }
 
+# --------------------------------------------------------------- builds --
+
+# What the README says of other compilers; clang has no option -specs.
+builds() {
+	chmod 755 "$tmp"
+	world_start
+	pebble_start
+	mkdir work published
+	rm -r "$www"
+	ln -s "$tmp/published" "$www"
+	musl=x86_64-linux-musl
+	clang="clang -nostdlibinc -isystem /usr/include/$musl -L/usr/lib/$musl"
+	offline=''
+	for release in bookworm trixie; do
+		group "$release: the compilers"
+		plain musl-gcc musl-gcc
+		plain clang "$clang"
+		plain gcc-glibc gcc LDFLAGS=
+		plain clang-glibc clang LDFLAGS=
+		group "$release: optimizations"
+		for level in 0 1 2 3 s z; do
+			for compiler in musl-gcc "$clang"; do
+				optimized
+			done
+			optimized LDFLAGS= gcc
+			optimized LDFLAGS= clang
+		done
+		group "$release: the same bytes"
+		reproduced
+		group "$release: a source tree of BearSSL"
+		cp -r "$cache/bearssl" work/bearssl
+		plain tree musl-gcc BEARSSL=../bearssl
+		rm -rf work/bearssl
+	done
+	cp -r "$cache/bearssl" work/bearssl
+	plain tree-clang "$clang" BEARSSL=../bearssl
+	offline_end
+	finish
+}
+
+# within COMMAND...: in this release, where work is /mnt.  The name of the
+# machine is another one if $machine is set.
+within() {
+	unshare -m -u sh -c '
+	    [ ! "$machine" ] || hostname "$machine" || exit
+	    mount --bind /proc "$1/proc" && mount --bind "$2" "$1/mnt" &&
+	    mount -t tmpfs -o mode=1777 none "$1/dev/shm" &&
+	    shift 2 && exec chroot "$root" "$@"' \
+	    sh "$root" "$tmp/work" "$@"
+}
+
+# build DIRECTORY ARGUMENT...: by make, with these, in this release.
+build() {
+	root=$cache/debian/$release where=$1; shift
+	export root
+	rm -rf "work/$where"
+	mkdir "work/$where" &&
+	cp "$src/acme.c" "$src/Makefile" "work/$where" || return
+	# shellcheck disable=SC2016	# expanded there
+	(unset MAKEFLAGS && within sh -c 'cd "/mnt/$1" && shift && make "$@"' \
+	    sh "$where" "$@") >make.log 2>&1
+	got=$?
+	cat make.log
+	[ "$got" = 0 ] && not grep -i warning make.log
+}
+
+# plain NAME COMPILER [ARGUMENT]: as the README has it; what comes of it is
+# tested.
+plain() {
+	where=$release-$1 compiler=$2 option=${3-}
+	check "$where: it builds without a warning, and runs" '
+	    build "$where" CC="$compiler" $option && cd "work/$where" &&
+	    runs_there'
+	[ -x "work/$where/acme-step" ] || return
+	echo "# $(wc -c <"work/$where/acme-step") bytes"
+	case $where in
+	*-glibc)	return ;;
+	esac
+	check "$where: static, and a PIE" 'static_pie "work/$where/acme-step"'
+	case $where in
+	*-musl-gcc)
+		check "$where: of at most 300,000 bytes" '
+		    [ "$(wc -c <"work/$where/acme-step")" -le 300000 ]' ;;
+	esac
+	mkdir "$where"
+	cp "work/$where/acme-step" "$where"
+	check "$where: each step of a certificate's life" '
+	    cd "$where" && cp ../root.pem ../ca.pem . && life'
+	sh "$src/test.sh" offline "$where/acme-step" >"$where/offline" 2>&1 &
+	pids="$pids $!"
+	offline="$offline $where:$!"
+}
+
+# runs_there: in the release, and for a static program here.
+runs_there() {
+	version=$(version)
+	within "/mnt/$where/acme-step" version >out &&
+	echo "acme-step $version" | diff - out &&
+	within "/mnt/$where/acme-step" help >out && grep new-order out
+}
+
+optimized() {
+	option=
+	[ $# = 0 ] || { option=$1 compiler=$2; }
+	check "$release, -O$level: ${compiler%% *} $option" '
+	    build optimized CC="$compiler" CFLAGS="-O$level" $option &&
+	    cd work/optimized && where=optimized && runs_there'
+}
+
+# Two people build: their directories, users, umasks, locales, time zones,
+# clocks, hosts and the dates of their files differ.
+reproduced() {
+	check 'two people build the program and its image' '
+	    person one root 022 C 2026-11-28T00:00:00 UTC0 &&
+	    machine=elsewhere person two/of/them nobody 077 tr_TR.UTF-8 \
+		2031-05-06T07:08:09 Asia/Tokyo'
+	check 'who are two, indeed' '
+	    diff work/one/person work/two/of/them/person >differences
+	    cat differences && [ "$(grep -c "^>" differences)" = 5 ]'
+	check 'the programs are the same' '
+	    cmp work/one/acme-step work/two/of/them/acme-step'
+	check 'and so are the images' '
+	    cmp work/one/acme-step.tar work/two/of/them/acme-step.tar'
+}
+
+# person DIRECTORY USER UMASK LOCALE TIME ZONE: what each of them does.
+person() {
+	root=$cache/debian/$release
+	export root
+	rm -rf "work/${1%%/*}"
+	mkdir -p "work/$1" &&
+	cp "$src/acme.c" "$src/Makefile" "$src/test.sh" "$src/LICENSE" \
+	    "work/$1" &&
+	touch -d "$5" "work/$1"/* && chown -R "$2" "work/$1" &&
+	within env -i PATH="$PATH" HOME=/ LC_ALL="$4" TZ="$6" \
+	    setpriv --reuid="$2" --clear-groups faketime "$5" sh -c '
+	    umask "$2" && cd "/mnt/$1" &&
+	    { id -un; umask; locale 2>&1 | grep -e CTYPE -e ^locale; hostname
+	      date +%Y:%Z; } >person && make image' sh "$1" "$3"
+}
+
 # ----------------------------------------------------------------- load --
 
 # The responders under load, and many steps at once.  This needs two processors
