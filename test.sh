@@ -2279,6 +2279,1199 @@ person() {
 	      date +%Y:%Z; } >person && make image' sh "$1" "$3"
 }
 
+# --------------------------------------------------------------- faults --
+
+# Each step of an issuance runs with a fault at one of its system calls, or at
+# one byte of what the CA sends.  Then it runs again, followed by all steps
+# that lead to a certificate.  Faults of bytes cut the connection, let it
+# stall or change a bit: CUT, STALL and CORRUPT those of TLS, TRUNCATE and
+# REWRITE those of HTTP inside it.
+#
+# The environment selects the runs.  FAULTS=all: each fault of each call, and
+# of one byte in FAULTS_BYTES (32).  FAULTS=REGEX: those whose line "STEP
+# PROCESS CALL NAME FAULT" or "STEP 0 BYTE byte FAULT" matches.  Without it
+# they are chosen at random, with FAULTS_SEED, for FAULTS_SECONDS (120).
+#
+# new-order-out writes to standard output, replace over an old chain; pipe-1,
+# pipe-2 and pipe-3 are the three steps of a pipeline; box, send and unbox are
+# a step that writes requests, send, and the step that reads the responses.
+faulty_steps='key new-account new-order new-order-out challenges respond-w
+    respond-l respond-x respond-certbot finalize replace key-change box send
+    unbox renewal-info revoke-cert pipe-1 pipe-2 pipe-3'
+fault_kinds='SIGKILL SIGTERM ENOSPC EIO EINTR ENOMEM EMFILE EAGAIN
+    CUT STALL CORRUPT TRUNCATE REWRITE'
+
+faults() {
+	[ "$(uname -m)" = x86_64 ] ||
+	    give_up 'faults: its tool knows the registers of x86-64 alone'
+	fault_tool
+	relay_tool
+	tools=$tmp
+	seconds=${FAULTS_SECONDS:-120}
+	[ -z "${FAULTS-}" ] || seconds=1000000
+	seed=${FAULTS_SEED:-$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}
+	workers=
+	for world in world.1 world.2; do
+		fault_worker </dev/null >"$world.log" 2>&1 &
+		workers="$workers $!" pids="$pids $!"
+		until [ -e "$world/calls" ]; do
+			kill -0 "$!" 2>/dev/null ||
+			    give_up "$(cat "$world.log")"
+			sleep 0.2
+		done
+	done
+	fault_list >faults.all
+	awk '{ print >("world." NR % 2 + 1 "/faults.new") }' faults.all
+	for world in world.1 world.2; do
+		: >>"$world/faults.new"
+		mv "$world/faults.new" "$world/faults"
+	done
+	# shellcheck disable=SC2086	# one word a process
+	wait $workers
+	fault_checks
+	fault_table
+	finish
+}
+
+# Of all calls and faults, a line for each that is wanted, in random order.
+fault_list() {
+	cat world.*/calls | sort -u |
+	awk -v seed="$seed" -v wanted="${FAULTS-}" '
+	BEGIN { srand(seed) }
+	{
+		for (i = 5; i <= NF; i++) {
+			job = $1 " " $2 " " $3 " " $4 " " $i
+			if (wanted == "" || wanted == "all" || job ~ wanted)
+				print rand(), job
+		}
+	}' | sort | cut -d ' ' -f 2-
+}
+
+fault_checks() {
+	group 'system calls that fail, and signals at them'
+	cat world.*/results >results
+	cat world.*/wrong >wrong
+	echo "# $(grep -c . results) runs of $(grep -c . faults.all)," \
+	    "FAULTS_SEED=$seed"
+	for world in world.1 world.2; do
+		check "$world did its runs" 'cat "$world.log"
+		    [ -e "$world/finished" ]'
+	done
+	check 'the tool knows the errors of each call' '
+	    not grep unknown- world.*/calls'
+	for step in $faulty_steps; do
+		for kind in $fault_kinds; do
+			runs=$(grep -c "^$step [0-9 ]*[^ ]* $kind " results)
+			[ "$runs" = 0 ] || check "$step, $kind: $runs run(s)" '
+			    sed -n "/^$step [0-9]* [0-9]* [^ ]* $kind:/,/^$/p" \
+				wrong >these; cat these; [ ! -s these ]'
+		done
+	done
+}
+
+# A row for each step and fault: in how many runs the step was done, failed
+# as it should, had ended before that call, or did something wrong.
+fault_table() {
+	printf '\n%-15s %-7s %6s %6s %6s %6s %6s\n' step fault runs \
+	    'done' failed missed wrong
+	awk '
+	BEGIN	{ split("done failed missed wrong", outcome) }
+		{ n[$1 " " $5 " " $6]++; n[$6]++; key[$1 " " $5] }
+	function row(name, fault, at) {
+		all = 0
+		for (i = 1; i <= 4; i++)
+			all += n[at outcome[i]]
+		printf "%-15s %-7s %6d %6d %6d %6d %6d\n", name, fault, all,
+		    n[at "done"], n[at "failed"], n[at "missed"],
+		    n[at "wrong"]
+	}
+	END {
+		for (k in key) {
+			split(k, word)
+			row(word[1], word[2], k " ")
+		}
+		row("~", "", "")
+	}' results | sort | sed 's/^~  /all/'
+}
+
+# fault_worker: a process of its own, with the directory $world, a CA and
+# ports of its own: count the calls of each step, await the list of runs and do
+# them.
+fault_worker() {
+	pids='' pebble_pids=''
+	trap 'kill $pids $pebble_pids; wait' EXIT
+	trap 'exit 143' TERM
+	mkdir "$world" && cd "$world" && tmp=$PWD serial=0 || exit
+	world_start
+	retry_after=0
+	pebble_start PEBBLE_WFE_NONCEREJECT=0
+	ACME_TIMEOUT=20
+	export www
+	relays_start
+	mkdir kept && : >results && : >wrong && fault_hooks && cd kept &&
+	for key in account leaf; do
+		acme-step key -o "$key.pem" || exit
+	done &&
+	acme-step new-account -y -o account && name=old.test && whole_way &&
+	mv chain.pem ../old.pem && cd .. &&
+	public=$(openssl pkey -in kept/leaf.pem -pubout) || exit
+	for step in $faulty_steps; do
+		fault_count || exit
+	done
+	mv calls.new calls
+	until [ -e faults ]; do sleep 0.1; done
+	end=$(($(date +%s) + seconds))
+	while read -r step process call what kind; do
+		[ "$(date +%s)" -lt "$end" ] || break
+		fault_run || exit
+	done <faults
+	: >finished
+	exit
+}
+
+# relays_start: what takes HTTP out of TLS, for the relay, and puts it back.
+# The step finds the relay at 127.0.0.2 and the first of these at 127.0.0.3.
+relays_start() {
+	inner=$(free_port)
+	outer=$(free_port)
+	server_start socat "OPENSSL-LISTEN:$pebble,bind=127.0.0.3,fork,\
+reuseaddr,verify=0,cert=server.pem,key=server.key" "TCP:127.0.0.2:$inner"
+	server_start socat "TCP-LISTEN:$outer,bind=127.0.0.1,fork,reuseaddr" \
+	    "OPENSSL:127.0.0.1:$pebble,verify=0"
+	up "$outer"
+}
+
+# with_fault KIND PROCESS CALL NAME: the step, with that fault.
+with_fault() {
+	case $1 in
+	CUT|STALL|CORRUPT)
+		set -- "$1" "$3" "localhost:$pebble" 127.0.0.2 "$pebble" \
+		    "$pebble" ;;
+	TRUNCATE)
+		set -- CUT "$3" "localhost:$pebble" 127.0.0.3 "$inner" \
+		    "$outer" ;;
+	REWRITE)
+		set -- CORRUPT "$3" "localhost:$pebble" 127.0.0.3 "$inner" \
+		    "$outer" ;;
+	*)
+		faulty_step "$tools/fault" ../log "$2" "$3" "$4" "$1" \
+		    >../out 2>../err
+		return ;;
+	esac
+	[ "$1" != STALL ] || ACME_TIMEOUT=3
+	faulty_step "$tools/relay" ../log "$@" >../out 2>../err
+	set -- $?
+	ACME_TIMEOUT=20
+	return "$1"
+}
+
+# fault_count: the calls of $step, as lines "STEP PROCESS CALL NAME FAULT...",
+# and the bytes that it gets from the CA.
+fault_count() {
+	fault_try - && sed "s/^/$step /" log >>calls.new &&
+	fault_try CUT && fault_bytes 1 'CUT CORRUPT' &&
+	fault_bytes 8 STALL &&
+	fault_try TRUNCATE && fault_bytes 1 'TRUNCATE REWRITE'
+}
+
+# fault_try KIND: the step without a fault.
+fault_try() {
+	fault_begin || return
+	with_fault "$1" 0 0 -
+	set -- $?
+	cd .. && [ "$1" = "$usual" ] && return
+	echo "$step: status $1"
+	cat out err
+	return 1
+}
+
+# fault_bytes N KINDS
+fault_bytes() {
+	seq 1 "$(($1 * ${FAULTS_BYTES:-32}))" "$(cat log)" |
+	sed "s/.*/$step 0 & byte $2/" >>calls.new
+}
+
+# fault_begin: a directory with what $step reads.  $made is the file that it
+# makes, $usual its exit status, $says the number of its messages.
+fault_begin() {
+	serial=$((serial + 1))
+	name=job-$serial.test made=order usual=0 says=0
+	rm -rf job && cp -R kept job && cd job || return
+	case $step in
+	key)		made=new.pem ;;
+	new-account)	made=account && fresh_key ;;
+	new-order*)	;;
+	challenges)	made=todo && new_order >order ;;
+	respond-*)	made=ready && new_order >order ;;
+	finalize)	made=chain.pem && new_order | respond >ready ;;
+	replace)	made=chain.pem && new_order | respond >ready &&
+			cp ../old.pem chain.pem && chmod 640 chain.pem ;;
+	key-change)	made=changed says=1 && fresh_key &&
+			acme-step new-account -y -o account ;;
+	box)		made='' usual=75 says=1 ;;
+	send)		made='' && boxed 2>../err; [ $? = 75 ] ;;
+	unbox)		send_all ;;
+	renewal-info)	made='' usual=1 && cp ../old.pem chain.pem ;;
+	revoke-cert)	made='' && whole_way ;;
+	pipe-*)		made=chain.pem ;;
+	esac || return
+	set -- *
+	before=$*
+	for file; do
+		shift
+		[ -d "$file" ] || [ "$file" = "$made" ] || set -- "$@" "$file"
+	done
+	sha256sum "$@" >../sums
+}
+
+fresh_key() {
+	rm account account.pem && acme-step key -o account.pem &&
+	acme-step key -o new.pem
+}
+new_order() { acme-step new-order -a account "$name"; }
+respond() { acme-step respond -w "$www"; }
+finalize() { acme-step finalize -K leaf.pem -o chain.pem; }
+whole_way() { new_order | respond | finalize; }
+boxed() { acme-step new-order -B box -a account -o order "$name"; }
+# send_all: until the next run of the step has all responses.
+send_all() {
+	until boxed 2>../err.box; do
+		[ $? = 75 ] && acme-step send box || return
+	done
+	rm order
+}
+
+# faulty_step COMMAND...: the step, under that command.
+faulty_step() {
+	case $step in
+	key)		"$@" acme-step key -o new.pem ;;
+	new-account)	"$@" acme-step new-account -y -o account ;;
+	new-order)	"$@" acme-step new-order -a account -o order "$name" ;;
+	new-order-out)	"$@" acme-step new-order -a account "$name" >order ;;
+	challenges)	"$@" acme-step challenges -o todo <order ;;
+	respond-w)	"$@" acme-step respond -w "$www" -o ready <order ;;
+	respond-l)	"$@" acme-step respond -t tls-alpn-01 \
+			    -l "127.0.0.1:$tls" -o ready <order ;;
+	respond-x)	"$@" acme-step respond -t http-01 -x ../hook \
+			    -o ready <order ;;
+	respond-certbot)	"$@" acme-step respond -t http-01 \
+			    -x certbot:../publish,../remove -o ready <order ;;
+	finalize|replace)	"$@" acme-step finalize -K leaf.pem \
+			    -o chain.pem <ready ;;
+	key-change)	"$@" acme-step key-change -a account -K new.pem \
+			    -o changed ;;
+	box|unbox)	"$@" acme-step new-order -B box -a account -o order \
+			    "$name" ;;
+	send)		"$@" acme-step send box ;;
+	renewal-info)	"$@" acme-step renewal-info -a account chain.pem ;;
+	revoke-cert)	"$@" acme-step revoke-cert -a account chain.pem ;;
+	pipe-1)		"$@" acme-step new-order -a account "$name" |
+			respond | finalize ;;
+	pipe-2)		new_order | tee -p order |
+			"$@" acme-step respond -w "$www" | finalize ;;
+	pipe-3)		new_order | respond | tee -p ready |
+			"$@" acme-step finalize -K leaf.pem -o chain.pem ;;
+	esac </dev/null
+}
+
+fault_hooks() {
+	cat >hook <<-'EOF'
+	#!/bin/sh
+	echo from a hook
+	case $1 in
+	deploy_challenge)	printf %s "$4" >"$www/$3" ;;
+	clean_challenge)	rm -f "$www/$3" ;;
+	esac
+	EOF
+	cat >publish <<-'EOF'
+	#!/bin/sh
+	echo from a hook
+	printf %s "$CERTBOT_VALIDATION" >"$www/$CERTBOT_TOKEN"
+	EOF
+	cat >remove <<-'EOF'
+	#!/bin/sh
+	echo from a hook
+	rm -f "$www/$CERTBOT_TOKEN"
+	EOF
+	chmod +x hook publish remove
+}
+
+# fault_run: the step with a fault, all checks, and a line of results:
+# STEP PROCESS CALL NAME FAULT OUTCOME REACHED exited|killed STATUS.
+fault_run() {
+	faults_found=
+	fault_begin || return
+	with_fault "$kind" "$process" "$call" "$what"
+	ended=$?
+	read -r reached argument how status caught late left <../log
+	: >../after
+	judge_status
+	judge_words
+	judge_files
+	go_on >../after 2>&1 || wrong "not done when run again: $?"
+	judge_certificate
+	cd .. || return
+	if [ "$faults_found" ]; then
+		outcome=wrong
+		{
+			echo "$step $process $call $what $kind:$faults_found"
+			cat log err after
+			echo
+		} >>wrong
+	fi
+	echo "$step $process $call $what $kind $outcome $reached $how $status" \
+	    >>results
+}
+
+wrong() { faults_found="$faults_found $*;"; }
+
+# judge_status: is the exit status one for this fault?
+judge_status() {
+	outcome=failed
+	[ "$how $status" != "exited $usual" ] || outcome='done'
+	[ "$late" = 0 ] || wrong 'it did not end'
+	[ "$left" = 0 ] || wrong "$left processes are left"
+	case $reached,$outcome in
+	-,done)	outcome=missed ;;
+	-,*)	wrong 'it failed without the fault' ;;
+	esac
+	[ "$outcome" = failed ] || return 0
+	# A signal that arrives while its handler is being set may find it or
+	# not.  A fault in the responder can make a validation fail.
+	case $process,$kind,$how,$status in
+	1,SIGKILL,killed,9)	;;
+	1,SIGTERM,killed,15)	[ "$caught" = 0 ] ;;
+	1,SIGTERM,exited,143)	[ "$caught" = 1 ] ||
+				    [ "$reached" = rt_sigaction ] ;;
+	1,SIG*)			false ;;
+	0,REWRITE,exited,69|0,REWRITE,exited,7[05678]) ;;
+	0,CORRUPT,exited,78)	;;
+	0,*,exited,69|0,*,exited,75)	;;
+	0,*)			false ;;
+	[3-9],*,exited,77)	[ "$step" = respond-l ] ;;
+	*,SIG*,exited,69|*,SIG*,exited,7[035]) ;;
+	*,exited,*)		fits ;;
+	*)			false ;;
+	esac || wrong "$how $status"
+	case $step,$how,$ended in
+	pipe-*,exited,"$status"|pipe-[12],killed,65) ;;
+	pipe-[12],exited,65)	[ "$reached $argument" = 'write 1' ] ;;
+	pipe-[12],*,0)	is_whole ;;	# it had written its record
+	pipe-3,exited,*)	false ;;
+	pipe-[12],*)	false ;;
+	esac || wrong "the pipeline exits $ended"
+}
+
+# fits: can the call that failed cause this exit status?  A file that cannot
+# be opened can be an input, the output, or one that the look-up of the name
+# needs; what is read and written, a file or the network.
+fits() {
+	case $kind,$reached in
+	ENOSPC,*)				set -- 73 74 ;;
+	*,open*|*,*stat|*,*statat|*,readlink)	set -- 66 69 73 ;;
+	*,read*|*,recv*|*,write*|*,send*)	set -- 69 74 ;;
+	*,close|*,fsync|*,ftruncate|*,lseek)	set -- 74 ;;
+	*,rename*|*,unlink*|*,dup)		set -- 74 ;;
+	*,link*|*,mkdir*|*,*chmod|*,access)	set -- 73 74 ;;
+	*,execve|*,wait*|*,bind|*,accept*)	set -- 73 ;;
+	*,socket|*,connect|*,?etsockopt)	set -- 69 73 ;;
+	*,fork|*,clone|*,pipe*|*,socketpair)	set -- 70 73 ;;
+	*,dup[23]|*,set*id|*,setgroups|*,chdir)	set -- 69 70 73 ;;
+	*,getrandom|*,poll)			set -- 69 70 ;;
+	*,mmap|*,brk|*,mprotect)		set -- 69 70 ;;
+	*)					set -- ;;
+	esac
+	case " $* " in *" $status "*) ;; *) false ;; esac
+}
+
+# judge_words: one message on failure, none on success, except that a fault
+# which does not make the step fail may cause a warning.
+judge_words() {
+	messages=0
+	while IFS= read -r line; do
+		case $line in from*hook) continue ;; esac
+		messages=$((messages + 1))
+		case $line in
+		'acme-step: '[a-z]*': '?*|'acme-step: ended by signal 15') ;;
+		*)	wrong 'a strange message' ;;
+		esac
+	done <../err
+	case $outcome,$how in
+	failed,killed)	least=0 most=$says ;;
+	failed,*)	least=1 most=1 ;;
+	*)		least=$says most=$says ;;
+	esac
+	case $step,$how,$reached,$argument in
+	pipe-[12],killed,*)	most=1 ;;	# of the next step
+	pipe-[12],*,write,1)	most=2 ;;	# it is not told
+	key-change,exited,*)	[ "$kind" != SIGTERM ] || most=2 ;;
+	esac
+	case $process,$kind,$reached,$outcome in
+	?,E*,fsync,'done')	least=1 ;;	# of the directory: a warning
+	esac
+	case $process,$kind,$reached,$argument in
+	1,SIG*)		# it can come as the message is to be written
+			[ "$usual" = 0 ] || least=0 ;;
+	[2-9],*)	most=2 ;;	# of that process, too
+	*,write,2|*,writev,2)	least=0 most=2 ;;
+	*)		[ "$outcome" = failed ] || most=2 ;;
+	esac
+	if [ "$messages" -lt "$least" ] || [ "$messages" -gt "$most" ]; then
+		wrong "$messages message(s)"
+	fi
+}
+
+# judge_files: the files that the step reads are unchanged, the one that it
+# writes is complete or absent, and there are no others, except a temporary
+# file after SIGKILL, or one that a message says cannot be removed.
+judge_files() {
+	sha256sum -c --quiet ../sums >../after 2>&1 || wrong 'a file changed'
+	for file in * .[!.]* box/.[!.]*; do
+		case " $before $made order ready box " in
+		*" $file "*)	continue ;;
+		esac
+		case $file,$kind in
+		.acme-step.*,SIGKILL|box/.acme-step.*,SIGKILL) ;;
+		*)	[ ! -e "$file" ] ||
+			    grep -q -e "cannot remove $file:" \
+				-e "name $file cannot be removed" ../err ||
+			    wrong "$file is there" ;;
+		esac
+	done
+	case $kind in
+	SIGKILL)	;;
+	*)	[ -z "$(ls -A "$www")" ] ||
+		    grep -q -e 'cannot remove' -e 'failed to clean up' ../err ||
+		    wrong 'something is published' ;;
+	esac
+	case $kind,$step,$outcome in
+	*,renewal-info,*)	[ ! -s ../out ] || grep -q ^moment ../out ;;
+	*,new-order-out,*)	[ ! -s order ] || is_whole ;;
+	*,replace,failed)	cmp -s chain.pem ../old.pem || is_whole ;;
+	*,failed)		[ ! -e "$made" ] || is_whole ;;
+	REWRITE,*)		;;	# signatures of a chain are not checked
+	*)			[ ! "$made" ] || is_whole ;;
+	esac || wrong "a part of $made"
+	case $step in
+	renewal-info)	;;
+	*)	[ ! -s ../out ] || wrong 'standard output' ;;
+	esac
+	case $step in
+	key)		set -- new.pem 600 ;;
+	replace)	set -- chain.pem 640 ;;
+	*)		return ;;
+	esac
+	# If the owner cannot be set, the mode is that of a new file.
+	[ ! -e "$1" ] || [ "$(stat -c %a "$1")" = "$2" ] ||
+	    [ "$reached" = fchown ] ||
+	    wrong "the mode of $1"
+}
+
+# is_whole: $made is a whole key, chain or record.
+is_whole() {
+	case $made in
+	new.pem)	openssl pkey -in new.pem -noout ;;
+	chain.pem)	openssl verify -CAfile ../root.pem \
+			    -untrusted chain.pem chain.pem ;;
+	*)		[ "$(tail -n 1 $made)" = end ] ;;
+	esac >../after 2>&1
+}
+
+# go_on: run the step again if it failed, was told something wrong or left
+# something published; then run the steps that follow.
+go_on() {
+	case $outcome,$kind in
+	failed,*|*,REWRITE)	again ;;
+	*)			[ -z "$(ls -A "$www")" ] || again ;;
+	esac || return
+	case $step in
+	key)			mv new.pem leaf.pem && whole_way ;;
+	new-account)		whole_way ;;
+	key-change)		mv new.pem account.pem && mv changed account &&
+				whole_way ;;
+	new-order*|unbox)	respond <order | finalize ;;
+	box|send)		send_all && boxed &&
+				respond <order | finalize ;;
+	challenges)		respond <todo | finalize ;;
+	respond-*)		finalize <ready ;;
+	revoke-cert)		(cd .. && status_of job/chain.pem) |
+				grep '"Revoked"' ;;
+	esac
+}
+
+# again: an order becomes invalid if what was published is removed before the
+# CA looks for it: then a new one is placed.
+again() {
+	case $step in
+	key)	[ -e new.pem ] || faulty_step; return ;;
+	box)	return 0 ;;
+	pipe-2)	[ -s order ] || { whole_way; return; }
+		respond <order >ready ;;
+	pipe-3)	finalize <ready; return ;;
+	send)	# what a box has been told stays there
+		[ "$kind" != REWRITE ] || { rm -r box; return; }
+		faulty_step ;;
+	*)	faulty_step ;;
+	esac
+	set -- $?
+	case $step,$1 in
+	respond-*,77)	new_order >order && faulty_step ;;
+	pipe-2,77)	whole_way ;;
+	pipe-2,0)	finalize <ready ;;
+	*)		[ "$1" = "$usual" ] ;;
+	esac
+}
+
+judge_certificate() {
+	set -- "$public"
+	case $step in
+	key)	set -- "$(openssl pkey -in leaf.pem -pubout)" ;;
+	renewal-info)	name=old.test ;;
+	esac
+	openssl verify -CAfile ../root.pem -untrusted chain.pem chain.pem \
+	    >>../after 2>&1 || wrong 'no certificate'
+	case $(openssl x509 -in chain.pem -noout -pubkey -ext subjectAltName) in
+	*"DNS:$name
+"*"$1"|*"$1"*"DNS:$name") ;;
+	*)	wrong 'another certificate' ;;
+	esac
+	for file in "$www"/* "$www"/.[!.]*; do
+		case $file,$kind in
+		*/.acme-step.*,SIGKILL) ;;
+		*/.acme-step.*)	[ ! -e "$file" ] ||
+				    grep -q "remove ${file##*/}" ../err ||
+				    wrong "$file is there" ;;
+		*)	[ ! -e "$file" ] || wrong "$file is published" ;;
+		esac
+		rm -f "$file"
+	done
+}
+
+# fault, the tool that lets a call fail.
+fault_tool() {
+	cat >fault.c <<'EOF'
+/*
+ * fault LOG PROCESS CALL NAME FAULT COMMAND...: run a step, and let the
+ * CALLth system call of its PROCESSth process, or the first after it that has
+ * that NAME, meet FAULT: SIGKILL or SIGTERM as it begins, or the name of an
+ * error in place of what it would do.  Its processes are numbered as they are
+ * made; one that becomes another program, such as a hook, and those that it
+ * makes meet nothing.
+ *
+ * The line that LOG gets: the name of the call, or "-" if it was not
+ * reached; its first argument; "exited" or "killed" and the status or the
+ * signal; 1 if SIGTERM had a handler; 1 if the time limit was reached; the
+ * number of processes that the step left behind.
+ *
+ * With PROCESS 0 nothing fails, and LOG gets a line for each call: PROCESS,
+ * CALL, its name, and the faults that it can meet.
+ *
+ * A filter (seccomp) stops the step at each call except those that ask for
+ * the flags of a descriptor: the responder makes 65,536 of these, and they
+ * cannot fail in another way than that the descriptor is not open.
+ */
+#define _GNU_SOURCE
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum {
+	LIMIT  = 60,		/* seconds for the step */
+	AFTER  = 10,		/* seconds until its other processes end */
+	PROCESSES = 256
+};
+
+/*
+ * The errors that the manual pages allow, in Linux, for calls that the step
+ * makes.  Those that cannot fail on valid arguments meet signals only:
+ * process identities, signal masks and handlers, timers, exits; also
+ * close-on-exec and other flags of descriptors.  close() gives the
+ * descriptor back before it reports its error.
+ */
+#define CALL(name, errors)  { SYS_##name, #name, errors }
+static const struct call {
+	long number;
+	const char *name, *errors;
+} calls[] = {
+	CALL(read, "EIO EINTR EAGAIN"),
+	CALL(readv, "EIO EINTR EAGAIN"),
+	CALL(write, "EIO EINTR EAGAIN"),
+	CALL(writev, "EIO EINTR EAGAIN"),
+	CALL(open, "EIO EINTR ENOMEM EMFILE"),
+	CALL(openat, "EIO EINTR ENOMEM EMFILE"),
+	CALL(close, "EIO EINTR"),
+	CALL(stat, "EIO ENOMEM"),
+	CALL(lstat, "EIO ENOMEM"),
+	CALL(fstat, "EIO ENOMEM"),
+	CALL(newfstatat, "EIO ENOMEM"),
+	CALL(statfs, "EIO EINTR ENOMEM"),
+	CALL(fstatfs, "EIO EINTR ENOMEM"),
+	CALL(access, "EIO ENOMEM"),
+	CALL(chdir, "EIO ENOMEM"),
+	CALL(readlink, "EIO ENOMEM"),
+	CALL(getdents64, "EIO ENOMEM"),
+	CALL(lseek, "EIO"),
+	CALL(fsync, "ENOSPC EIO EINTR"),
+	CALL(ftruncate, "ENOSPC EIO EINTR"),
+	CALL(link, "ENOSPC EIO ENOMEM"),
+	CALL(linkat, "ENOSPC EIO ENOMEM"),
+	CALL(rename, "ENOSPC EIO ENOMEM"),
+	CALL(renameat, "ENOSPC EIO ENOMEM"),
+	CALL(unlink, "EIO ENOMEM"),
+	CALL(unlinkat, "EIO ENOMEM"),
+	CALL(mkdir, "ENOSPC EIO ENOMEM"),
+	CALL(mkdirat, "ENOSPC EIO ENOMEM"),
+	CALL(chmod, "ENOSPC EIO ENOMEM"),
+	CALL(fchmod, "ENOSPC EIO ENOMEM"),
+	CALL(fchown, "ENOSPC EIO ENOMEM"),
+	CALL(mmap, "ENOMEM EAGAIN"),
+	CALL(brk, "ENOMEM"),
+	CALL(mprotect, "ENOMEM"),
+	CALL(munmap, ""),
+	CALL(clone, "ENOMEM EAGAIN"),
+	CALL(fork, "ENOMEM EAGAIN"),
+	CALL(vfork, "ENOMEM EAGAIN"),
+	CALL(execve, "EIO ENOMEM EMFILE EAGAIN"),
+	CALL(wait4, "EINTR"),
+	CALL(waitid, "EINTR"),
+	CALL(kill, ""),
+	CALL(pipe, "EMFILE ENOMEM"),
+	CALL(pipe2, "EMFILE ENOMEM"),
+	CALL(dup, "EMFILE ENOMEM"),
+	CALL(dup2, "EINTR EMFILE"),
+	CALL(dup3, "EINTR EMFILE"),
+	CALL(fcntl, ""),
+	CALL(ioctl, ""),
+	CALL(socket, "EMFILE ENOMEM"),
+	CALL(socketpair, "EMFILE ENOMEM"),
+	CALL(bind, "ENOMEM"),
+	CALL(listen, ""),
+	CALL(connect, "EINTR ENOMEM EAGAIN"),
+	CALL(accept, "EINTR ENOMEM EMFILE EAGAIN"),
+	CALL(accept4, "EINTR ENOMEM EMFILE EAGAIN"),
+	CALL(sendto, "EIO EINTR ENOMEM EAGAIN"),
+	CALL(recvfrom, "EIO EINTR ENOMEM EAGAIN"),
+	CALL(sendmsg, "EIO EINTR ENOMEM EAGAIN"),
+	CALL(recvmsg, "EIO EINTR ENOMEM EAGAIN"),
+	CALL(shutdown, ""),
+	CALL(setsockopt, "ENOMEM"),
+	CALL(getsockopt, "ENOMEM"),
+	CALL(getsockname, ""),
+	CALL(getpeername, ""),
+	CALL(poll, "EINTR ENOMEM EAGAIN"),
+	CALL(nanosleep, "EINTR"),
+	CALL(clock_nanosleep, "EINTR"),
+	CALL(getrandom, "EINTR EAGAIN EIO"),
+	CALL(prctl, ""),
+	CALL(setsid, ""),
+	CALL(setpgid, ""),
+	CALL(setgroups, "ENOMEM"),
+	CALL(setgid, "EAGAIN"),
+	CALL(setuid, "EAGAIN"),
+	CALL(setresgid, "EAGAIN"),
+	CALL(setresuid, "EAGAIN"),
+	CALL(arch_prctl, ""),
+	CALL(set_tid_address, ""),
+	CALL(prlimit64, ""),
+	CALL(rt_sigaction, ""),
+	CALL(rt_sigprocmask, ""),
+	CALL(rt_sigreturn, ""),
+	CALL(restart_syscall, ""),
+	CALL(setitimer, ""),
+	CALL(getpid, ""),
+	CALL(gettid, ""),
+	CALL(getppid, ""),
+	CALL(getuid, ""),
+	CALL(geteuid, ""),
+	CALL(getgid, ""),
+	CALL(getegid, ""),
+	CALL(exit, ""),
+	CALL(exit_group, "")
+};
+
+#define ERROR(name)  { name, #name }
+static const struct {
+	int number;
+	const char *name;
+} errors[] = {
+	ERROR(ENOSPC), ERROR(EIO), ERROR(EINTR), ERROR(ENOMEM), ERROR(EMFILE),
+	ERROR(EAGAIN)
+};
+
+static struct process {
+	pid_t pid;		/* 0: gone */
+	unsigned long count;	/* of its calls */
+	bool caught;		/* SIGTERM has a handler */
+	bool other;		/* another program */
+} process[PROCESSES];
+static size_t nprocess;
+static FILE *out;
+static size_t target;		/* PROCESS */
+static unsigned long nth;	/* CALL */
+static const char *wanted;	/* NAME */
+static int error;		/* 0: `sig` */
+static int sig;
+static const char *reached = "-";
+static unsigned long long argument;
+static bool was_caught;
+static volatile sig_atomic_t late;
+
+static void
+give_up(const char *what)
+{
+	perror(what);
+	exit(125);
+}
+
+static struct process *
+find(pid_t pid)
+{
+	for (size_t i = 0; i < nprocess; i++)
+		if (process[i].pid == pid)
+			return &process[i];
+	if (nprocess == PROCESSES)
+		give_up("too many processes");
+	process[nprocess].pid = pid;
+	return &process[nprocess++];
+}
+
+static const struct call *
+call(unsigned long long number)
+{
+	static struct call unknown = { 0, "?", "" };
+	static char name[30];
+
+	for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
+		if ((unsigned long long)calls[i].number == number)
+			return &calls[i];
+	snprintf(name, sizeof name, "unknown-%llu", number);
+	unknown.name = name;
+	return &unknown;
+}
+
+/* Can the call run out of room? It creates a file or writes to one. */
+static bool
+needs_room(pid_t pid, const struct __ptrace_syscall_info *i)
+{
+	const uint64_t *a = i->seccomp.args;
+	char link[64], to[64];
+	ssize_t n;
+
+	switch (i->seccomp.nr) {
+	case SYS_open:
+		return a[1] & O_CREAT;
+	case SYS_openat:
+		return a[2] & O_CREAT;
+	case SYS_write:
+	case SYS_writev:
+		snprintf(link, sizeof link, "/proc/%d/fd/%d", (int)pid,
+		    (int)a[0]);
+		n = readlink(link, to, sizeof to);
+		return n > 0 && to[0] == '/';
+	}
+	return false;
+}
+
+/* In place of the call, or as its result: the error. */
+static void
+fail(pid_t pid)
+{
+	struct user_regs_struct r;
+
+	if (ptrace(PTRACE_GETREGS, pid, 0, &r) != 0)
+		give_up("PTRACE_GETREGS");
+	r.orig_rax = (unsigned long long)-1;
+	r.rax = (unsigned long long)-error;
+	if (ptrace(PTRACE_SETREGS, pid, 0, &r) != 0)
+		give_up("PTRACE_SETREGS");
+}
+
+/* A call begins; how its process is to go on. */
+static enum __ptrace_request
+at_call(struct process *p)
+{
+	struct __ptrace_syscall_info i;
+	bool hit;
+
+	if (ptrace(PTRACE_GET_SYSCALL_INFO, p->pid, sizeof i, &i) <= 0 ||
+	    i.op != PTRACE_SYSCALL_INFO_SECCOMP)
+		return PTRACE_CONT;	/* it was killed meanwhile */
+	p->count++;
+	if (!target)
+		fprintf(out, "%d %lu %s SIGKILL SIGTERM %s%s\n",
+		    (int)(p - process) + 1, p->count,
+		    call(i.seccomp.nr)->name, call(i.seccomp.nr)->errors,
+		    needs_room(p->pid, &i) ? " ENOSPC" : "");
+	hit = p == process + target - 1 && p->count >= nth && *reached == '-'
+	    && strcmp(call(i.seccomp.nr)->name, wanted) == 0
+	    && (error != ENOSPC || needs_room(p->pid, &i) ||
+	    strstr(call(i.seccomp.nr)->errors, "ENOSPC"));
+	if (hit) {
+		reached = call(i.seccomp.nr)->name;
+		argument = i.seccomp.args[0];
+		was_caught = p->caught;
+	}
+	p->caught = p->caught || (i.seccomp.nr == SYS_rt_sigaction &&
+	    i.seccomp.args[0] == SIGTERM && i.seccomp.args[1]);
+	if (hit && !error)
+		kill(p->pid, sig);
+	if (!hit || !error)
+		return PTRACE_CONT;
+	if (i.seccomp.nr == SYS_close)
+		return PTRACE_SYSCALL;	/* to its end */
+	fail(p->pid);
+	return PTRACE_CONT;
+}
+
+static void
+stopped(struct process *p, int status)
+{
+	enum __ptrace_request how = PTRACE_CONT;
+	unsigned long child;
+	int deliver = 0;
+
+	switch (status >> 16) {
+	case PTRACE_EVENT_SECCOMP:
+		if (!p->other)
+			how = at_call(p);
+		break;
+	case PTRACE_EVENT_FORK:
+	case PTRACE_EVENT_VFORK:
+	case PTRACE_EVENT_CLONE:
+		if (ptrace(PTRACE_GETEVENTMSG, p->pid, 0, &child) == 0)
+			find((pid_t)child)->other = p->other;
+		break;
+	case PTRACE_EVENT_EXEC:
+		p->other = true;
+		break;
+	default:
+		if (WSTOPSIG(status) == (SIGTRAP | 0x80))
+			fail(p->pid);
+		else if (WSTOPSIG(status) != SIGSTOP)
+			deliver = WSTOPSIG(status);
+	}
+	ptrace(how, p->pid, 0, deliver);
+}
+
+static void
+on_alarm(int s)
+{
+	(void)s;
+	late = true;
+}
+
+/* End all processes; how many of the step's there were. */
+static int
+end_all(void)
+{
+	int n = 0;
+
+	for (size_t i = 0; i < nprocess; i++)
+		if (process[i].pid && kill(process[i].pid, SIGKILL) == 0)
+			n += !process[i].other;
+	return n;
+}
+
+/* Stop at each call except fcntl(fd, F_GETFD). */
+static void
+set_filter(void)
+{
+#define FIELD(f)  BPF_STMT(BPF_LD | BPF_W | BPF_ABS, \
+    offsetof(struct seccomp_data, f))
+#define IS(k, otherwise)  BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, k, 0, otherwise)
+	struct sock_filter f[] = {
+		FIELD(nr), IS(SYS_fcntl, 3), FIELD(args[1]), IS(F_GETFD, 1),
+		BPF_STMT(BPF_RET, SECCOMP_RET_ALLOW),
+		BPF_STMT(BPF_RET, SECCOMP_RET_TRACE)
+	};
+	struct sock_fprog program = { sizeof f / sizeof *f, f };
+
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 ||
+	    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0)
+		give_up("seccomp");
+}
+
+static void
+start(char **command)
+{
+	enum { OPTIONS = PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEFORK |
+	    PTRACE_O_TRACEVFORK | PTRACE_O_TRACECLONE | PTRACE_O_TRACEEXEC |
+	    PTRACE_O_TRACESECCOMP | PTRACE_O_EXITKILL };
+	pid_t pid = fork();
+	int status;
+
+	if (pid == 0) {
+		ptrace(PTRACE_TRACEME, 0, 0, 0);
+		raise(SIGSTOP);
+		set_filter();
+		execvp(*command, command);
+		give_up(*command);
+	}
+	find(pid);
+	if (waitpid(pid, &status, 0) != pid ||
+	    ptrace(PTRACE_SETOPTIONS, pid, 0, OPTIONS) != 0)
+		give_up("ptrace");
+	do
+		if (ptrace(PTRACE_CONT, pid, 0, 0) != 0 ||
+		    waitpid(pid, &status, 0) != pid || !WIFSTOPPED(status))
+			give_up("ptrace");
+	while (status >> 16 != PTRACE_EVENT_EXEC);
+	ptrace(PTRACE_CONT, pid, 0, 0);
+}
+
+int
+main(int argc, char **argv)
+{
+	struct sigaction act = { .sa_handler = on_alarm };
+	int status, first = 0, left = 0;
+	bool ended = false, over = false;
+	pid_t pid;
+
+	if (argc < 7 || !(out = fopen(argv[1], "we")))
+		give_up("usage");
+	target = strtoul(argv[2], NULL, 10);
+	nth = strtoul(argv[3], NULL, 10);
+	wanted = argv[4];
+	for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
+		if (strcmp(argv[5], errors[i].name) == 0)
+			error = errors[i].number;
+	sig = strcmp(argv[5], "SIGKILL") == 0 ? SIGKILL : SIGTERM;
+	start(argv + 6);
+	sigaction(SIGALRM, &act, NULL);
+	alarm(LIMIT);
+	for (;;) {
+		pid = waitpid(-1, &status, __WALL);
+		if (pid < 0 && errno == ECHILD)
+			break;
+		if (late) {
+			over = over || !ended;
+			left += end_all();
+			late = false;
+		}
+		if (pid > 0 && WIFSTOPPED(status)) {
+			stopped(find(pid), status);
+		} else if (pid > 0) {
+			find(pid)->pid = 0;
+			if (ended || process[0].pid)
+				continue;
+			ended = true;
+			first = status;
+			alarm(AFTER);
+		}
+	}
+	if (target)
+		fprintf(out, "%s %llu %s %d %d %d %d\n", reached, argument,
+		    WIFSIGNALED(first) ? "killed" : "exited",
+		    WIFSIGNALED(first) ? WTERMSIG(first) : WEXITSTATUS(first),
+		    was_caught, over, left);
+	if (fclose(out) != 0)
+		give_up(argv[1]);
+	return WIFSIGNALED(first) ? 128 + WTERMSIG(first) :
+	    WEXITSTATUS(first);
+}
+EOF
+	cc -std=c99 -Wall -Wextra -Werror -O1 -o fault fault.c ||
+	    give_up 'cannot compile fault.c'
+}
+
+# relay, the tool between a step and the CA.
+relay_tool() {
+	cat >relay.c <<'EOF'
+/*
+ * relay LOG FAULT BYTE HOST:PORT ADDRESS LISTEN TARGET COMMAND...: run a
+ * step, which finds HOST:PORT at ADDRESS, and pass on what comes to the port
+ * LISTEN of 127.0.0.2 to the port TARGET of 127.0.0.1, and the answers to
+ * it.  FAULT meets the BYTEth byte of all answers: CUT closes the connection
+ * in its place, STALL passes on nothing more of it, CORRUPT changes a bit.
+ *
+ * LOG gets a line like that of fault.  With BYTE 0 it is the number of bytes.
+ */
+#define _GNU_SOURCE
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <arpa/inet.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum {
+	LIMIT = 60,		/* seconds for the step */
+	PAIRS = 32		/* connections */
+};
+
+static int fds[2 * PAIRS + 1];	/* pairs: the step, the CA; the listener */
+static unsigned long seen, nth;
+static char fault;
+static bool reached;
+static volatile sig_atomic_t late;
+
+static void
+give_up(const char *what)
+{
+	perror(what);
+	exit(125);
+}
+
+static void
+on_signal(int sig)
+{
+	late = late || sig == SIGALRM;
+}
+
+static int
+new_socket(struct sockaddr_in *to, const char *address, const char *port)
+{
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+	memset(to, 0, sizeof *to);
+	to->sin_family = AF_INET;
+	to->sin_port = htons((unsigned short)atoi(port));
+	to->sin_addr.s_addr = inet_addr(address);
+	return fd;
+}
+
+static void
+listen_on(const char *port)
+{
+	struct sockaddr_in at;
+	int fd = new_socket(&at, "127.0.0.2", port), on = 1;
+
+	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+	if (bind(fd, (struct sockaddr *)&at, sizeof at) != 0 ||
+	    listen(fd, PAIRS) != 0)
+		give_up("listen");
+	fds[2 * PAIRS] = fd;
+}
+
+static void
+open_pair(const char *port)
+{
+	struct sockaddr_in to;
+	int i = 0;
+
+	while (i < PAIRS && fds[2 * i] >= 0)
+		i++;
+	if (i == PAIRS)
+		give_up("too many connections");
+	fds[2 * i] = accept4(fds[2 * PAIRS], NULL, NULL, SOCK_CLOEXEC);
+	fds[2 * i + 1] = new_socket(&to, "127.0.0.1", port);
+	if (connect(fds[2 * i + 1], (struct sockaddr *)&to, sizeof to) != 0)
+		give_up("connect");
+}
+
+static void
+close_pair(int i)
+{
+	close(fds[i]);
+	close(fds[i ^ 1]);
+	fds[i] = fds[i ^ 1] = -1;
+}
+
+/* Pass on what has come to a socket, up to the fault. */
+static void
+pass(int i)
+{
+	char b[16384];
+	ssize_t n = read(fds[i], b, sizeof b), good = n;
+	bool hit = n > 0 && i % 2 && seen < nth &&
+	    nth <= seen + (unsigned long)n;
+
+	if (hit)
+		good = (ssize_t)(nth - 1 - seen);
+	if (n > 0 && i % 2)
+		seen += (unsigned long)n;
+	reached = reached || hit;
+	if (hit && fault == 'O') {
+		b[good] ^= 1;
+		good = n;
+		hit = false;
+	}
+	if (n <= 0 || send(fds[i ^ 1], b, (size_t)good, MSG_NOSIGNAL) != good
+	    || (hit && fault == 'U'))
+		close_pair(i);
+	else if (hit)		/* the descriptors stay open, forgotten */
+		fds[i] = fds[i ^ 1] = -1;
+}
+
+int
+main(int argc, char **argv)
+{
+	struct sigaction act = { .sa_handler = on_signal };
+	struct pollfd p[2 * PAIRS + 1];
+	sigset_t chld, none;
+	char resolve[100];
+	int status;
+	FILE *out;
+	pid_t pid;
+
+	if (argc < 9 || !(out = fopen(argv[1], "we")))
+		give_up("usage");
+	fault = argv[2][1];
+	nth = strtoul(argv[3], NULL, 10);
+	memset(fds, -1, sizeof fds);
+	listen_on(argv[6]);
+	snprintf(resolve, sizeof resolve, "%s:%s", argv[4], argv[5]);
+	setenv("ACME_RESOLVE", resolve, 1);
+	sigemptyset(&none);
+	sigemptyset(&chld);
+	sigaddset(&chld, SIGCHLD);
+	sigprocmask(SIG_BLOCK, &chld, NULL);
+	sigaction(SIGCHLD, &act, NULL);
+	sigaction(SIGALRM, &act, NULL);
+	alarm(LIMIT);
+	if ((pid = fork()) == 0) {
+		sigprocmask(SIG_SETMASK, &none, NULL);
+		execvp(argv[8], argv + 8);
+		give_up(argv[8]);
+	}
+	while (waitpid(pid, &status, WNOHANG) == 0) {
+		for (int i = 0; i <= 2 * PAIRS; i++)
+			p[i] = (struct pollfd){ fds[i], POLLIN, 0 };
+		if (ppoll(p, 2 * PAIRS + 1, NULL, &none) < 0) {
+			if (late)
+				kill(pid, SIGKILL);
+			continue;
+		}
+		for (int i = 0; i < 2 * PAIRS; i++)
+			if (p[i].revents && fds[i] == p[i].fd)
+				pass(i);
+		if (p[2 * PAIRS].revents)
+			open_pair(argv[7]);
+	}
+	if (nth)
+		fprintf(out, "%s %lu %s %d 1 %d 0\n", reached ? "byte" : "-",
+		    nth, WIFSIGNALED(status) ? "killed" : "exited",
+		    WIFSIGNALED(status) ? WTERMSIG(status) :
+		    WEXITSTATUS(status), late);
+	else
+		fprintf(out, "%lu\n", seen);
+	return WIFSIGNALED(status) ? 128 + WTERMSIG(status) :
+	    WEXITSTATUS(status);
+}
+EOF
+	cc -std=c99 -Wall -Wextra -Werror -O1 -o relay relay.c ||
+	    give_up 'cannot compile relay.c'
+}
+
 # ----------------------------------------------------------------- load --
 
 # The responders under load, and many steps at once.  This needs two processors
