@@ -4510,6 +4510,3128 @@ found() {
 	[ "$got" = "$2" ] && grep "^status ready" "$1.out"
 }
 
+# ----------------------------------------------------------------- fuzz --
+
+# The commands of whole steps, in the order in which they are recorded
+# before Pebble.  The first word is the standard input; rN is what line N
+# printed.  A variable can come before the command.
+fuzz_commands() {
+	cat <<-EOF
+	- directory
+	- new-account -y -m mailto:ops@example.com
+	- new-account -v -e eab -m mailto:ops@example.com
+	- account -m mailto:b@example.com
+	- new-order -a r2 a.test 127.0.0.1
+	r5 challenges -a r2
+	r5 order -v
+	r5 respond -t http-01 -w www
+	r8 finalize -K example.pem
+	r5 certificate
+	- renewal-info r9
+	- new-order -v -a r2 -p shortlived -R r9 b.test
+	- new-order -r example.csr
+	r13 respond -t http-01 -w www -s 1
+	r14 finalize -r example.csr -i Nobody
+	- new-order -a r2 *.b.test
+	r16 respond -t dns-01
+	- new-authz -a r2 b.test
+	- new-order -a r2 c.test
+	r19 deactivate-authz
+	- get -a r2 $ACME_DIRECTORY
+	empty.json post -a r2 $ACME_DIRECTORY
+	- new-order -a r2 d.test
+	r23 respond -t http-01 -x ./true
+	- revoke-cert -a r2 -c superseded r9
+	- revoke-cert -K example.pem r9
+	- https_proxy=http://user:s3cr3t@proxy.test:3128 directory
+	- key-change -a r2 -K other.pem
+	- account -k other.pem -D
+	EOF
+}
+
+# record_steps: run these commands in a directory "files", which they leave
+# their results in, and write what the CA said to seeds/step, as the target
+# step reads it.  The box (-B) keeps the responses.
+record_steps() {
+	mkdir -p files seeds/step
+	cd files || return
+	ln -s "$www" www
+	ca_host=localhost:$pebble
+	acme-step key -o account.pem && acme-step key -o example.pem &&
+	acme-step key -t ec384 -o other.pem &&
+	acme-step csr -K example.pem c.test >example.csr &&
+	printf '{}' >empty.json && printf '#!/bin/sh\n' >true &&
+	chmod +x true && echo "kid-1 $mac_key" >eab &&
+	chmod 600 eab || return
+	fuzz_commands >commands
+	n_command=0
+	while read -r in words <&3; do
+		n_command=$((n_command + 1))
+		record_step
+	done 3<commands
+	rm -rf box www
+	mv r1.request 1.request
+	echo '- send box' >>commands
+	extra=0
+	{ head -c -61 r1.response; printf '\0n'; } >../responses
+	rm r1.response
+	seed_of_step "$n_command" ../responses
+	sed -i "s/$ca_host/localhost:14000/g" ./*
+	cd ..
+}
+
+# record_step: one of them, from $in, until no request lacks a response.
+record_step() {
+	rm -rf box
+	variable=
+	case $words in *=*\ *)
+		variable=${words%% *} words=${words#* } ;;
+	esac
+	[ "$in" != - ] || in=/dev/null
+	command=${words%% *} words=${words#"$command"}
+	set -f
+	# shellcheck disable=SC2086	# the words of the command
+	set -- $words
+	set +f
+	while
+		acme-step "$command" -B box "$@" <"$in" >"r$n_command" \
+		    2>>../log.steps
+		got=$?
+		[ "$got" = 75 ]
+	do
+		acme-step send box || break
+	done
+	echo "exit status $got of $command" >>../log.steps
+	if [ "$n_command" = 1 ]; then
+		cp box/1.request r1.request
+		cp box/1.response r1.response
+	fi
+	for extra in 0 1 2 3 4 5; do
+		box_responses >../responses
+		seed_of_step $((n_command - 1)) ../responses
+	done
+}
+
+# box_responses: as the target step reads them.  Without a box a step may
+# ask for one nonce more: after response $extra.
+box_responses() {
+	case $variable in
+	https_proxy*)	printf 'HTTP/1.1 200 OK\r\n\r\n\0n' ;;
+	esac
+	i=1
+	while [ -e "box/$i.response" ]; do
+		response
+		[ "$i" != "$extra" ] ||
+		    printf 'HTTP/1.1 200 \r\nReplay-Nonce: abc\r\n\r\n\0n'
+		i=$((i + 1))
+	done
+	i=$((i - 1))
+	response
+}
+response() {
+	head -c -61 "box/$i.response"	# all but its check
+	printf '\0n'
+}
+
+# seed_of_step NUMBER RESPONSES: not cut, to a file and to a pipe, and cut.
+seed_of_step() {
+	for how in 0 1 7; do
+		[ "$how" = 1 ] || [ "$extra" = 0 ] || continue
+		{ printf "\\$(printf %o "$1")\\$how"
+		  sed "s/$ca_host/localhost:14000/g" "$2"
+		} >"../seeds/step/$1.$how.$extra"
+	done
+}
+
+# seed TARGET NAME [BYTES]: what printf makes of BYTES, and standard input.
+seed() {
+	mkdir -p "seeds/$1"
+	# shellcheck disable=SC2059	# its escapes
+	{ printf "${3-}"; cat; } >"seeds/$1/$2"
+}
+
+# Seeds for all targets, from what the tests use: openssl's keys and
+# certificates, the words of the CA and of our program, README's examples.
+make_seeds() {
+	record_steps || return
+	cp ca.pem server.pem files
+	hostile_seeds
+	for file in seeds/step/*.7.0; do
+		name=${file##*/}
+		tail -c +3 "$file" | sed 's/\x00n//g' >stream
+		seed http "$name" '\252\0' <stream
+		seed http "$name.cut" '\252\7' <stream
+		seed box "$name" '\1' <stream
+		grep -a '^{' stream >"$name.json" || continue
+		seed json "$name" '.\n' <"$name.json"
+		seed quote "$name" <"$name.json"
+	done
+	seed json path 'a.1.b\n{"a":[1,{"b":"\\u00e9\\ud83d\\ude00\\n\\/"}]}' \
+	    </dev/null
+	seed json array '.\n["a",1,-0.5e+3,true,null,[],{}]' </dev/null
+	for file in files/r*; do
+		name=${file##*/}
+		if grep -q '^end$' "$file"; then
+			seed record "$name" '\0' <"$file"
+			seed record "$name.account" '\1' <"$file"
+		elif grep -q CERTIFICATE "$file"; then
+			certificate_seeds "$file"
+		fi
+	done
+	certificate_seeds ca.pem
+	certificate_seeds server.pem
+	key_seeds
+	peer_seeds
+	text_seeds
+	printf 'HTTP/1.1 201 Created\r\nLocation: /a\r\nRetry-After: 7\r
+Replay-Nonce: abc\r\nLink: </b>;rel=next\r\nContent-Length: 2\r\n\r\n{}' >all
+	seed box all '\1' <all
+	seed http all '\252\7' <all
+	cp files/1.request request
+	seed box request '\0' <request
+	seed box post '\0# protected: {}\nPOST https://ca.test/a HTTP/1.1\r
+Content-Length: 2\r\n\r\n{}' </dev/null
+}
+
+# hostile_seeds: those of steps, with URLs of others, and more.
+hostile_seeds() {
+	for path in order authZ my-order finalize certZ chalZ my-account \
+	    list-order nonce revoke rollover draft; do
+		hostile "$path" "s|localhost:14000/$path|evil.test/$path|"
+		hostile "$path.port" "s|:14000/$path|:14001/$path|"
+	done
+	hostile control 's/"detail": "/&\\u001b[1m\\u202e/'
+	hostile status 's/"status": "/&\\u009b\\n/'
+	hostile token 's|"token": "|&../|'
+	{ printf '\0\1HTTP/1.1 302 \r\nLocation: https://evil.test/\r\n\r\n\0n'
+	  tail -c +3 seeds/step/0.0.0
+	} >seeds/step/redirect
+}
+hostile() {
+	for recorded in seeds/step/*.1.0; do
+		sed "$2" "$recorded" >hostile
+		cmp -s hostile "$recorded" || cp hostile "$recorded.$1"
+	done
+}
+
+certificate_seeds() {
+	name=${1##*/}
+	seed cert "$name" <"$1"
+	seed due "$name" <"$1"
+	seed chain "$name" <"$1"
+	cat "$1" ca.pem | seed validate "$name"
+	openssl x509 -in "$1" -outform DER -out cert.der
+	seed cert "$name.der" <cert.der
+	seed due "$name.der" <cert.der
+}
+
+# Keys and requests in all forms that are read.
+key_seeds() {
+	net='excluded;IP:10.0.0.0/255.0.0.0'
+	openssl genrsa -out rsa.pem 2048 2>>log.steps
+	openssl ec -in files/other.pem -out sec1.pem 2>>log.steps
+	for file in rsa.pem sec1.pem files/account.pem files/other.pem; do
+		name=${file##*/}
+		seed key "$name" <"$file"
+		openssl req -new -key "$file" -subj /O=x/CN=a.test -addext \
+		    'subjectAltName=DNS:b.test,IP:192.0.2.7,email:a@b' |
+		seed csr "$name"
+		openssl req -new -key "$file" -subj /CN=a.test -outform DER |
+		seed csr "$name.der"
+		openssl req -x509 -key "$file" -subj /CN=a.test \
+		    -addext "nameConstraints=permitted;DNS:.a.test,$net" \
+		    -addext extendedKeyUsage=serverAuth -days 3650 >own.pem
+		certificate_seeds own.pem
+	done
+	seed csr ours <files/example.csr
+	openssl pkcs8 -topk8 -passout pass:x -in rsa.pem |
+	seed key encrypted
+	seed request names 'Me\na.test\n*.b.test\n192.0.2.7\n2001:db8::1' \
+	    </dev/null
+	seed request none '\na.test' </dev/null
+}
+
+# What peers of the responders, name servers, web servers and proxies send.
+peer_seeds() {
+	path=/.well-known/acme-challenge/token-1234567890123456789
+	question='\15_acme-challenge\1a\4test\0\0\20\0\1'
+	question=$(printf %s "$question" | sed 's/^.15/\\17/')
+	head='\22\64\0\0\0\1\0\0\0\0\0\0'
+	edns='\22\64\0\0\0\1\0\0\0\0\0\1'
+	opt='\0\0\51\4\320\0\0\0\0\0\0'
+	seed question plain "\\1$head$question" </dev/null
+	seed question edns "\\1$edns$question$opt" </dev/null
+	seed question tcp "\\0$head$question" </dev/null
+	answer='\22\64\204\0\0\1\0\1\0\0\0\0'
+	answer=$answer$question'\300\14\0\20\0\1\0\0\0\0\0\4\3abc'
+	seed answer txt "$answer" </dev/null
+	seed look dns "\\1\\0\\0\\110$answer\\0\\110$answer\\0\\110$answer" \
+	    </dev/null
+	seed look http '\0\0HTTP/1.1 200 OK\r\nContent-Length: 31\r\n\r
+token-1234567890123456789.thumb' </dev/null
+	seed look redirect '\0\0HTTP/1.1 302 Found\r
+Location: http://b.test/c\r\n\r\n' </dev/null
+	seed responder http "\\0\\0GET $path HTTP/1.1\\r\\n\\r\\n" </dev/null
+	seed responder proxied "\\3\\7PROXY TCP4 1.2.3.4 5.6.7.8 1 80\\r
+HEAD $path HTTP/1.1\\r\\n\\r\\n" </dev/null
+	seed responder dns "\\2\\0\\0\\60$head$question" </dev/null
+	hello=$(free_port)
+	server_start timeout 20 socat -u "TCP-LISTEN:$hello,bind=127.0.0.1" \
+	    OPEN:hello,creat
+	up "$hello"
+	timeout 1 openssl s_client -connect "127.0.0.1:$hello" -tls1_2 \
+	    -servername a.test -alpn acme-tls/1 </dev/null >>log.steps 2>&1
+	seed responder tls '\1\0' <hello
+	seed responder tls.proxied \
+	    '\4\7\r\n\r\n\0\r\nQUIT\n\41\0\0\0' <hello
+	seed proxy plain '\0HTTP/1.1 200 OK\r\n\r\n\26\3\1' </dev/null
+	seed proxy interim '\7HTTP/1.1 100 Continue\r\n\r
+HTTP/1.0 407 user s3cr3t\r\nVia: x\r\n\r\n' </dev/null
+}
+
+text_seeds() {
+	seed link one '<https://ca.test/c/1>;rel="alternate"' </dev/null
+	seed link list '</2>; rel=next; title="a,b;c", <//b.test/3>;rel="x next"
+Link: <https://ca.test/4>;rel="alternate"' </dev/null
+	seed eab two "kid-1 $mac_key\n" </dev/null
+	seed time rfc3339 '\0''2026-11-24T01:02:03.5+01:00' </dev/null
+	seed time http '\1Sun, 06 Nov 1994 08:49:37 GMT' </dev/null
+	seed time utc '\6''261124010203Z' </dev/null
+	seed time generalized '\2''20261124010203Z' </dev/null
+	seed time seconds '\3''120' </dev/null
+	seed url plain 'https://www.example.com:8443/a?b\n/c
+user:p%%40w@proxy.corp:3128' </dev/null
+	seed url ip 'https://[2001:db8::1]/a\n//b.test/c
+http://10.0.0.1:80/' </dev/null
+	seed url network 'https://a.test\n10.0.0.0/8' </dev/null
+	# What the README shows, and the commands of whole steps.
+	sed -n 's/^ *acme-step \([^|<>&]*\).*/\1/p' "$src/README" |
+	sort -u | while read -r words; do
+		echo "$words" | tr -s ' ' '\n' >line
+		seed args "$(cksum <line | cut -d' ' -f1)" 'r5\n' <line
+	done
+}
+
+# A dictionary of the words in acme.c: members, keywords, headers, options.
+fuzz_words() {
+	grep -o '"[-A-Za-z0-9:/._ ]\{3,32\}"' "$src/acme.c" | sort -u
+	printf '"%s"\n' '\x00n' '\x00c' '\x00e' '\x0d\x0a' '\x1b[' '\x7f' \
+	    '\xc2\x9b' '\xe2\x80\xae' '\\u001b' 'https://evil.test/'
+}
+
+# One program, whose name chooses the target.  Zero is added to a null
+# pointer, that of NONE, in many places: no machine minds, but clang does.
+fuzz_build() {
+	sanitizers='-g -O1 -fsanitize=address,undefined
+	    -fno-sanitize=pointer-overflow -fno-sanitize-recover=all
+	    -fno-pie'
+	fuzz_oracle >oracle.c
+	fuzz_source >fuzz.c
+	# shellcheck disable=SC2086	# options
+	clang $sanitizers -c oracle.c &&
+	clang $sanitizers -fsanitize=fuzzer -no-pie -std=gnu99 -w \
+	    -I "${FUZZ_SOURCE-$src}" -isystem /usr/include/bearssl -o fuzz \
+	    fuzz.c oracle.o -lbearssl -lcrypto -lresolv
+}
+
+fuzz() {
+	chmod 755 "$tmp"
+	kept=$cache/fuzz
+	seconds=${FUZZ_SECONDS:-10}
+	group 'fuzz: build, and record seeds before Pebble'
+	wanted=yes
+	check 'clang builds the targets' fuzz_build
+	[ -x fuzz ] || finish
+	if [ ! -e "$kept/seeds" ]; then
+		world_start
+		pebble_start PEBBLE_ALTERNATE_ROOTS=1 PEBBLE_WFE_NONCEREJECT=0
+		rm -rf files seeds
+		check 'seeds' 'make_seeds; got=$?; cat log.steps; [ $got = 0 ]'
+		mkdir -p "$kept"
+		cp -R files "$kept/files"
+		cp -R seeds "$kept/seeds"
+	fi
+	FUZZ_FILES=$kept/files
+	export FUZZ_FILES
+	fuzz_words >words
+	mkdir targets
+	for target in $(./fuzz | grep -Ee "${ONLY-}"); do
+		ln -s ../fuzz "targets/$target"
+	done
+	[ ! -e targets/step ] || check 'recorded steps succeed' replayed
+	set --
+	for target in targets/*; do
+		target=${target#targets/}
+		fuzz_target "$target" &
+		pids="$pids $!"
+		set -- "$@" "$target"
+		[ $# -ge "$(nproc)" ] || continue
+		fuzz_results "$@"
+		set --
+	done
+	fuzz_results "$@"
+	finish
+}
+
+# fuzz_target TARGET: for some seconds, from the seeds, what earlier runs
+# found, and what failed in them.
+fuzz_target() {
+	mkdir -p "$kept/$1/found" "$kept/$1/failed"
+	"targets/$1" -max_total_time="$seconds" -timeout=10 \
+	    -rss_limit_mb=2048 -max_len=32768 -detect_leaks=0 -dict=words \
+	    -artifact_prefix="$kept/$1/failed/" -print_final_stats=1 \
+	    "$kept/$1/found" "$kept/$1/failed" "$kept/seeds/$1" \
+	    >"$1.log" 2>&1 </dev/null &
+	trap 'kill $!' TERM
+	wait $!
+	echo $? >"$1.status"
+}
+
+# fuzz_results TARGET...: wait for them, and report.
+fuzz_results() {
+	for target; do
+		until [ -e "$target.status" ]; do sleep 0.2; done
+		runs=$(sed -n 's/^stat::number_of_executed_units: *//p' \
+		    "$target.log")
+		cover=$(sed -n 's/.* cov: \([0-9]*\) .*/\1/p' "$target.log" |
+		    tail -n 1)
+		check "$target: ${runs:-no} runs, ${cover:-no} edges" '
+		    grep -v "^#[0-9]" "$target.log" | tail -n 60
+		    [ "$(cat "$target.status")" = 0 ] && [ "$runs" -gt 99 ]'
+	done
+}
+
+# replayed: with the seeds, steps come to their end, and not only to errors.
+replayed() {
+	FUZZ_SHOW=1 targets/step -runs=0 "$kept/seeds/step" >shown 2>&1 ||
+	    { tail -n 40 shown; return 1; }
+	grep -a '^# exit status 0 of' shown | sort | uniq -c | cat
+	grep -a '^# exit status' shown | sort | uniq -c | cat
+	[ "$(grep -a '^# exit status 0 of' shown | sort -u | wc -l)" -ge 12 ]
+}
+
+# What other libraries say of what acme.c reads and makes.
+fuzz_oracle() {
+	cat <<'END'
+/* What other libraries say of what we read or made. */
+#include <arpa/nameser.h>
+#include <resolv.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <openssl/err.h>
+#include <openssl/x509.h>
+#include <openssl/x509v3.h>
+
+/* A certificate in DER, all of it; *end is its notAfter, or -1. */
+int
+openssl_certificate(const unsigned char *p, size_t n, long long *end)
+{
+	const unsigned char *at = p;
+	X509 *x = d2i_X509(NULL, &at, (long)n);
+	struct tm t;
+	int ok = x && at == p + n;
+
+	*end = ok && ASN1_TIME_to_tm(X509_get0_notAfter(x), &t) ?
+	    timegm(&t) : -1;
+	X509_free(x);
+	ERR_clear_error();
+	return ok;
+}
+
+/* Add a line: a name, or the bytes of an address in hexadecimal. */
+static int
+add(char *to, size_t size, int type, const ASN1_STRING *s)
+{
+	const unsigned char *p = ASN1_STRING_get0_data(s);
+	size_t n = strlen(to), length = (size_t)ASN1_STRING_length(s);
+
+	if (n + 2 * length + 8 > size || (type == GEN_DNS &&
+	    memchr(p, 0, length)))
+		return 0;
+	n += (size_t)sprintf(to + n, type == GEN_DNS ? "dns " : "ip ");
+	for (; length > 0; length--)
+		n += (size_t)sprintf(to + n, type == GEN_DNS ? "%c" : "%02x",
+		    *p++);
+	strcpy(to + n, "\n");
+	return 1;
+}
+
+/* A certificate request, signed by its key; its names as lines. */
+int
+openssl_request(const unsigned char *p, size_t n, char *names, size_t size)
+{
+	const unsigned char *at = p;
+	X509_REQ *x = d2i_X509_REQ(NULL, &at, (long)n);
+	EVP_PKEY *key = x ? X509_REQ_get_pubkey(x) : NULL;
+	int ok = key && at == p + n && X509_REQ_verify(x, key) == 1;
+	STACK_OF(X509_EXTENSION) *list = ok ? X509_REQ_get_extensions(x) :
+	    NULL;
+	GENERAL_NAMES *all = X509V3_get_d2i(list, NID_subject_alt_name, NULL,
+	    NULL);
+
+	*names = 0;
+	for (int i = 0; ok && i < sk_GENERAL_NAME_num(all); i++) {
+		const GENERAL_NAME *g = sk_GENERAL_NAME_value(all, i);
+
+		ok = (g->type == GEN_DNS || g->type == GEN_IPADD) &&
+		    add(names, size, g->type, g->d.ia5);
+	}
+	GENERAL_NAMES_free(all);
+	sk_X509_EXTENSION_pop_free(list, X509_EXTENSION_free);
+	EVP_PKEY_free(key);
+	X509_REQ_free(x);
+	ERR_clear_error();
+	return ok;
+}
+
+/* The SubjectPublicKeyInfo of a private key; its length, or 0. */
+size_t
+openssl_key(const unsigned char *p, size_t n, unsigned char *to, size_t size)
+{
+	const unsigned char *at = p;
+	EVP_PKEY *key = d2i_AutoPrivateKey(NULL, &at, (long)n);
+	int length = key && at == p + n ? i2d_PUBKEY(key, NULL) : 0;
+
+	if (length > 0 && (size_t)length <= size)
+		i2d_PUBKEY(key, &to);
+	EVP_PKEY_free(key);
+	ERR_clear_error();
+	return length > 0 && (size_t)length <= size ? (size_t)length : 0;
+}
+
+/* Can a DNS message be read to its end, and has it so many answers? */
+int
+libresolv_message(const unsigned char *p, size_t n, size_t *answers)
+{
+	ns_msg m;
+	ns_rr r;
+
+	if (ns_initparse(p, (int)n, &m) != 0)
+		return 0;
+	*answers = ns_msg_count(m, ns_s_an);
+	for (int s = ns_s_an; s < ns_s_max; s++)
+		for (int i = 0; i < ns_msg_count(m, s); i++)
+			if (ns_parserr(&m, s, i, &r) != 0)
+				return 0;
+	return 1;
+}
+END
+}
+
+fuzz_source() {
+	cat <<'END'
+/*
+ * Programs for libFuzzer, one for each row of targets[] at the end: the name
+ * that this file was compiled to, or is linked to, chooses the row.  acme.c
+ * is included, with its system calls replaced: no file, descriptor, process
+ * or clock is real, so that a run takes microseconds and is repeatable.
+ */
+#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE
+#define _GNU_SOURCE
+#include <sys/types.h>
+#include <sys/auxv.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <sys/wait.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <limits.h>
+#include <link.h>
+#include <netdb.h>
+#include <poll.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include <bearssl.h>
+
+int openssl_certificate(const unsigned char *, size_t, long long *);
+int openssl_request(const unsigned char *, size_t, char *, size_t);
+size_t openssl_key(const unsigned char *, size_t, unsigned char *, size_t);
+int libresolv_message(const unsigned char *, size_t, size_t *);
+
+/* ----------------------------------------------- the files and the run -- */
+
+static struct {
+	char name[64];
+	unsigned char *p;
+	size_t n;
+} file[64];
+static size_t nfile;
+
+enum kind { FREE, CONTENT, OUTPUT, NETWORK, LOOKUP, OTHER_FD };
+enum { FDS = 64, PIECE_MAX = 16384, SENT = 1 << 20, CONNECTIONS = 256 };
+
+/* All that belongs to a run, except the state of acme.c. */
+static struct {
+	sigjmp_buf end;			/* where _exit() returns to */
+	int status;
+	long long ms, alarm_at;		/* the clock */
+	unsigned random;
+	struct {
+		enum kind kind;
+		const unsigned char *p;	/* CONTENT */
+		size_t n, at;
+		mode_t mode;
+	} fd[FDS];
+	const unsigned char *net;	/* what all peers send */
+	size_t nnet, at;
+	unsigned cut;			/* how it is cut into pieces; 0: not */
+	bool gap;			/* EAGAIN comes between the pieces */
+	bool piped;			/* standard output is one */
+	bool real_tls;
+	const char *environment;	/* NAME=VALUE, or NULL */
+	/* The TLS of a connection: its bytes are not encrypted. */
+	unsigned char record[PIECE_MAX], outgoing[PIECE_MAX];
+	size_t have, taken;
+	bool closed;
+	/* What was written to 1, to 2, and by connection to the network. */
+	size_t nout, nerr, nsent, nconnection;
+	struct {
+		char host[HOST_NAME_MAX + 256];
+		unsigned port;
+		size_t from;
+	} connection[CONNECTIONS];
+} w;
+static unsigned char out_text[SENT], err_text[SENT], sent[SENT];
+
+/* A property does not hold. */
+static void
+broke(const char *what)
+{
+	fprintf(stderr, "property broken: %s\n", what);
+	fprintf(stderr, "standard error was: %.*s\n", (int)w.nerr,
+	    (char *)err_text);
+	abort();
+}
+
+/* The system calls of acme.c, and BearSSL's client. */
+static int fake_open(const char *, int, ...);
+static int fake_openat(int, const char *, int, ...);
+static int fake_close(int);
+static ssize_t fake_read(int, void *, size_t);
+static ssize_t fake_write(int, const void *, size_t);
+static int fake_fstat(int, struct stat *);
+static int fake_stat(const char *, struct stat *);
+static int fake_lstat(const char *, struct stat *);
+static int fake_fstatat(int, const char *, struct stat *, int);
+static int fake_access(const char *, int);
+static int fake_poll(struct pollfd *, nfds_t, int);
+static int fake_unlinkat(int, const char *, int);
+static int fake_linkat(int, const char *, int, const char *, int);
+static int fake_renameat(int, const char *, int, const char *);
+static int fake_fchmod(int, mode_t);
+static int fake_fchown(int, uid_t, gid_t);
+static int fake_ftruncate(int, off_t);
+static int fake_fsync(int);
+static off_t fake_lseek(int, off_t, int);
+static int fake_dup(int);
+static int fake_dup2(int, int);
+static int fake_mkdir(const char *, mode_t);
+static ssize_t fake_readlink(const char *, char *, size_t);
+static DIR *fake_opendir(const char *);
+static int fake_statvfs(const char *, struct statvfs *);
+static int fake_isatty(int);
+static int fake_getentropy(void *, size_t);
+static int fake_clock_gettime(clockid_t, struct timespec *);
+static time_t fake_time(time_t *);
+static unsigned fake_alarm(unsigned);
+static int fake_sigaction(int, const struct sigaction *, struct sigaction *);
+static int fake_sigprocmask(int, const sigset_t *, sigset_t *);
+static void (*fake_signal(int, void (*)(int)))(int);
+static pid_t fake_fork(void);
+static int fake_kill(pid_t, int);
+static pid_t fake_waitpid(pid_t, int *, int);
+static int fake_waitid(idtype_t, id_t, siginfo_t *, int);
+static int fake_pipe(int *);
+static int fake_socketpair(int, int, int, int *);
+static int fake_socket(int, int, int);
+static int fake_connect(int, const struct sockaddr *, socklen_t);
+static int fake_getsockopt(int, int, int, void *, socklen_t *);
+static int fake_setsockopt(int, int, int, const void *, socklen_t);
+static int fake_fcntl(int, int, ...);
+static int fake_shutdown(int, int);
+static char *fake_getenv(const char *);
+static void fake__exit(int) __attribute__((noreturn));
+static ssize_t fake_recv(int, void *, size_t, int);
+static ssize_t fake_send(int, const void *, size_t, int);
+static int fake_getaddrinfo(const char *, const char *,
+    const struct addrinfo *, struct addrinfo **);
+static int fake_setpgid(pid_t, pid_t);
+static int fake_execv(const char *, char *const *);
+int fake_res_query(const char *, int, int, unsigned char *, int);
+static int fake_reset(br_ssl_client_context *, const char *, int);
+static unsigned fake_state(const br_ssl_engine_context *);
+static int fake_error(const br_ssl_engine_context *);
+static unsigned char *fake_sendapp_buf(const br_ssl_engine_context *,
+    size_t *);
+static void fake_sendapp_ack(br_ssl_engine_context *, size_t);
+static unsigned char *fake_recvapp_buf(const br_ssl_engine_context *,
+    size_t *);
+static void fake_recvapp_ack(br_ssl_engine_context *, size_t);
+static unsigned char *fake_recvrec_buf(const br_ssl_engine_context *,
+    size_t *);
+static void fake_recvrec_ack(br_ssl_engine_context *, size_t);
+static unsigned char *fake_sendrec_buf(const br_ssl_engine_context *,
+    size_t *);
+static void fake_flush(br_ssl_engine_context *, int);
+static void fake_end(br_ssl_engine_context *);
+
+#define open fake_open
+#define openat fake_openat
+#define close fake_close
+#define read fake_read
+#define write fake_write
+#define fstat fake_fstat
+#define stat(...) fake_stat(__VA_ARGS__)
+#define lstat fake_lstat
+#define fstatat fake_fstatat
+#define access fake_access
+#define poll fake_poll
+#define unlinkat fake_unlinkat
+#define linkat fake_linkat
+#define renameat fake_renameat
+#define fchmod fake_fchmod
+#define fchown fake_fchown
+#define ftruncate fake_ftruncate
+#define fsync fake_fsync
+#define lseek fake_lseek
+#define dup fake_dup
+#define dup2 fake_dup2
+#define mkdir fake_mkdir
+#define readlink fake_readlink
+#define opendir fake_opendir
+#define statvfs(...) fake_statvfs(__VA_ARGS__)
+#define isatty fake_isatty
+#define getentropy fake_getentropy
+#define clock_gettime fake_clock_gettime
+#define time fake_time
+#define alarm fake_alarm
+#define sigaction(...) fake_sigaction(__VA_ARGS__)
+#define sigprocmask fake_sigprocmask
+#define signal fake_signal
+#define fork fake_fork
+#define kill fake_kill
+#define waitpid fake_waitpid
+#define waitid fake_waitid
+#define pipe fake_pipe
+#define socketpair fake_socketpair
+#define socket fake_socket
+#define connect fake_connect
+#define getsockopt fake_getsockopt
+#define setsockopt fake_setsockopt
+#define fcntl fake_fcntl
+#define shutdown fake_shutdown
+#define getenv fake_getenv
+#define _exit fake__exit
+#define recv fake_recv
+#define send fake_send
+#define getaddrinfo fake_getaddrinfo
+#define setpgid fake_setpgid
+#define execv fake_execv
+#define res_query fake_res_query
+#define br_ssl_client_reset fake_reset
+#define br_ssl_engine_current_state fake_state
+#define br_ssl_engine_last_error fake_error
+#define br_ssl_engine_sendapp_buf fake_sendapp_buf
+#define br_ssl_engine_sendapp_ack fake_sendapp_ack
+#define br_ssl_engine_recvapp_buf fake_recvapp_buf
+#define br_ssl_engine_recvapp_ack fake_recvapp_ack
+#define br_ssl_engine_recvrec_buf fake_recvrec_buf
+#define br_ssl_engine_recvrec_ack fake_recvrec_ack
+#define br_ssl_engine_sendrec_buf fake_sendrec_buf
+#define br_ssl_engine_flush fake_flush
+#define br_ssl_engine_close fake_end
+
+#define main acme_main
+#pragma clang section bss = "acme_bss" data = "acme_data"
+#include "acme.c"
+#pragma clang section bss = "" data = ""
+#undef main
+
+/* Where the CA is. */
+#define HOME "https://localhost:14000/"
+
+/* ---------------------------------------------------------- the kernel -- */
+
+/* Time goes on; SIGALRM comes at its moment. */
+static void
+pass(long long ms)
+{
+	w.ms += ms;
+	if (w.alarm_at && w.ms >= w.alarm_at) {
+		w.alarm_at = 0;
+		on_signal(SIGALRM);
+	}
+}
+
+static int
+new_fd(enum kind kind)
+{
+	for (int i = 3; i < FDS; i++)
+		if (w.fd[i].kind == FREE) {
+			memset(&w.fd[i], 0, sizeof w.fd[i]);
+			w.fd[i].kind = kind;
+			w.fd[i].mode = S_IFREG | 0600;
+			return i;
+		}
+	broke("too many descriptors are open");
+	return -1;
+}
+
+static int
+absent(void)
+{
+	errno = ENOENT;
+	return -1;
+}
+
+static int
+find_file(const char *name)
+{
+	if (strncmp(name, "./", 2) == 0)
+		name += 2;
+	for (size_t i = 0; i < nfile; i++)
+		if (strcmp(file[i].name, name) == 0)
+			return (int)i;
+	return absent();
+}
+
+static int
+open_content(const unsigned char *p, size_t n)
+{
+	int fd = new_fd(CONTENT);
+
+	w.fd[fd].p = p;
+	w.fd[fd].n = n;
+	return fd;
+}
+
+static int
+open_file(const char *name)
+{
+	int i = find_file(name);
+
+	return i < 0 ? -1 : open_content(file[i].p, file[i].n);
+}
+
+/*
+ * What is created is a temporary file, the output that the command line
+ * names, a token in DIR, or the N.request and N.response of a box.
+ */
+static void
+check_created(const char *name)
+{
+	Str s = str(name), kind = s;
+
+	if (begins(s, ".acme-step.")) {
+		s = from(s, 11);
+		if (made_of(s, HEX) && s.n == 16)
+			return;
+	}
+	if ((opt['o'] && contains(str(opt['o']), s)) ||
+	    (made_of(s, ALPHA DIGIT "-_") && s.n <= TOKEN))
+		return;
+	if (made_of(cut(&kind, '.'), DIGIT) && (is(kind, "request") ||
+	    is(kind, "response")))
+		return;
+	broke("a file is created under a name of the CA's choice");
+}
+
+static int
+fake_open(const char *name, int flags, ...)
+{
+	if (flags & O_DIRECTORY)
+		return new_fd(OTHER_FD);
+	if (flags & O_WRONLY)
+		check_created(name);
+	return flags & O_WRONLY ? new_fd(OUTPUT) : open_file(name);
+}
+
+static int
+fake_openat(int dir, const char *name, int flags, ...)
+{
+	(void)dir;
+	if (flags & O_CREAT) {
+		check_created(name);
+		return new_fd(OUTPUT);
+	}
+	return open_file(name);
+}
+
+static int
+fake_close(int fd)
+{
+	if (fd >= 0 && fd < FDS)
+		w.fd[fd].kind = FREE;
+	return 0;
+}
+
+/* How many bytes the next piece has: from 1, mostly up to 64. */
+static size_t
+piece_size(size_t n)
+{
+	size_t want = n;
+
+	if (w.cut) {
+		w.cut = w.cut * 1103515245 + 12345 | 1;
+		want = w.cut >> 8 & 0x300 ? 1 + (w.cut >> 16) % 64 : 4096;
+	}
+	return want < n ? want : n;
+}
+
+/*
+ * What the peers send. NUL and a letter are a sign: c, e and r end the
+ * connection, with a close_notify of TLS, the end of TCP, or a reset; n is
+ * between responses: no CA sends one before it is asked.
+ */
+static ssize_t
+receive_bytes(unsigned char *to, size_t n)
+{
+	const unsigned char *from, *nul;
+	size_t left = w.nnet - w.at;
+
+	if (w.gap && w.cut >> 12 & 1) {
+		w.cut = w.cut * 1103515245 + 12345 | 1;
+		errno = EAGAIN;
+		return -1;
+	}
+	if (n == 0 || left == 0)
+		return 0;
+	from = w.net + w.at;
+	if (!w.gap && left > 1 && from[0] == 0 && from[1] == 'n') {
+		w.at += 2;
+		return receive_bytes(to, n);
+	}
+	if (!w.gap && *from == 0 && left > 1) {
+		w.at += 2;
+		if (from[1] == 'r') {
+			errno = ECONNRESET;
+			return -1;
+		}
+		if (from[1] == 'e' || (from[1] == 'c' && to != w.record))
+			return 0;
+		if (from[1] == 'c') {
+			w.closed = true;
+			return 1;
+		}
+		w.at--;		/* any other sign is a NUL that is sent */
+		*to = 0;
+		return 1;
+	}
+	nul = w.gap ? NULL : memchr(from + 1, 0, left - 1);
+	if (nul)
+		left = (size_t)(nul - from);
+	n = piece_size(n < left ? n : left);
+	memcpy(to, from, n);
+	w.at += n;
+	return (ssize_t)n;
+}
+
+/* Of a process that looks up a name: one address. */
+static ssize_t
+read_lookup(void *to, size_t n)
+{
+	struct lookup l = { .n = 1 };
+
+	if (n != sizeof l)
+		return 0;
+	l.list[0] = address_of((Str){ (const unsigned char *)"\x7f\0\0\2",
+	    4 });
+	memcpy(to, &l, n);
+	return (ssize_t)n;
+}
+
+static ssize_t
+fake_read(int fd, void *to, size_t n)
+{
+	size_t left;
+
+	pass(1);
+	if (fd < 0 || fd >= FDS || w.fd[fd].kind == FREE)
+		broke("read from a descriptor that is not open");
+	switch (w.fd[fd].kind) {
+	case CONTENT:
+		left = w.fd[fd].n - w.fd[fd].at;
+		n = n < left ? n : left;
+		if (n)
+			memcpy(to, w.fd[fd].p + w.fd[fd].at, n);
+		w.fd[fd].at += n;
+		return (ssize_t)n;
+	case NETWORK:
+		return receive_bytes(to, n);
+	case LOOKUP:
+		return read_lookup(to, n);
+	default:
+		return 0;
+	}
+}
+
+static void
+append(unsigned char *all, size_t *have, const void *p, size_t n)
+{
+	if (n > SENT - *have)
+		broke("more than a MiB is written");
+	if (n)
+		memcpy(all + *have, p, n);
+	*have += n;
+}
+
+static ssize_t
+fake_write(int fd, const void *p, size_t n)
+{
+	if (fd < 0 || fd >= FDS || w.fd[fd].kind == FREE)
+		broke("write to a descriptor that is not open");
+	if (fd == 1)
+		append(out_text, &w.nout, p, n);
+	else if (fd == 2)
+		append(err_text, &w.nerr, p, n);
+	else if (w.fd[fd].kind == NETWORK)
+		append(sent, &w.nsent, p, n);
+	return (ssize_t)n;
+}
+
+static int
+fill_stat(struct stat *st, mode_t mode, size_t n)
+{
+	memset(st, 0, sizeof *st);
+	st->st_mode = mode;
+	st->st_size = (off_t)n;
+	return 0;
+}
+
+static int
+fake_fstat(int fd, struct stat *st)
+{
+	if (fd == 1)
+		return fill_stat(st, w.piped ? S_IFIFO | 0600 :
+		    S_IFREG | 0600, 0);
+	fill_stat(st, w.fd[fd].mode, w.fd[fd].n);
+	st->st_ino = 1;
+	return 0;
+}
+
+static int
+fake_stat(const char *name, struct stat *st)
+{
+	int i = find_file(name);
+
+	if (i < 0)
+		return -1;
+	fill_stat(st, S_IFREG | 0600, file[i].n);
+	st->st_ino = 2;
+	return 0;
+}
+
+static int
+fake_lstat(const char *name, struct stat *st)
+{
+	return fake_stat(name, st);
+}
+
+static int
+fake_fstatat(int dir, const char *name, struct stat *st, int flags)
+{
+	(void)dir;
+	(void)name;
+	(void)st;
+	(void)flags;
+	return absent();
+}
+
+static int
+fake_access(const char *name, int mode)
+{
+	(void)mode;
+	return find_file(name) < 0 ? -1 : 0;
+}
+
+/* Can a descriptor be used at once? An idle connection has nothing. */
+static bool
+is_ready(const struct pollfd *p, int ms)
+{
+	enum kind kind = p->fd >= 0 && p->fd < FDS ? w.fd[p->fd].kind : FREE;
+
+	if (p->events & POLLOUT)
+		return true;
+	if (kind == NETWORK && ms == 0 && !w.gap)
+		return w.at < w.nnet && !w.net[w.at] && w.at + 1 < w.nnet &&
+		    w.net[w.at + 1] == 'e';
+	return p->fd != 0 && kind != FREE;
+}
+
+static int
+fake_poll(struct pollfd *p, nfds_t n, int ms)
+{
+	int found = 0;
+
+	pass(1);
+	for (nfds_t i = 0; i < n; i++) {
+		p[i].revents = 0;
+		if (p[i].fd >= 0 && is_ready(&p[i], ms)) {
+			p[i].revents = p[i].events;
+			found++;
+		}
+	}
+	if (!found && ms > 0)
+		pass(ms);
+	if (!found && ms < 0)
+		pass(1LL << 40);
+	return found;
+}
+
+static int
+fake_unlinkat(int dir, const char *name, int flags)
+{
+	(void)dir;
+	(void)flags;
+	check_created(name);
+	return 0;
+}
+
+static int
+fake_linkat(int dir, const char *a, int dir2, const char *b, int flags)
+{
+	(void)dir;
+	(void)dir2;
+	(void)flags;
+	check_created(b);
+	return *a ? 0 : absent();
+}
+
+static int
+fake_renameat(int dir, const char *a, int dir2, const char *b)
+{
+	return fake_linkat(dir, a, dir2, b, 0);
+}
+
+static int
+fake_fchmod(int fd, mode_t mode)
+{
+	w.fd[fd].mode = S_IFREG | mode;
+	return 0;
+}
+
+static int
+fake_fchown(int fd, uid_t uid, gid_t gid)
+{
+	(void)fd;
+	(void)uid;
+	(void)gid;
+	return 0;
+}
+
+static int
+fake_ftruncate(int fd, off_t n)
+{
+	(void)fd;
+	(void)n;
+	return 0;
+}
+
+static int
+fake_fsync(int fd)
+{
+	(void)fd;
+	return 0;
+}
+
+static off_t
+fake_lseek(int fd, off_t at, int whence)
+{
+	(void)fd;
+	(void)whence;
+	return at;
+}
+
+static int
+fake_dup(int fd)
+{
+	return new_fd(w.fd[fd].kind);
+}
+
+static int
+fake_dup2(int fd, int to)
+{
+	(void)fd;
+	return to;
+}
+
+static int
+fake_mkdir(const char *name, mode_t mode)
+{
+	(void)name;
+	(void)mode;
+	return 0;
+}
+
+static ssize_t
+fake_readlink(const char *name, char *to, size_t n)
+{
+	(void)name;
+	(void)to;
+	(void)n;
+	return absent();
+}
+
+static DIR *
+fake_opendir(const char *name)
+{
+	(void)name;
+	return NULL;
+}
+
+static int
+fake_statvfs(const char *name, struct statvfs *st)
+{
+	(void)name;
+	memset(st, 0, sizeof *st);
+	return 0;
+}
+
+static int
+fake_isatty(int fd)
+{
+	(void)fd;
+	return 0;
+}
+
+static int
+fake_getentropy(void *p, size_t n)
+{
+	for (unsigned char *to = p; n > 0; n--) {
+		w.random = w.random * 1103515245 + 12345;
+		*to++ = (unsigned char)(w.random >> 16);
+	}
+	return 0;
+}
+
+static int
+fake_clock_gettime(clockid_t id, struct timespec *t)
+{
+	(void)id;
+	t->tv_sec = w.ms / 1000;
+	t->tv_nsec = w.ms % 1000 * 1000000;
+	return 0;
+}
+
+static time_t
+fake_time(time_t *t)
+{
+	(void)t;
+	return RELEASED + 10 * 86400 + w.ms / 1000;
+}
+
+static unsigned
+fake_alarm(unsigned seconds)
+{
+	w.alarm_at = seconds ? w.ms + seconds * 1000LL : 0;
+	return 0;
+}
+
+static int
+fake_sigaction(int sig, const struct sigaction *act, struct sigaction *old)
+{
+	(void)sig;
+	(void)act;
+	(void)old;
+	return -1;
+}
+
+static int
+fake_sigprocmask(int how, const sigset_t *set, sigset_t *old)
+{
+	(void)how;
+	(void)set;
+	(void)old;
+	return 0;
+}
+
+static void
+(*fake_signal(int sig, void (*handler)(int)))(int)
+{
+	(void)sig;
+	return handler;
+}
+
+static pid_t
+fake_fork(void)
+{
+	return 4242;
+}
+
+static int
+fake_kill(pid_t pid, int sig)
+{
+	(void)sig;
+	if (pid != 4242 && pid != -4242)
+		broke("a signal goes to another process");
+	return 0;
+}
+
+static pid_t
+fake_waitpid(pid_t pid, int *status, int flags)
+{
+	(void)flags;
+	if (status)
+		*status = 0;
+	return pid;
+}
+
+static int
+fake_waitid(idtype_t type, id_t id, siginfo_t *ended, int flags)
+{
+	(void)type;
+	(void)flags;
+	ended->si_pid = (pid_t)id;
+	return 0;
+}
+
+static int
+fake_pipe(int *fds)
+{
+	fds[0] = new_fd(LOOKUP);
+	fds[1] = new_fd(OTHER_FD);
+	return 0;
+}
+
+static int
+fake_socketpair(int family, int type, int protocol, int *fds)
+{
+	(void)family;
+	(void)type;
+	(void)protocol;
+	fds[0] = new_fd(NETWORK);
+	fds[1] = new_fd(OTHER_FD);
+	return 0;
+}
+
+static int
+fake_socket(int family, int type, int protocol)
+{
+	(void)family;
+	(void)type;
+	(void)protocol;
+	return new_fd(NETWORK);
+}
+
+/* A connection that is noted, with its address as the name. */
+static int
+fake_connect(int fd, const struct sockaddr *to, socklen_t n)
+{
+	struct sockaddr_in v4;
+	struct sockaddr_in6 v6;
+
+	if (fd < 0 || fd >= FDS || w.fd[fd].kind != NETWORK)
+		broke("connect on a descriptor that is no socket");
+	if (w.nconnection == CONNECTIONS)
+		broke("too many connections");
+	w.connection[w.nconnection].from = w.nsent;
+	if (to->sa_family == AF_INET) {
+		memcpy(&v4, to, sizeof v4);
+		inet_ntop(AF_INET, &v4.sin_addr,
+		    w.connection[w.nconnection].host, 64);
+		w.connection[w.nconnection].port = ntohs(v4.sin_port);
+	} else {
+		memcpy(&v6, to, n);
+		inet_ntop(AF_INET6, &v6.sin6_addr,
+		    w.connection[w.nconnection].host, 64);
+		w.connection[w.nconnection].port = ntohs(v6.sin6_port);
+	}
+	w.nconnection++;
+	return 0;
+}
+
+static int
+fake_getsockopt(int fd, int level, int name, void *value, socklen_t *n)
+{
+	(void)fd;
+	(void)level;
+	(void)name;
+	memset(value, 0, *n);
+	return 0;
+}
+
+static int
+fake_setsockopt(int fd, int level, int name, const void *value, socklen_t n)
+{
+	(void)fd;
+	(void)level;
+	(void)name;
+	(void)value;
+	(void)n;
+	return 0;
+}
+
+static int
+fake_fcntl(int fd, int name, ...)
+{
+	(void)fd;
+	(void)name;
+	return 0;
+}
+
+static int
+fake_shutdown(int fd, int how)
+{
+	(void)fd;
+	(void)how;
+	return 0;
+}
+
+static char *
+fake_getenv(const char *name)
+{
+	size_t n = strlen(name);
+
+	if (strcmp(name, "ACME_DIRECTORY") == 0)
+		return HOME "dir";
+	if (!w.environment || strncmp(w.environment, name, n) != 0 ||
+	    w.environment[n] != '=')
+		return NULL;
+	return (char *)w.environment + n + 1;
+}
+
+static void
+fake__exit(int status)
+{
+	w.status = status;
+	siglongjmp(w.end, 1);
+}
+
+/* A datagram: two bytes have its length, and it gets the question's number. */
+static ssize_t
+fake_recv(int fd, void *to, size_t n, int flags)
+{
+	size_t left = w.nnet - w.at, length;
+	unsigned char *b = to;
+
+	(void)fd;
+	(void)flags;
+	pass(1);
+	if (left < 2) {
+		pass(1000);
+		return 0;
+	}
+	length = w.net[w.at] * 256U + w.net[w.at + 1];
+	length = length < left - 2 ? length : left - 2;
+	w.at += 2 + length;
+	length = length < n ? length : n;
+	memcpy(b, w.net + w.at - length, length);
+	if (length > 1 && w.nsent > 1) {
+		b[0] = sent[0];
+		b[1] = sent[1];
+	}
+	return (ssize_t)length;
+}
+
+static ssize_t
+fake_send(int fd, const void *p, size_t n, int flags)
+{
+	(void)fd;
+	(void)flags;
+	w.nsent = 0;
+	append(sent, &w.nsent, p, n);
+	return (ssize_t)n;
+}
+
+static int
+fake_getaddrinfo(const char *name, const char *port,
+    const struct addrinfo *hint, struct addrinfo **list)
+{
+	static struct sockaddr_in to = { .sin_family = AF_INET,
+	    .sin_addr = { 0x0200007f } };
+	static struct addrinfo one = { .ai_family = AF_INET,
+	    .ai_addrlen = sizeof to, .ai_addr = (struct sockaddr *)&to };
+
+	(void)port;
+	(void)hint;
+	if (*name == 'x')
+		return EAI_NONAME;
+	*list = &one;
+	return 0;
+}
+
+int
+fake_res_query(const char *name, int class, int type, unsigned char *to,
+    int n)
+{
+	(void)name;
+	(void)class;
+	(void)type;
+	return (int)fake_recv(0, to, (size_t)n, 0);
+}
+
+static int
+fake_setpgid(pid_t pid, pid_t group)
+{
+	(void)pid;
+	(void)group;
+	return 0;
+}
+
+static int
+fake_execv(const char *program, char *const *argv)
+{
+	(void)program;
+	(void)argv;
+	broke("the step itself runs a program");
+	return -1;
+}
+
+/* ------------------------------------------------- TLS that is not one -- */
+
+#undef br_ssl_client_reset
+#undef br_ssl_engine_current_state
+#undef br_ssl_engine_last_error
+#undef br_ssl_engine_sendapp_buf
+#undef br_ssl_engine_sendapp_ack
+#undef br_ssl_engine_recvapp_buf
+#undef br_ssl_engine_recvapp_ack
+#undef br_ssl_engine_recvrec_buf
+#undef br_ssl_engine_recvrec_ack
+#undef br_ssl_engine_sendrec_buf
+#undef br_ssl_engine_flush
+#undef br_ssl_engine_close
+
+static int
+fake_reset(br_ssl_client_context *c, const char *name, int resume)
+{
+	if (w.real_tls)
+		return br_ssl_client_reset(c, name, resume);
+	if (w.nconnection && name)
+		snprintf(w.connection[w.nconnection - 1].host,
+		    sizeof w.connection[0].host, "%s", name);
+	w.have = w.taken = 0;
+	w.closed = false;
+	return 1;
+}
+
+static unsigned
+fake_state(const br_ssl_engine_context *e)
+{
+	if (w.real_tls)
+		return br_ssl_engine_current_state(e);
+	if (w.have > w.taken)
+		return BR_SSL_SENDAPP | BR_SSL_RECVAPP;
+	return w.closed ? BR_SSL_CLOSED : BR_SSL_SENDAPP | BR_SSL_RECVREC;
+}
+
+static int
+fake_error(const br_ssl_engine_context *e)
+{
+	return w.real_tls ? br_ssl_engine_last_error(e) : BR_ERR_OK;
+}
+
+static unsigned char *
+fake_sendapp_buf(const br_ssl_engine_context *e, size_t *n)
+{
+	if (w.real_tls)
+		return br_ssl_engine_sendapp_buf(e, n);
+	*n = sizeof w.outgoing;
+	return w.outgoing;
+}
+
+static void
+fake_sendapp_ack(br_ssl_engine_context *e, size_t n)
+{
+	if (w.real_tls)
+		br_ssl_engine_sendapp_ack(e, n);
+	else
+		append(sent, &w.nsent, w.outgoing, n);
+}
+
+static unsigned char *
+fake_recvapp_buf(const br_ssl_engine_context *e, size_t *n)
+{
+	if (w.real_tls)
+		return br_ssl_engine_recvapp_buf(e, n);
+	*n = w.have - w.taken;
+	return w.record + w.taken;
+}
+
+static void
+fake_recvapp_ack(br_ssl_engine_context *e, size_t n)
+{
+	if (w.real_tls)
+		br_ssl_engine_recvapp_ack(e, n);
+	else if (n > w.have - w.taken)
+		broke("more was taken than had come");
+	else
+		w.taken += n;
+}
+
+static unsigned char *
+fake_recvrec_buf(const br_ssl_engine_context *e, size_t *n)
+{
+	if (w.real_tls)
+		return br_ssl_engine_recvrec_buf(e, n);
+	*n = sizeof w.record;
+	return w.record;
+}
+
+static void
+fake_recvrec_ack(br_ssl_engine_context *e, size_t n)
+{
+	if (w.real_tls) {
+		br_ssl_engine_recvrec_ack(e, n);
+		return;
+	}
+	w.have = w.closed ? 0 : n;
+	w.taken = 0;
+}
+
+static unsigned char *
+fake_sendrec_buf(const br_ssl_engine_context *e, size_t *n)
+{
+	return w.real_tls ? br_ssl_engine_sendrec_buf(e, n) : NULL;
+}
+
+static void
+fake_flush(br_ssl_engine_context *e, int force)
+{
+	if (w.real_tls)
+		br_ssl_engine_flush(e, force);
+}
+
+static void
+fake_end(br_ssl_engine_context *e)
+{
+	if (w.real_tls)
+		br_ssl_engine_close(e);
+}
+
+/* ----------------------------------------------------------- a new run -- */
+
+extern unsigned char __start_acme_bss[], __stop_acme_bss[],
+    __start_acme_data[], __stop_acme_data[];
+static unsigned char data_at_first[1 << 16];
+
+/* The state of acme.c has gaps between its objects, which ASan forbids. */
+#define UNCHECKED __attribute__((no_sanitize("address", "undefined"), \
+    no_builtin))
+
+static void UNCHECKED
+copy(unsigned char *to, const unsigned char *from, size_t n)
+{
+	while (n-- > 0)
+		*to++ = *from++;
+}
+
+/* From one multiple of eight to another. */
+static void UNCHECKED
+clear(unsigned char *start, unsigned char *end)
+{
+	for (volatile uint64_t *p = (void *)start; p < (uint64_t *)end; p++)
+		*p = 0;
+}
+
+/* Forget all that acme.c knows; the kernel drops the pages it has used. */
+static void
+forget(void)
+{
+	const uintptr_t page = 4096;
+	unsigned char *start = (unsigned char *)(((uintptr_t)
+	    __start_acme_bss + page - 1) / page * page);
+	unsigned char *end = (unsigned char *)((uintptr_t)__stop_acme_bss /
+	    page * page);
+
+	clear(__start_acme_bss, start);
+	clear(end, __stop_acme_bss);
+	if (madvise(start, (size_t)(end - start), MADV_DONTNEED) != 0)
+		abort();
+	copy(__start_acme_data, data_at_first,
+	    (size_t)(__stop_acme_data - __start_acme_data));
+	conn.fd = -1;
+}
+
+/* A new run: peers send `net`, and standard input is `in`. */
+static void
+begin_run(Str in, Str net, unsigned cut)
+{
+	forget();
+	memset(&w, 0, offsetof(__typeof__(w), record));
+	w.have = w.taken = w.nout = w.nerr = w.nsent = w.nconnection = 0;
+	w.closed = false;
+	w.ms = 1000000;
+	w.random = 1;
+	w.cut = cut;
+	w.fd[0].kind = CONTENT;
+	w.fd[0].p = in.p;
+	w.fd[0].n = in.n;
+	w.fd[0].mode = S_IFREG | 0600;
+	w.fd[1].kind = w.fd[2].kind = OUTPUT;
+	w.net = net.p;
+	w.nnet = net.n;
+}
+
+/* Call f; -1, or the status that it ends the step with. */
+static int
+ends(void (*f)(void))
+{
+	if (sigsetjmp(w.end, 0) == 0) {
+		f();
+		return -1;
+	}
+	return w.status;
+}
+
+static Str
+out_str(void)
+{
+	return (Str){ out_text, w.nout };
+}
+
+static Str
+err_str(void)
+{
+	return (Str){ err_text, w.nerr };
+}
+
+/* A character of UTF-8 (RFC 3629 3), not by acme.c; -1 if malformed. */
+static long
+character(Str *s)
+{
+	static const long least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+	unsigned c = s->p[0];
+	size_t n = c < 0x80 ? 1 : c < 0xc0 ? 9 : c < 0xe0 ? 2 : c < 0xf0 ? 3 :
+	    c < 0xf8 ? 4 : 9;
+	long u = n == 1 ? (long)c : (long)(c & (0xff >> (n + 1)));
+
+	if (n == 9 || n > s->n)
+		return -1;
+	for (size_t i = 1; i < n; i++) {
+		if (s->p[i] >> 6 != 2)
+			return -1;
+		u = u << 6 | (s->p[i] & 0x3f);
+	}
+	*s = (Str){ s->p + n, s->n - n };
+	return u < least[n] || (u >= 0xd800 && u < 0xe000) || u > 0x10ffff ?
+	    -1 : u;
+}
+
+static bool
+is_utf8(Str s)
+{
+	while (s.n)
+		if (character(&s) < 0)
+			return false;
+	return true;
+}
+
+/* Does a character move a terminal's cursor, or turn its text round? */
+static bool
+is_harmful(long u)
+{
+	return u < 0x20 || (u >= 0x7f && u < 0xa0) || u == 0x61c ||
+	    u == 0x200e || u == 0x200f || (u >= 0x2028 && u <= 0x202e) ||
+	    (u >= 0x2066 && u <= 0x2069);
+}
+
+/* Lines without such characters, the last one whole. */
+static void
+check_lines(Str s, const char *what)
+{
+	if (s.n && s.p[s.n - 1] != '\n')
+		broke("the last line is not whole");
+	while (s.n) {
+		long u = character(&s);
+
+		if (u != '\n' && is_harmful(u))
+			broke(what);
+	}
+}
+
+/* Of messages, each begins with the program's name. */
+static void
+check_messages(void)
+{
+	Str s = err_str();
+
+	check_lines(s, "a control character is in a message");
+	while (s.n) {
+		Str l = cut(&s, '\n');
+
+		if (!begins(l, "acme-step: ") && !begins(l, "usage: ") &&
+		    !begins(l, "commands for a certificate: "))
+			broke("a message does not begin with acme-step:");
+		/* "..." can begin in the last byte, twice with a remedy. */
+		if (l.n > MESSAGE + 4)
+			broke("a message is longer than its limit");
+	}
+}
+
+/* One of the exit statuses of README; a failure has a message. */
+static void
+check_status(int status)
+{
+	static const unsigned char all[] = { 0, 1, 64, 65, 66, 69, 70, 73,
+	    74, 75, 76, 77, 78 };
+
+	if (!memchr(all, status, sizeof all))
+		broke("the exit status is not one of README's");
+	if (status > 1 && w.nerr == 0)
+		broke("the step fails without a message");
+}
+
+/* Copies that outlive a run. */
+static unsigned char kept[2][SENT];
+static Str
+keep_copy(int i, Str s)
+{
+	if (s.n > SENT)
+		abort();
+	if (s.n)
+		memcpy(kept[i], s.p, s.n);
+	return (Str){ kept[i], s.n };
+}
+
+/* The input of a target, which its function reads. */
+static Str input;
+
+static unsigned
+take_byte(void)
+{
+	unsigned c = input.n ? input.p[0] : 0;
+
+	input = from(input, 1);
+	return c;
+}
+
+/* ------------------------------------------------------------- JSON -- */
+
+static char *words[64];
+static int nwords;
+
+static void
+run_words(void)
+{
+	run(nwords, words);
+	leave(DONE);
+}
+
+/* The element of an array that json prints on a line of its own. */
+static void
+check_element(Str *text, Str v)
+{
+	Str want = plain(v), got = { text->p, want.n }, again;
+
+	if (text->n <= want.n || !same(got, want) || text->p[want.n] != '\n')
+		broke("json prints another element than the array has");
+	if (json_kind(v) != '"' && (!json_read(got, &again) ||
+	    !same(again, got)))
+		broke("json prints an element that is not JSON");
+	*text = from(*text, want.n + 1);
+}
+
+static void
+check_value(Str v)
+{
+	Str s = out_str(), text = { s.p, s.n ? s.n - 1 : 0 }, none, again;
+
+	if (json_kind(v) != '[' && (s.n == 0 || s.p[s.n - 1] != '\n'))
+		broke("json prints no whole line");
+	if (json_kind(v) == '"') {
+		if (!json_read(quote(text), &again) ||
+		    !same(json_text(again), text) ||
+		    !same(json_text(v), text))
+			broke("a string of json does not parse to the same");
+	} else if (json_kind(v) == '[') {
+		for (text = s; json_each(&v, &none, &again); )
+			check_element(&text, again);
+		if (text.n)
+			broke("json prints more than the array has");
+	} else if (!json_read(text, &again) || !same(again, text) ||
+	    !same(text, v))
+		broke("what json prints does not parse to the same");
+}
+
+/* A path, a newline, and JSON: what json prints parses to the same. */
+static void
+fuzz_json(void)
+{
+	char path[256];
+	Str all = input, p = cut(&all, '\n'), v, rest;
+	int status;
+
+	if (p.n >= sizeof path || (p.n && memchr(p.p, 0, p.n)) ||
+	    begins(p, "-"))
+		return;
+	memcpy(path, p.p, p.n);
+	path[p.n] = 0;
+	words[1] = "json";
+	words[2] = path;
+	nwords = 3;
+	begin_run(all, NONE, 0);
+	status = ends(run_words);
+	check_messages();
+	check_status(status);
+	forget();
+	if (begins(all, BYTE_ORDER_MARK))
+		all = from(all, 3);
+	if (!json_read(all, &v)) {
+		if (status != BAD)
+			broke("json accepts what is not JSON");
+		return;
+	}
+	for (rest = p; !is(p, ".") && v.n; ) {
+		v = json_step(v, cut(&rest, '.'));
+		if (!rest.n)
+			break;
+	}
+	if (status != (v.n ? DONE : NO))
+		broke("the exit status of json");
+	if (v.n)
+		check_value(v);
+}
+
+/* Any UTF-8 in quote() reads as the same, and braces make an object. */
+static void
+fuzz_quote(void)
+{
+	Str v, o;
+
+	begin_run(NONE, NONE, 0);
+	if (!is_utf8(input))
+		return;
+	if (!json_read(quote(input), &v) || !same(json_text(v), input))
+		broke("quote() does not parse to the same");
+	o = braces(with(with(NONE, "a", quote(input)), "b", S("1")));
+	if (!json_read(o, &v) || !same(text_of(v, "a"), input) ||
+	    !is(json_member(v, "b"), "1"))
+		broke("an object does not parse to the same");
+}
+
+/* ------------------------------------------------------------- HTTP -- */
+
+static struct conversation {
+	unsigned methods;
+	Str seen;
+} talk;
+
+static void
+note(Str s)
+{
+	talk.seen = cat(NONE, talk.seen, num(s.n), S(" "), s, S("\n"));
+}
+
+static void
+note_links(const struct response *r)
+{
+	static const char *const relation[] = { "alternate", "next" };
+
+	for (size_t i = 0; i < COUNT(relation); i++) {
+		struct links l = begin_links(r);
+		Str url;
+
+		while ((url = next_link(&l, str(relation[i]))).n) {
+			if (!is_url(url))
+				broke("a link is not an https URL");
+			note(url);
+		}
+	}
+}
+
+/* The responses to four requests of one write. */
+static void
+converse(void)
+{
+	static const char *const method[] = { "GET", "HEAD", "POST", "POST" };
+	struct response r;
+
+	conn.fd = tls.fd = new_fd(NETWORK);
+	for (int i = 0; i < 4; i++) {
+		struct request q = { .method = method[talk.methods >> 2 * i &
+		    3], .url = S("https://ca.test/a/b?c") };
+
+		if (!http_receive(&q, &r))
+			break;
+		note(num((unsigned)r.status));
+		note(r.location);
+		note(r.nonce);
+		note(r.body);
+		note(num((unsigned long)(r.retry_after + 1)));
+		note_links(&r);
+		if (r.last)
+			break;
+	}
+}
+
+static int
+hear(Str net, unsigned cut)
+{
+	int status;
+
+	begin_run(NONE, net, cut);
+	talk.seen = NONE;
+	status = ends(converse);
+	check_messages();
+	if (status >= 0)
+		check_status(status);
+	return status;
+}
+
+/* Cut anywhere, a batch's responses are read as they are in one piece. */
+static void
+fuzz_http(void)
+{
+	unsigned cut;
+	int status, again;
+	Str one;
+
+	talk.methods = take_byte();
+	cut = take_byte() << 8 | 1;
+	status = hear(input, 0);
+	one = keep_copy(0, status < 0 ? talk.seen : err_str());
+	again = hear(input, cut);
+	if (again != status || !same(one, status < 0 ? talk.seen : err_str()))
+		broke("responses depend on how they are cut");
+}
+
+/* A header: the links in it. */
+static void
+read_links(void)
+{
+	struct response r = { .url = S("https://ca.test/a"),
+	    .head = cat(NONE, S("Link: "), input) };
+
+	note_links(&r);
+}
+
+static void
+fuzz_link(void)
+{
+	begin_run(NONE, NONE, 0);
+	talk.seen = NONE;
+	ends(read_links);
+	check_messages();
+}
+
+/* ----------------------------------------------------------- records -- */
+
+static Str record;
+static bool of_account;
+
+static void
+read_it(void)
+{
+	record_read(record, "record", of_account);
+}
+
+/* A record that was read prints to what reads the same. */
+static void
+fuzz_record(void)
+{
+	Str first, second;
+	int status;
+
+	of_account = take_byte() & 1;
+	record = input;
+	begin_run(NONE, NONE, 0);
+	status = ends(read_it);
+	check_messages();
+	if (status >= 0)
+		return;
+	first = keep_copy(0, cat(NONE, record_text(), S("end\n")));
+	check_lines(first, "a control character is in a record");
+	record = first;
+	begin_run(NONE, NONE, 0);
+	if (ends(read_it) >= 0)
+		broke("a record that was printed is not read");
+	second = cat(NONE, record_text(), S("end\n"));
+	if (!same(first, second))
+		broke("a record that was printed reads as another");
+}
+
+/* ------------------------------------------- certificates and keys -- */
+
+static void
+look_into(const struct cert *c)
+{
+	struct constraints k;
+	struct identifier name;
+	br_x509_pkey key;
+	Str list = c->alt_names;
+
+	while (cert_name(&list, &name))
+		is_name(name.type, name.value);
+	has_twice(c);
+	is_for_servers(c);
+	common_name(c->issuer);
+	certificate_id(c);
+	key_in(c->public_key, &key);
+	if (read_constraints(c, &k))
+		forbidden_name(&k, c);
+	renewal_time(c);
+	date(c->not_after);
+	date(c->not_before);
+}
+
+/* A certificate, PEM or DER: openssl sees the same date in it. */
+static void
+fuzz_cert(void)
+{
+	struct cert c, again;
+	long long end;
+
+	begin_run(NONE, NONE, 0);
+	if (!find_certificate(input, &c))
+		return;
+	look_into(&c);
+	if (openssl_certificate(c.der.p, c.der.n, &end) && end >= 0 &&
+	    end != c.not_after)
+		broke("openssl reads another date");
+	if (!find_certificate(pem(c.der, "CERTIFICATE"), &again) ||
+	    !same(c.der, again.der))
+		broke("PEM that was written reads as another certificate");
+}
+
+static void
+run_due(void)
+{
+	static char *name[] = { "input", "a.test", NULL };
+
+	do_due(name);
+}
+
+/* due, of any file. */
+static void
+fuzz_due(void)
+{
+	int status;
+
+	begin_run(NONE, NONE, 0);
+	status = ends(run_due);
+	check_messages();
+	check_status(status);
+	check_lines(out_str(), "a control character is in the answer of due");
+}
+
+static void
+read_key(void)
+{
+	key_read(&other_key, "input");
+}
+
+/* A private key: openssl reads what we write, and sees the same key. */
+static void
+fuzz_key(void)
+{
+	unsigned char spki[1024];
+	Str text, label, block, public;
+	int status;
+	bool bad;
+
+	begin_run(NONE, NONE, 0);
+	status = ends(read_key);
+	check_messages();
+	if (status >= 0)
+		return;
+	text = key_pem(&other_key);
+	public = public_key(&other_key);
+	if (!pem_next(&text, &label, &block, &bad) || !same(public,
+	    (Str){ spki, openssl_key(block.p, block.n, spki, sizeof spki) }))
+		broke("openssl reads a key of ours as another");
+}
+
+static char names_text[1 << 16];
+
+static void
+make_request(void)
+{
+	take_names(words + 1);
+	record = csr_der(&other_key, record_names(), str(words[0]));
+}
+
+/* The names of the order, as the oracle has those of a request. */
+static Str
+names_wanted(void)
+{
+	const struct identifier *id;
+	Str all = NONE;
+
+	for each(id, identifier)
+		all = cat(NONE, all, id->type, S(" "), is_ip(id->type) ?
+		    hex(ip_bytes(id->value)) : id->value, S("\n"));
+	return all;
+}
+
+static struct key saved_key, saved_other;
+
+/*
+ * Lines, a common name and names: openssl reads the request and them.  That
+ * a common name is UTF-8 is not checked by acme.c.
+ */
+static void
+fuzz_request(void)
+{
+	char *text = strndup((const char *)input.p, input.n), *at = text;
+	struct challenge c = { .content = NONE };
+	Str made, want;
+	long long end;
+
+	for (nwords = 0; at && nwords < 40; )
+		words[nwords++] = strsep(&at, "\n");
+	words[nwords] = NULL;
+	begin_run(NONE, NONE, 0);
+	other_key = saved_other;
+	if (nwords > 1 && is_utf8(str(words[0])) && ends(make_request) < 0) {
+		want = names_wanted();
+		if (!openssl_request(record.p, record.n, names_text,
+		    sizeof names_text) || !is(want, names_text))
+			broke("openssl reads another request");
+		c.id = order.identifier[0];
+		c.content = hex(sha256(want));
+		made = validation_certificate(&c);
+		if (!openssl_certificate(made.p, made.n, &end))
+			broke("openssl does not read our certificate");
+	}
+	check_messages();
+	words[nwords = 1] = NULL;
+	free(text);
+}
+
+static struct cert csr;
+
+static void
+read_request(void)
+{
+	have_account_key = true;
+	account_key = saved_key;
+	read_csr("input", &csr);
+	look_into(&csr);
+	names_differ(&csr);
+}
+
+static void
+fuzz_csr(void)
+{
+	begin_run(NONE, NONE, 0);
+	ends(read_request);
+	check_messages();
+}
+
+static struct response response;
+static size_t ncerts;
+
+static void
+take_chain(void)
+{
+	ncerts = read_chain(&response);
+	names_differ(&issued[0]);
+	top_issuer(ncerts);
+}
+
+/* A chain: what is printed of it is the same chain, and no more. */
+static void
+fuzz_chain(void)
+{
+	Str all = NONE;
+	size_t n;
+
+	response = (struct response){ .url = S("https://ca.test/c"),
+	    .body = input };
+	begin_run(NONE, NONE, 0);
+	if (ends(take_chain) >= 0) {
+		check_messages();
+		return;
+	}
+	n = ncerts;
+	for (size_t i = 0; i < n; i++) {
+		look_into(&issued[i]);
+		all = cat(NONE, all, pem(issued[i].der, "CERTIFICATE"));
+	}
+	all = keep_copy(0, all);
+	check_lines(all, "a chain has other characters than PEM");
+	response.body = all;
+	begin_run(NONE, NONE, 0);
+	if (ends(take_chain) >= 0 || ncerts != n)
+		broke("a printed chain does not read the same");
+	all = NONE;
+	for (size_t i = 0; i < n; i++)
+		all = cat(NONE, all, pem(issued[i].der, "CERTIFICATE"));
+	if (!same(all, response.body))
+		broke("a printed chain is read as another");
+}
+
+static unsigned verdict;
+static Str trusted, fault;
+
+static void
+validate(void)
+{
+	const br_x509_class *vtable = &chain_vtable, **v = &vtable;
+	Str rest = input, label, block;
+	bool bad;
+
+	anchor_file = "ca.pem";
+	chain_start(v, "localhost");
+	while (pem_next(&rest, &label, &block, &bad)) {
+		chain_start_cert(v, (uint32_t)block.n);
+		for (size_t n = block.n / 2, i = 0; i < 2; i++, n = block.n -
+		    n)
+			chain_append(v, block.p + i * (block.n / 2), n);
+		chain_end_cert(v);
+	}
+	verdict = chain_end(v);
+	fault = verdict ? chain_fault((int)verdict) : NONE;
+}
+
+/*
+ * The chain of a server: what is accepted has the key and the names of a
+ * certificate that the CA has issued.
+ */
+static void
+fuzz_validate(void)
+{
+	struct cert good;
+	int i = find_file("server.pem");
+
+	begin_run(NONE, NONE, 0);
+	if (ends(validate) >= 0) {
+		check_messages();
+		return;
+	}
+	if (verdict)
+		return;
+	if (i < 0 || !find_certificate((Str){ file[i].p, file[i].n }, &good))
+		abort();
+	if (!same(good.public_key, chain.cert[0].public_key) ||
+	    !same(good.alt_names, chain.cert[0].alt_names))
+		broke("a chain that the CA did not issue is trusted");
+}
+
+/* --------------------------------------------------------------- DNS -- */
+
+/* Two contents for one name, of which one is long, and a name below. */
+#define RECORDS \
+	"challenge dns-01 dns a.test https://ca.test/1 " \
+	"_acme-challenge.a.test abc\n" \
+	"challenge dns-01 dns *.a.test https://ca.test/2 " \
+	"_acme-challenge.a.test def\n" \
+	"challenge dns-persist-01 dns b.a.test https://ca.test/3 " \
+	"_validation-persist.b.a.test 0123456789012345678901234567890123456" \
+	"7890123456789012345678901234567890123456789012345678901234567890123" \
+	"4567890123456789012345678901234567890123456789012345678901234567890" \
+	"1234567890123456789012345678901234567890123456789012345678901234567" \
+	"8901234567890123456789012345678901234567890123456789; policy=x\n"
+#define FILES_OF \
+	"challenge http-01 dns a.test https://ca.test/1 " \
+	"token-1234567890123456789 token-1234567890123456789.thumb\n"
+#define ALPN_OF \
+	"challenge tls-alpn-01 dns a.test https://ca.test/1 a.test " \
+	"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\n"
+
+static void
+set_record(const char *text)
+{
+	record = cat(NONE, str(text), S("end\n"));
+	of_account = false;
+	if (ends(read_it) >= 0)
+		abort();
+}
+
+/* A question: the answer is well formed, and not too long. */
+static void
+fuzz_question(void)
+{
+	bool udp = take_byte() & 1;
+	size_t limit = udp ? PLAIN : 65535, answers = 0;
+	Str s;
+
+	begin_run(NONE, NONE, 0);
+	set_record(RECORDS);
+	s = dns_answer(input, limit);
+	if (!s.n)
+		return;
+	if (udp && (s.n > DATAGRAM || (s.n > 4 * input.n)))
+		broke("a DNS answer is longer than its limit");
+	if (s.n < 12 || s.p[0] != input.p[0] || s.p[1] != input.p[1] ||
+	    !(s.p[2] & 0x80))
+		broke("a DNS answer is not one to the question");
+	if (!libresolv_message(s.p, s.n, &answers))
+		broke("libresolv does not read a DNS answer");
+	if (answers > 2)
+		broke("a DNS answer has too many records");
+}
+
+/* An answer: its records are read to an end. */
+static void
+fuzz_answer(void)
+{
+	struct reader r;
+	struct record one;
+	struct query q;
+
+	begin_run(NONE, NONE, 0);
+	q = dns_query(S("_acme-challenge.a.test"), TXT, true);
+	is_answer(input, &q);
+	if (input.n < DNS_HEAD)
+		return;
+	for (r = dns_records(input); dns_next(&r, &one); )
+		if (one.data.p + one.data.n > input.p + input.n)
+			broke("a DNS record goes beyond its message");
+}
+
+static void
+look(void)
+{
+	looking_for = order.challenge[0].id.value;
+	find_challenge_type(order.challenge[0].type)->look(
+	    &order.challenge[0]);
+}
+
+/* respond -c: what servers say is in its report, and nothing else of them. */
+static void
+fuzz_look(void)
+{
+	static const char *const of[] = { FILES_OF, RECORDS, ALPN_OF };
+	unsigned c = take_byte(), cut = take_byte() << 8 | 1;
+
+	begin_run(NONE, NONE, 0);
+	set_record(of[c % COUNT(of)]);
+	w.net = input.p;
+	w.nnet = input.n;
+	w.cut = cut;
+	deadline = now_ms() + 30000;
+	ends(look);
+	check_messages();
+	check_lines(out_str(), "a control character is in a report");
+}
+
+/* -------------------------------------------------------- responders -- */
+
+static void
+serve(void)
+{
+	struct client *c = &clients[0];
+
+	c->fd = new_fd(NETWORK);
+	c->begun = false;
+	if (!proxied)
+		client_begin(responder, c);
+	for (int i = 0; i < 20000 && c->fd >= 0; i++) {
+		size_t mark = used;
+
+		client_serve(responder, c);
+		used = mark;
+	}
+	if (c->fd >= 0)
+		broke("a peer is served without end");
+}
+
+/* HTTP: 404, or the content of the challenge, and its length. */
+static void
+check_page(void)
+{
+	Str s = { sent, w.nsent }, l, content = order.challenge[0].content;
+	unsigned long n = 0;
+	bool found;
+
+	if (!s.n)
+		return;
+	l = cut(&s, '\n');
+	found = is(l, "HTTP/1.1 200 OK\r");
+	if (!found && !is(l, "HTTP/1.1 404 Not Found\r"))
+		broke("the responder sends something else");
+	while (!is(l = cut(&s, '\n'), "\r"))
+		if (is(cut(&l, ' '), "Content-Length:"))
+			number(cut(&l, '\r'), 9999, &n);
+	if (n != (found ? content.n : 0) || (s.n && !same(s, content)))
+		broke("the responder sends other content");
+	if (found && !contains(input, text(" " WELL_KNOWN "% HTTP/1.",
+	    order.challenge[0].name)))
+		broke("the responder sends the content for another path");
+}
+
+static void
+fuzz_responder(void)
+{
+	static const struct responder *const how[] = { &http_responder,
+	    &alpn_responder, &dns_responder };
+	static const char *const of[] = { FILES_OF, ALPN_OF, RECORDS };
+	unsigned c = take_byte(), cut = take_byte() << 8 | 1;
+
+	begin_run(NONE, NONE, 0);
+	set_record(of[c % 3]);
+	w.net = input.p;
+	w.nnet = input.n;
+	w.cut = cut;
+	w.gap = w.real_tls = true;
+	proxied = c / 3 & 1;
+	responder = how[c % 3];
+	if (c % 3 == 1) {
+		other_key = saved_other;
+		validation[0] = validation_certificate(&order.challenge[0]);
+	}
+	ends(serve);
+	check_messages();
+	if (c % 3 == 0)
+		check_page();
+}
+
+/* ------------------------------------------------------------- boxes -- */
+
+static struct request one, two;
+
+static void
+hear_one(void)
+{
+	conn.fd = tls.fd = new_fd(NETWORK);
+	one = (struct request){ .method = "POST",
+	    .url = S("https://ca.test/a") };
+	if (!http_receive(&one, &response))
+		leave(CA_DOWN);
+}
+
+static void
+hear_stored(void)
+{
+	if (!http_receive(&one, &response) || conn.at != conn.have)
+		broke("a response that was stored is not whole");
+}
+
+static Str
+all_links(const struct response *r)
+{
+	Str head = r->head, value, all = NONE;
+
+	while (next_field(&head, S("Link"), &value))
+		if (value.n)
+			all = cat(NONE, all, value, S("\n"));
+	return all;
+}
+
+static Str
+response_text(const struct response *r)
+{
+	return cat(NONE, num((unsigned)r->status), S("\n"), r->location,
+	    S("\n"), r->nonce, S("\n"), num((unsigned long)
+	    (r->retry_after + 1)), S("\n"), all_links(r), r->body);
+}
+
+/* A response that send stores reads as the one that came. */
+static void
+store(void)
+{
+	Str s, before, request = S("x");
+
+	begin_run(NONE, input, 0);
+	if (ends(hear_one) >= 0) {
+		check_messages();
+		return;
+	}
+	before = keep_copy(0, response_text(&response));
+	s = box_response(&response);
+	s = keep_copy(1, text("%" BOX_CHECK "%\n", s, box_check(request,
+	    s)));
+	begin_run(NONE, NONE, 0);
+	if (!box_open(request, &s))
+		broke("a response that was stored has a wrong check");
+	conn.from = s.p;
+	conn.have = s.n;
+	conn.whole = true;
+	if (ends(hear_stored) >= 0 || !same(before, response_text(&response)))
+		broke("a response that was stored reads as another");
+}
+
+/* A file of a box that is a request writes as what reads the same. */
+static void
+fuzz_box(void)
+{
+	unsigned c = take_byte();
+	Str s;
+
+	if (c & 1) {
+		store();
+		return;
+	}
+	begin_run(NONE, NONE, 0);
+	if (!read_request_file(input, &one))
+		return;
+	s = box_request(&one);
+	if (!read_request_file(s, &two) || !same(one.url, two.url) ||
+	    !same(one.body, two.body) || strcmp(one.method, two.method) != 0)
+		broke("a request of a box reads as another");
+}
+
+/* --------------------------------------------------------------- EAB -- */
+
+static void
+bind_account(void)
+{
+	opt['e'] = "input";
+	check_new_account(NULL);
+	directory_body = S("{\"newAccount\":\"https://ca.test/a\"}");
+	directory_response.url = directory_url = S("https://ca.test/d");
+	have_account_key = true;
+	account_key = saved_key;
+	record = account_binding();
+}
+
+/* A KID and a key: the binding is JSON, and has that KID. */
+static void
+fuzz_eab(void)
+{
+	Str o, v;
+
+	begin_run(NONE, NONE, 0);
+	if (ends(bind_account) >= 0) {
+		check_messages();
+		return;
+	}
+	if (!is_utf8(binding.kid))
+		return;
+	if (!json_read(record, &v) ||
+	    !json_read(unb64(text_of(v, "protected")), &o) ||
+	    !same(text_of(o, "kid"), binding.kid))
+		broke("an account binding does not have the KID");
+}
+
+/* ------------------------------------------------------ times, URLs -- */
+
+static void
+fuzz_time(void)
+{
+	long long t, again;
+	unsigned c = take_byte();
+
+	begin_run(NONE, NONE, 0);
+	if (c % 4 == 0 && rfc3339(input, &t) && t >= -62167219200LL &&
+	    t < 253402300800LL && (!rfc3339(date(t), &again) || t != again))
+		broke("a time that was written reads as another");
+	if (c % 4 == 1 && http_date(input, &t) && t < 253402300800LL &&
+	    (!rfc3339(date(t), &again) || t != again))
+		broke("an HTTP date is another time");
+	if (c % 4 == 2 && x509_time(c & 4 ? UTC_TIME : TIME, input, &t) &&
+	    t < 253402300800LL && (!rfc3339(date(t), &again) || t != again))
+		broke("a time of a certificate is another");
+	if (c % 4 == 3) {
+		long n = retry_after(input);
+
+		if (n < -1 || n > MAX_WAIT)
+			broke("Retry-After is out of its range");
+	}
+}
+
+static struct proxy proxy_read_;
+
+static void
+read_a_proxy(void)
+{
+	read_proxy(input, &proxy_read_);
+}
+
+/* A URL and a reference: a request has the lines that it should. */
+static void
+fuzz_url(void)
+{
+	Str rest = input, base = cut(&rest, '\n'), ref = cut(&rest, '\n'), s;
+	struct request q = { .method = "GET" };
+	struct url u;
+	int lines = 0;
+
+	begin_run(NONE, NONE, 0);
+	q.url = absolute(base, ref);
+	is_entry(ref, S("www.example.com"), S("443"));
+	is_entry(ref, S("10.1.2.3"), S("443"));
+	if (url_read(q.url, &u)) {
+		if (!same_origin(q.url, q.url) ||
+		    !same_origin(q.url, u.origin))
+			broke("a URL has not its own origin");
+		if (u.host.n > HOSTNAME || u.port.n > PORT || !u.port.n)
+			broke("a host or port is too long");
+		s = http_text(&q, &u, url_target(&u));
+		while (s.n) {
+			Str l = cut(&s, '\n');
+
+			lines++;
+			if (!l.n || l.p[l.n - 1] != '\r' || memchr(l.p, '\r',
+			    l.n - 1))
+				broke("a request has other lines");
+		}
+		if (lines != 4)
+			broke("a request has more lines");
+		fill_command(c_str(u.host), c_str(u.port));
+	}
+	input = rest;
+	if (input.n && ends(read_a_proxy) < 0 &&
+	    proxy_read_.host.n > HOSTNAME)
+		broke("a proxy's host is too long");
+	check_messages();
+}
+
+#define PASSWORD "s3cr3t%40word"
+
+static void
+dial_a_proxy(void)
+{
+	dial_proxy(S("http://user:" PASSWORD "@proxy.test:3128"), "ca.test",
+	    "443");
+}
+
+/* A proxy: no byte that follows its header is read, no secret shown. */
+static void
+fuzz_proxy(void)
+{
+	unsigned cut = take_byte() << 8 | 1;
+	int status;
+
+	begin_run(NONE, input, cut);
+	deadline = now_ms() + 30000;
+	status = ends(dial_a_proxy);
+	check_messages();
+	if (contains(err_str(), S("s3cr3t")) ||
+	    contains(err_str(), base64(S("user:s3cr3t@word"))))
+		broke("a message has the password of the proxy");
+	if (input.n && memchr(input.p, 0, input.n))
+		return;			/* a sign */
+	if (status < 0 && (w.at < 2 || w.net[w.at - 1] != '\n' ||
+	    !(w.net[w.at - 2] == '\n' || (w.at > 2 && w.net[w.at - 2] ==
+	    '\r' && w.net[w.at - 3] == '\n'))))
+		broke("more than the proxy's header is read");
+}
+
+/* ------------------------------------------------------- whole steps -- */
+
+/* Of the file "commands": NAME of standard input, and the words. */
+enum { ROWS = 64, WORDS = 24 };
+static struct {
+	const char *in, *environment;
+	char *word[WORDS];
+	int n;
+} row[ROWS];
+static size_t nrow;
+static bool show;		/* FUZZ_SHOW is set: print what a run does */
+
+static void
+read_rows(char *text)
+{
+	char *l, *one;
+
+	while ((l = strsep(&text, "\n")) && nrow < ROWS) {
+		if (!*l)
+			continue;
+		row[nrow].in = strsep(&l, " ");
+		row[nrow].word[row[nrow].n++] = "acme-step";
+		while ((one = strsep(&l, " ")) && row[nrow].n < WORDS - 1)
+			if (row[nrow].n == 1 && strchr(one, '='))
+				row[nrow].environment = one;
+			else
+				row[nrow].word[row[nrow].n++] = one;
+		nrow++;
+	}
+}
+
+/* An origin: the host and port of a URL, whatever their spelling. */
+struct origin {
+	char host[300];
+	unsigned long port;	/* 0: there is none */
+};
+
+/* Not by acme.c. */
+static struct origin
+origin_of(Str url)
+{
+	struct origin o = { "", 443 };
+	unsigned char ip[16];
+	char *port, *c;
+	size_t n = 8;
+
+	if (url.n < 9 || strncasecmp((const char *)url.p, "https://", 8) != 0)
+		broke("a URL is not https");
+	while (n < url.n && !strchr("/?#", url.p[n]) && n < 300) {
+		o.host[n - 8] = lower_case(url.p[n]);
+		n++;
+	}
+	port = strrchr(o.host, ':');
+	if (port && !strchr(port, ']')) {
+		o.port = strtoul(port + 1, NULL, 10);
+		*port = 0;
+	}
+	if (o.host[0] == '[' && (c = strchr(o.host, ']'))) {
+		*c = 0;
+		if (inet_pton(AF_INET6, o.host + 1, ip) == 1)
+			inet_ntop(AF_INET6, ip, o.host, sizeof o.host);
+	}
+	return o;
+}
+
+static bool
+is_origin(const struct origin *a, const struct origin *b)
+{
+	return a->port == b->port && strcmp(a->host, b->host) == 0;
+}
+
+/* What a step may request from where. */
+static struct {
+	struct origin elsewhere;	/* where the directory redirects to */
+	struct origin signed_for;	/* the one of all signed requests */
+	bool renewal;		/* renewalInfo may be anywhere */
+	int posts;
+} policy;
+
+static void
+check_origin(Str method, Str url)
+{
+	struct origin o = origin_of(url), ca = origin_of(S(HOME));
+	bool home = is_origin(&o, &ca);
+	bool other = is_origin(&o, &policy.elsewhere);
+
+	if (is(method, "POST")) {
+		if (!home && !other)
+			broke("a signed request goes to another origin");
+		if (policy.posts++ && !is_origin(&o, &policy.signed_for))
+			broke("signed requests go to two origins");
+		policy.signed_for = o;
+	} else if (!home && !other) {
+		if (is(method, "HEAD") || ((policy.posts ||
+		    policy.elsewhere.port) && !policy.renewal))
+			broke("a request goes to another origin");
+		policy.elsewhere = o;
+	}
+}
+
+/* The URL in what was signed is that of the request (RFC 8555 6.4). */
+static void
+check_signed(Str body, Str url)
+{
+	struct url u, v;
+	Str o, p;
+
+	if (!json_read(body, &o) || !json_read(unb64(text_of(o,
+	    "protected")), &p) || !url_read(text_of(p, "url"), &u) ||
+	    !url_read(url, &v) || !same(u.authority, v.authority) ||
+	    !same(url_target(&u), url_target(&v)))
+		broke("what is signed is not for the URL of the request");
+	if (!is_b64(text_of(p, "nonce")) || !text_of(o, "signature").n)
+		broke("a request has no nonce or no signature");
+}
+
+/* One request, off the front of what was sent to a host. */
+static void
+check_request(Str *s, const char *host, unsigned port)
+{
+	Str l = cut(s, '\n'), method = cut(&l, ' '), target = cut(&l, ' ');
+	Str at = NONE, url, body;
+	unsigned long length = 0, n;
+	struct url u;
+
+	if (!is(l, "HTTP/1.1\r") || (!is(method, "GET") && !is(method,
+	    "HEAD") && !is(method, "POST") && !is(method, "CONNECT")))
+		broke("a request line is malformed");
+	while (!is(l = cut(s, '\n'), "\r")) {
+		Str name = cut(&l, ' '), value = cut(&l, '\r');
+
+		if (l.n || !s->n)
+			broke("a request header is malformed");
+		if (is(name, "Host:"))
+			at = value;
+		if (is(name, "Content-Length:"))
+			number(value, SENT, &length);
+	}
+	if (length > s->n)
+		broke("a request is not whole");
+	body = (Str){ s->p, length };
+	*s = from(*s, length);
+	if (is(method, "CONNECT"))
+		return;
+	url = text("https://%%", at, target);
+	if (!url_read(url, &u) || !number(u.port, MAX_PORT, &n))
+		broke("a request has no URL");
+	if ((!same_nocase(u.host, str(host)) && !same(ip_bytes(u.host),
+	    ip_bytes(str(host)))) || (port && n != port))
+		broke("a request is sent to another host than it names");
+	check_origin(method, url);
+	if (is(method, "POST"))
+		check_signed(body, url);
+	else if (length)
+		broke("a request without a signature has a body");
+}
+
+static void
+check_requests(void)
+{
+	memset(&policy, 0, sizeof policy);
+	policy.renewal = strcmp(words[1], "renewal-info") == 0;
+	for (size_t i = 0; i < w.nconnection; i++) {
+		size_t end = i + 1 < w.nconnection ? w.connection[i + 1].from :
+		    w.nsent;
+		unsigned port = w.connection[i].port;
+		Str s = { sent + w.connection[i].from, end -
+		    w.connection[i].from };
+
+		while (s.n)
+			check_request(&s, w.connection[i].host, port == 3128 ?
+			    0 : port);
+	}
+}
+
+/* What a step wrote and how it ended. */
+static void
+check_step(const struct command *c, int status)
+{
+	bool raw = !c || strcmp(c->name, "get") == 0 ||
+	    strcmp(c->name, "post") == 0 || strcmp(c->name, "json") == 0;
+	Str s = out_str();
+
+	if (show)
+		printf("# exit status %d of %s\n%.*s%.*s%.*s\n", status,
+		    words[1] ? words[1] : "", (int)w.nsent, (char *)sent,
+		    (int)w.nout, (char *)out_text, (int)w.nerr,
+		    (char *)err_text);
+	check_status(status);
+	check_messages();
+	if (!raw)
+		check_lines(s, "a control character is in the output");
+	if (status > 1 && s.n && !(c && c->needs & RECORD_OUT && w.piped))
+		broke("a step that fails prints a result");
+	if (c && status == DONE && c->needs & RECORD_OUT && !opt['o'] &&
+	    s.n && !contains(s, S("common options:")) &&
+	    strcmp(c->name, "directory") != 0) {
+		forget();
+		record = keep_copy(0, s);
+		of_account = false;
+		if (ends(read_it) >= 0)
+			broke("the record of a step is not read by the next");
+	}
+	forget();
+	check_requests();
+}
+
+static void
+load_keys(void)
+{
+	have_account_key = true;
+	account_key = saved_key;
+}
+
+/*
+ * The responses of the input, each ended by NUL and n.  The Content-Length
+ * of each becomes what it has, so that a change of the body is no more than
+ * that.
+ */
+static Str
+framed(Str s)
+{
+	unsigned char *to = malloc(s.n * 12 + 64), *o = to;
+
+	while (s.n) {
+		const unsigned char *end = memmem(s.p, s.n, "\0n", 2), *at;
+		Str part = { s.p, end ? (size_t)(end - s.p) + 2 : s.n };
+		const unsigned char *body = memmem(part.p, part.n,
+		    "\r\n\r\n", 4);
+
+		s = from(s, part.n);
+		at = body ? memmem(part.p, (size_t)(body + 4 - part.p),
+		    "\r\nContent-Length: ", 18) : NULL;
+		if (at) {
+			size_t n = (size_t)(at + 18 - part.p);
+
+			memcpy(o, part.p, n);
+			o += n;
+			n = part.n - (size_t)(body + 4 - part.p);
+			o += sprintf((char *)o, "%zu\r", end ? n - 2 : n);
+			at = memchr(at + 2, 0x0a, (size_t)(body + 4 - at - 2));
+			part = from(part, (size_t)(at - part.p));
+		}
+		memcpy(o, part.p, part.n);
+		o += part.n;
+	}
+	return (Str){ to, (size_t)(o - to) };
+}
+
+/* A whole step, one of the rows, before a CA that sends the input. */
+static void
+fuzz_step(void)
+{
+	size_t i = take_byte() % nrow;
+	unsigned c = take_byte();
+	Str net = framed(input);
+	int in = find_file(row[i].in), status;
+
+	memcpy(words, row[i].word, sizeof row[i].word);
+	nwords = row[i].n;
+	words[nwords] = NULL;
+	begin_run(in < 0 ? NONE : (Str){ file[in].p, file[in].n }, net, c &
+	    0xfe ? c << 8 | 1 : 0);
+	w.piped = c & 1;
+	w.environment = row[i].environment;
+	load_keys();
+	status = ends(run_words);
+	check_step(find_command(words[1]), status);
+	free((void *)net.p);
+}
+
+/* A command line, one word a line, and no CA; the first: standard input. */
+static void
+fuzz_args(void)
+{
+	char *text = strndup((const char *)input.p, input.n), *at = text;
+	const struct command *c = NULL;
+	int in, status;
+
+	in = find_file(strsep(&at, "\n"));
+	for (nwords = 1; at && nwords < 60; )
+		words[nwords++] = strsep(&at, "\n");
+	words[nwords] = NULL;
+	if (nwords > 1 && strcmp(words[1], "key") != 0) {
+		begin_run(in < 0 ? NONE : (Str){ file[in].p, file[in].n },
+		    NONE, 0);
+		load_keys();
+		status = ends(run_words);
+		for (size_t i = 0; i < COUNT(commands); i++)
+			if (strcmp(words[1], commands[i].name) == 0)
+				c = &commands[i];
+		check_step(c, status);
+	}
+	words[nwords = 1] = NULL;
+	free(text);
+}
+
+/* ------------------------------------------------------------ targets -- */
+
+static const struct {
+	const char *name;
+	void (*run)(void);
+} targets[] = {
+	{ "json", fuzz_json },
+	{ "quote", fuzz_quote },
+	{ "http", fuzz_http },
+	{ "link", fuzz_link },
+	{ "record", fuzz_record },
+	{ "cert", fuzz_cert },
+	{ "due", fuzz_due },
+	{ "key", fuzz_key },
+	{ "request", fuzz_request },
+	{ "csr", fuzz_csr },
+	{ "chain", fuzz_chain },
+	{ "validate", fuzz_validate },
+	{ "question", fuzz_question },
+	{ "answer", fuzz_answer },
+	{ "look", fuzz_look },
+	{ "responder", fuzz_responder },
+	{ "box", fuzz_box },
+	{ "eab", fuzz_eab },
+	{ "time", fuzz_time },
+	{ "url", fuzz_url },
+	{ "proxy", fuzz_proxy },
+	{ "args", fuzz_args },
+	{ "step", fuzz_step },
+};
+static void (*target)(void);
+
+/* Read a file of the machine. */
+static void
+load(const char *dir, const char *name)
+{
+	char path[PATH_MAX];
+	FILE *f;
+
+	snprintf(path, sizeof path, "%s/%s", dir, name);
+	f = fopen(path, "r");
+	file[nfile].p = malloc(1 << 16);
+	snprintf(file[nfile].name, sizeof file[0].name, "%s", name);
+	file[nfile].n = f ? fread(file[nfile].p, 1, 1 << 16, f) : 0;
+	if (f)
+		fclose(f);
+	nfile++;
+}
+
+static void
+read_saved(void)
+{
+	key_read(&account_key, "account.pem");
+	saved_key = account_key;
+	key_read(&other_key, "example.pem");
+	saved_other = other_key;
+}
+
+#undef getenv
+#undef opendir
+int LLVMFuzzerInitialize(int *, char ***);
+int LLVMFuzzerTestOneInput(const uint8_t *, size_t);
+
+/* FUZZ_FILES is a directory: the only files that there are. */
+int
+LLVMFuzzerInitialize(int *argc, char ***argv)
+{
+	const char *name = strrchr((*argv)[0], '/');
+	const char *dir = getenv("FUZZ_FILES");
+	DIR *list = dir ? opendir(dir) : NULL;
+	static char *no_environment[1];
+	struct dirent *e;
+	int i;
+
+	(void)argc;
+	name = name ? name + 1 : (*argv)[0];
+	for (size_t t = 0; t < COUNT(targets); t++)
+		if (strcmp(name, targets[t].name) == 0)
+			target = targets[t].run;
+	if (!target || !list) {
+		for (size_t t = 0; t < COUNT(targets); t++)
+			puts(targets[t].name);
+		exit(!!target);
+	}
+	while ((e = readdir(list)))
+		if (*e->d_name != '.')
+			load(dir, e->d_name);
+	closedir(list);
+	show = getenv("FUZZ_SHOW") != NULL;
+	environ = no_environment;
+	words[0] = "acme-step";
+	if (__stop_acme_data - __start_acme_data > (long)sizeof
+	    data_at_first || (uintptr_t)__stop_acme_bss % 8)
+		abort();
+	copy(data_at_first, __start_acme_data,
+	    (size_t)(__stop_acme_data - __start_acme_data));
+	begin_run(NONE, NONE, 0);
+	if (ends(read_saved) >= 0)
+		abort();
+	if ((i = find_file("commands")) >= 0)
+		read_rows(strndup((char *)file[i].p, file[i].n));
+	return 0;
+}
+
+int
+LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
+{
+	/* The file "input" is the input, in memory of its very size. */
+	int i = find_file("input");
+
+	if (i < 0) {
+		i = (int)nfile++;
+		strcpy(file[i].name, "input");
+	}
+	file[i].p = malloc(n ? n : 1);
+	file[i].n = n;
+	if (n)
+		memcpy(file[i].p, p, n);
+	input = (Str){ file[i].p, n };
+	target();
+	free(file[i].p);
+	return 0;
+}
+END
+}
+
 case $task in
 check|offline)	;;
 *)		"$task"; exit ;;
