@@ -7632,6 +7632,115 @@ LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 END
 }
 
+# ------------------------------------------------------------- coverage --
+
+# All tests run with a program that counts.  The counters are a file that
+# is mapped into each process, so they outlast _exit(), SIGKILL and what
+# the responder gives up.  What another user runs adds to the same file.
+# The path is compiled in: some tests empty the environment.
+coverage() {
+	chmod 755 "$tmp"
+	mkdir counts programs
+	chmod 777 counts programs
+	counted="-fprofile-instr-generate=$tmp/counts/%m%c.profraw \
+-fcoverage-mapping -mllvm -runtime-counter-relocation"
+	# Programs of the tests that include acme.c count too.  They are
+	# kept, since llvm-cov reads in them what each counter is for.
+	cat >cc <<-EOF
+	#!/bin/sh
+	case " \$* " in
+	*" -I"*)	;;
+	*)		exec cc "\$@" ;;
+	esac
+	clang $counted -isystem /usr/include/bearssl "\$@" || exit
+	while [ \$# -gt 1 ]; do
+		[ "\$1" != -o ] || cp "\$2" "\$(mktemp $tmp/programs/XXXXXX)"
+		shift
+	done
+	EOF
+	chmod 755 cc
+	group 'coverage'
+	# It is bound at its start: the loader would save registers, which
+	# can hold secrets, deeper in the stack than the program wipes.
+	# shellcheck disable=SC2086	# options
+	check 'a program that counts' '
+	    clang -std=c99 -O1 -w $counted -isystem /usr/include/bearssl \
+		-Wl,-z,now -o acme-step-cov "$src/acme.c" -lbearssl &&
+	    ./acme-step-cov version && chmod 666 counts/*'
+	[ "$bad" = 0 ] || finish
+	CC=$tmp/cc sh "$src/test.sh" check "$tmp/acme-step-cov" 2>&1 |
+	tee tests | grep -v '^[0-9]* passed, '
+	n=$((n + $(grep -c -e '^ok' -e '^not ok' tests)))
+	bad=$((bad + $(grep -c '^not ok' tests)))
+	group 'coverage'
+	check 'the tests came to their end' 'tail -n 1 tests | grep " passed, "'
+	check 'what was counted can be read' counts
+	summary
+	check 'at least 95 % of the lines' '
+	    awk "/^lines / { good = \$(NF - 1) >= 95 } END { exit !good }" \
+		summary'
+	finish
+}
+
+counts() {
+	set -- acme-step-cov
+	for program in programs/*; do
+		[ ! -e "$program" ] || set -- "$@" -object "$program"
+	done
+	llvm-profdata merge -o profile counts/*.profraw &&
+	llvm-cov export "$@" -instr-profile profile -format lcov \
+	    -skip-functions "$src/acme.c" >lcov && grep -c '^DA:' lcov
+}
+
+# Lines are those with code, without those of a comment or a brace alone.
+summary() {
+	awk '
+	function percent(what, part, all) {
+		printf "%-31s%5d of %5d  %5.1f %%\n", what, part, all,
+		    all ? int(1000 * part / all) / 10 : 0
+	}
+	NR == FNR {
+		split($0, word, /[:,]/)
+		if (word[1] == "DA")
+			count[word[2]] = word[3]
+		else
+			total[word[1]] = word[2]
+		next
+	}
+	/^\/\* -+ [0-9]+\. .* -- \*\/$/ {
+		gsub(/^\/\* -+ | -+ \*\/$/, "")
+		title[++sections] = $0
+	}
+	{
+		code = $0
+		gsub(/\/\*([^*]|\*[^\/])*\*\//, "", code)
+		if (comment && !sub(/^.*\*\//, "", code))
+			code = ""
+		else
+			comment = sub(/\/\*.*/, "", code)
+	}
+	code ~ /[[:alnum:]]/ && FNR in count {
+		all[sections]++
+		lines++
+		if (count[FNR] > 0) {
+			ran[sections]++
+			good++
+		} else
+			missed = missed sprintf("%5d %s\n", FNR, $0)
+	}
+	END {
+		percent("lines", good, lines)
+		percent("functions", total["FNH"], total["FNF"])
+		percent("branches", total["BRH"], total["BRF"])
+		print "\nLines of the sections:"
+		for (i = 1; i <= sections; i++)
+			if (all[i])
+				percent(title[i], ran[i], all[i])
+		printf "\nLines that no test runs:\n%s\n", missed
+	}' lcov "$src/acme.c" >summary
+	cat summary
+}
+
 case $task in
 check|offline)	;;
 *)		"$task"; exit ;;
