@@ -7883,6 +7883,104 @@ constraints(void)
 	    !are_subtrees(subtree(0x81, S("a.example"))))
 		bad = puts("constraints of other kinds");
 }
+/* The seconds of a time are those that date(1) has, or it is malformed. */
+static void
+times(void)
+{
+	enum { BAD_TIME = -1 };
+	static const struct {
+		int kind;		/* 0: RFC 3339, 1: HTTP, or DER's tag */
+		const char *text;
+		long long seconds;
+	} times[] = {
+		{ 0, "2026-11-24T01:02:03.5+01:00", 1795478523 },
+		{ 0, "2026-11-24T01:02:03-23:59", 1795568463 },
+		{ 0, "2026-11-24t00:02:03z", 1795478523 },
+		{ 0, "2026-11-24 00:02:03-00:00", 1795478523 },
+		{ 0, "2016-12-31T23:59:60Z", 1483228800 },
+		{ 0, "2026-11-24T01:02:03+24:00", BAD_TIME },
+		{ 0, "2026-11-24T01:02:03+01:60", BAD_TIME },
+		{ 0, "2026-11-24T01:02:03+01.00", BAD_TIME },
+		{ 0, "2026-11-24T01:02:03+1:00", BAD_TIME },
+		{ 0, "2026-11-24T01:02:03+0x:00", BAD_TIME },
+		{ 0, "2026-11-24T01:02:03", BAD_TIME },
+		{ 0, "2026-11-24T24:00:00Z", BAD_TIME },
+		{ 0, "2026-11-24T23:60:00Z", BAD_TIME },
+		{ 0, "2026-11-24T23:59:61Z", BAD_TIME },
+		{ 0, "2026-11-24T01.02:03Z", BAD_TIME },
+		{ 0, "2026-11-24T01:02", BAD_TIME },
+		{ 0, "2026-11-24T01:2:03Z", BAD_TIME },
+		{ 0, "2026-11-24+01:02:03Z", BAD_TIME },
+		{ 0, "2026-13-24T01:02:03Z", BAD_TIME },
+		{ 0, "2026-11-32T01:02:03Z", BAD_TIME },
+		{ 0, "2026/11-24T01:02:03Z", BAD_TIME },
+		{ 0, "26-11-24T01:02:03Z", BAD_TIME },
+		{ 1, "Sun, 06 Nov 1994 08:49:37 GMT", 784111777 },
+		{ 1, "Sun, 32 Nov 1994 08:49:37 GMT", BAD_TIME },
+		{ 1, "Sun, 06-Nov-1994 08:49:37 GMT", BAD_TIME },
+		{ 1, "Sun, 06 Nox 1994 08:49:37 GMT", BAD_TIME },
+		{ 1, "Sun, 06 Nov 94 08:49:37 GMT", BAD_TIME },
+		{ 1, "Sun, 06 Nov 1994 08.49.37 GMT", BAD_TIME },
+		{ 1, "Sun, 06 Nov 1994 08:49:37 UTC", BAD_TIME },
+		{ 1, "Sun, 06 Nov 1994 08:49:37", BAD_TIME },
+		{ UTC_TIME, "500101000000Z", -631152000 },
+		{ UTC_TIME, "491231235959Z", 2524607999 },
+		{ TIME, "20500101000000Z", 2524608000 },
+		{ UTC_TIME, "490001000000Z", BAD_TIME },
+		{ UTC_TIME, "491301000000Z", BAD_TIME },
+		{ UTC_TIME, "491232000000Z", BAD_TIME },
+		{ UTC_TIME, "491231240000Z", BAD_TIME },
+		{ UTC_TIME, "491231235959", BAD_TIME },
+		{ UTC_TIME, "4912312359Z", BAD_TIME },
+		{ UTC_TIME, "491231235959+0000", BAD_TIME },
+		{ TIME, "20500101000000.5Z", BAD_TIME },
+		{ TIME, "500101000000Z", BAD_TIME },
+		{ OCTETS, "20500101000000Z", BAD_TIME },
+	};
+
+	for (size_t i = 0; i < COUNT(times); i++) {
+		Str s = str(times[i].text);
+		long long t;
+		bool ok = times[i].kind == 0 ? rfc3339(s, &t) :
+		    times[i].kind == 1 ? http_date(s, &t) :
+		    x509_time(times[i].kind, s, &t);
+
+		if (ok != (times[i].seconds != BAD_TIME) ||
+		    (ok && t != times[i].seconds))
+			bad = printf("time %s\n", times[i].text);
+	}
+}
+/* Lengths of DER are the shortest, of 24 bits at most (X.690 10.1). */
+static void
+lengths(void)
+{
+	static unsigned char b[200] = { OCTETS };
+	static const struct {
+		unsigned char head[5];
+		size_t n, body;
+		bool ok;
+	} lengths[] = {
+		{ { 5 }, 1, 5, true },
+		{ { 0x80 }, 1, 0, false },
+		{ { 0x81, 5 }, 2, 5, false },
+		{ { 0x81, 127 }, 2, 127, false },
+		{ { 0x81, 128 }, 2, 128, true },
+		{ { 0x82, 0, 128 }, 3, 128, false },
+		{ { 0x84, 0, 0, 0, 128 }, 5, 128, false },
+		{ { 0x82, 1 }, 2, 0, false },
+		{ { 6 }, 1, 5, false },
+	};
+
+	for (size_t i = 0; i < COUNT(lengths); i++) {
+		Str s = { b, 1 + lengths[i].n + lengths[i].body }, body, all;
+		int tag;
+
+		memcpy(b + 1, lengths[i].head, sizeof lengths[i].head);
+		if (der_any(&s, &tag, &body, &all) != lengths[i].ok ||
+		    (lengths[i].ok && (body.n != lengths[i].body || s.n)))
+			bad = printf("length %zu\n", i);
+	}
+}
 int
 main(void)
 {
@@ -7900,6 +7998,10 @@ main(void)
 	IS(b64(S("\3\354\377\340\301")), "A-z_4ME");	/* RFC 7515 C */
 	IS(b64(S("{\"alg\":\"ES256\"}")),		/* RFC 7515 A.3 */
 	    "eyJhbGciOiJFUzI1NiJ9");
+	IS(unb64_any(S("+/8=")), "\373\377");		/* RFC 4648 4, 5 */
+	IS(unb64_any(S("-_8")), "\373\377");
+	IS(unb64_any(S("Zg==")), "f");
+	IS(unb64_any(S("Z=g")), "");
 	IS(quote(S("")), "\"\"");
 	IS(quote(S("a/b")), "\"a/b\"");
 	IS(quote(S("a\"b\\")), "\"a\\\"b\\\\\"");
@@ -7937,6 +8039,8 @@ main(void)
 	    rfc3339(S("2026-01-01T00:00:00\00001:00"), &t))
 		bad = puts("a NUL passed for another character");
 	constraints();
+	times();
+	lengths();
 	return bad != 0;
 }
 END
