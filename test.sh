@@ -8824,6 +8824,7 @@ group 'inside: system calls that fail'
 
 cat >faulty.c <<'END'
 #define _GNU_SOURCE
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -8831,6 +8832,7 @@ cat >faulty.c <<'END'
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include <bearssl.h>
 static bool
 fault(const char *name)
 {
@@ -8877,20 +8879,63 @@ faulty_fsync(int fd)
 {
 	struct stat st;
 
-	return fault("no sync") && fstat(fd, &st) == 0 &&
-	    S_ISDIR(st.st_mode) ? fail_with(EIO) : fsync(fd);
+	return fstat(fd, &st) == 0 && fault(S_ISDIR(st.st_mode) ?
+	    "no sync" : "no data sync") ? fail_with(EIO) : fsync(fd);
+}
+static int
+faulty_close(int fd)
+{
+	struct stat st;
+	bool file = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size;
+
+	close(fd);
+	return fault("no close") && file ? fail_with(EDQUOT) : 0;
+}
+static int
+faulty_ftruncate(int fd, off_t n)
+{
+	return fault("no truncation") ? fail_with(EIO) : ftruncate(fd, n);
+}
+static ssize_t
+faulty_readlink(const char *name, char *to, size_t n)
+{
+	return fault("no readlink") ? fail_with(EIO) : readlink(name, to, n);
+}
+static int
+faulty_setrlimit(int what, const struct rlimit *limit)
+{
+	return fault("no limits") ? fail_with(EPERM) : setrlimit(what, limit);
+}
+static int
+faulty_getrlimit(int what, struct rlimit *limit)
+{
+	return fault("no old limits") ? fail_with(EINVAL) :
+	    getrlimit(what, limit);
 }
 static int
 faulty_getentropy(void *p, size_t n)
 {
 	return fault("no getrandom") ? fail_with(ENOSYS) : getentropy(p, n);
 }
-#define getentropy faulty_getentropy
+#define close faulty_close
 #define fchmod faulty_fchmod
+#define ftruncate faulty_ftruncate
+#define getentropy faulty_getentropy
+#define getrlimit faulty_getrlimit
 #define fsync faulty_fsync
 #define linkat faulty_linkat
+#define readlink faulty_readlink
 #define renameat faulty_renameat
+#define setrlimit faulty_setrlimit
 #define unlinkat faulty_unlinkat
+/* BearSSL makes no key, or no signature but that which tests the key. */
+static int signatures;
+#define br_ec_keygen(...) \
+    (fault("no keygen") ? 0 : br_ec_keygen(__VA_ARGS__))
+#define br_rsa_i31_compute_privexp(...) \
+    (fault("no exponent") ? 0 : br_rsa_i31_compute_privexp(__VA_ARGS__))
+#define br_rsa_i31_pkcs1_sign(...) \
+    (fault("no signature") && signatures++ ? 0 : br_rsa_i31_pkcs1_sign(__VA_ARGS__))
 #include "acme.c"
 END
 check 'the program with system calls that fail' \
@@ -8928,6 +8973,9 @@ check 'a kernel without getrandom: /dev/urandom, and each key is another' '
 dies 70 'cannot get random bytes from the system' ': > urandom
     faulty "" key -o key.pem && FAULT="no getrandom" unshare -m sh -c "
 	mount --bind ../urandom /dev/urandom && ${RUN-} ../faulty key -o k"'
+dies 70 'cannot get random bytes from the system' '
+    faulty "" key -o key.pem && FAULT="no getrandom" unshare -m sh -c "
+	mount -t tmpfs none /dev && ${RUN-} ../faulty key -o k"'
 check 'chmod refused: a key whose mode is right already' '
     faulty "chmod refused" key -o key.pem && is 600 "stat -c %a key.pem"'
 for how in 'chmod refused, all is 0755' 'all is 0755'; do
@@ -8950,6 +8998,38 @@ dies 73 'out: its file system does not keep the mode' \
     'replaced "chmod refused" 600'
 check 'and the old file stays' 'is old "cat faults/out" &&
     ! ls -A faults | grep -F .acme-step'
+dies 74 'cannot rename out' 'replaced "no rename" 644'
+dies 74 'cannot sync out' 'replaced "no data sync" 644'
+dies 74 'cannot close out' 'replaced "no close" 644'
+check 'and the old file stays' 'is old "cat faults/out" &&
+    ! ls -A faults | grep -F .acme-step'
+for what in sync close; do
+	case $what in
+	sync)	fault='no data sync' ;;
+	*)	fault='no close' ;;
+	esac
+	dies 74 "cannot $what key.pem" 'faulty "$fault" key -o key.pem'
+	check 'and no key stays' 'is "" "ls -A faults"'
+done
+check 'a key that cannot be overwritten: a warning, and it is removed' '
+    faulty "no links, appears, no truncation" key -o key.pem 2>err; got=$?
+    cat ../err; [ $got = 73 ] && is ! "cat key.pem" && not grep PRIVATE kept &&
+    rm kept && is key.pem "ls -A" &&
+    grep "^acme-step: key: cannot overwrite the key in .acme-step" ../err'
+dies 73 'cannot create link: ' '
+    faulty "" key -o key.pem && rm kept && ln -s out link &&
+    FAULT="no readlink" ${RUN-} ../faulty csr -K key.pem -o link a.example'
+for fault in 'no limits' 'no old limits'; do
+	dies 70 'cannot forbid core files' 'faulty "$fault" version'
+done
+dies 70 'cannot make a key' 'faulty "no keygen" key -o key.pem'
+dies 70 'cannot make a key' \
+    'faulty "no exponent" key -t rsa2048 -o key.pem'
+check 'no key is there then' 'is "" "ls -A faults"'
+chmod 600 rfc7638.pem
+dies 70 'cannot sign' 'FAULT="no signature" ${RUN-} ./faulty csr \
+    -K rfc7638.pem -o signed.csr a.example'
+check 'and no CSR' '[ ! -e signed.csr ]'
 check 'a directory that cannot be synced: a warning' '
     faulty "no sync" key -o key.pem 2>err; got=$?; cat ../err
     [ $got = 0 ] && [ -s key.pem ] && is 1 "wc -l <../err" &&
