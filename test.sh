@@ -8562,6 +8562,15 @@ openssl genrsa -out rsa1024.pem 1024 2>/dev/null
 for key in p521 k256 ed25519 rsa1024; do
 	refused "$key" "$key"
 done
+# BearSSL reads keys of this curve; openssl would not make the next one.
+ec_key secp521r1 "$(printf %064d 7)" >ec521.pem
+refused ec521 'its curve is not supported'
+ec_key prime256v1 "01$(printf %064d 7)" >large.pem
+refused large 'its private value is too large for its curve'
+sed '2,3s/..../&  /g' ec256.pem >spaces.pem
+check 'spaces within the lines of a key' '
+    chmod 600 spaces.pem && grep " .*  " spaces.pem >/dev/null &&
+    is "$(oracle ec256.pem)" "\"\$acme\" thumbprint -k spaces.pem"'
 openssl pkey -in ec256.pem -pubout -out public.pem
 : >empty.pem
 echo nonsense >nonsense.pem
@@ -8779,6 +8788,13 @@ fi
 check '-o /dev/fd/3, where that is a pipe' '
 	"$acme" csr -K ec256.pem -o /dev/fd/3 a.example 3>&1 >/dev/null |
 	grep BEGIN'
+
+dies 73 "cannot create '': the file name is empty" \
+    '"$acme" csr -K ec256.pem -o "" a.example'
+dies 73 'cannot create place.sock: No such device or address' '
+    socat -u UNIX-LISTEN:place.sock - & await eval "[ -S place.sock ]"
+    "$acme" csr -K ec256.pem -o place.sock a.example; got=$?
+    kill $!; exit $got'
 
 # mounted WHERE COMMAND...: WHERE/kept is a mount of its own, the file mount.
 mounted() {
@@ -9267,6 +9283,15 @@ dies 64 'key: option -o FILE is required (see acme-step help key)' \
 dies 64 'csr: option -K KEY is required' '"$acme" csr -N none a.example'
 dies 64 'key: option -o needs a value' '"$acme" key -o'
 dies 64 ': -4 and -6 cannot be combined' '"$acme" directory -4 -6'
+dies 64 'keys are not written to standard output; use -o FILE' \
+    '"$acme" key -o -'
+dies 64 'trust anchors cannot come from standard input; use -C FILE' \
+    '"$acme" directory -d https://ca.invalid/ -C - <ec256.pem'
+dies 64 "'-N' is neither .*; options go before names" \
+    '"$acme" csr -K ec256.pem a.example -N'
+check '-- ends the options' '"$acme" csr -K ec256.pem -- a.example >csr.pem &&
+    names DNS:a.example a.example'
+check 'version' 'is "acme-step $(version)" "\"\$acme\" version"'
 check 'a refused command line makes no file' '[ ! -e none.pem ]'
 
 # clogged FD COMMAND...: run it where this descriptor is a full pipe.
