@@ -13704,6 +13704,41 @@ for code in 400 404; do
 	    "$code" 'step renewal-info -d "$ca/dir" ari.pem'
 done
 
+group 'RFC 8555 7.4.1: an authorization without an order'
+
+fresh
+answer GET_dir '200 OK' "${directory%\}},$(endpoint Authz)}"
+rm -rf webroot && mkdir webroot
+# state NAME STATUS [CHALLENGE'S STATUS [MEMBERS]]: of an authorization.
+state() {
+	answer "POST_$1" '200 OK' '{"status":"'"$2"'","identifier":{"type":
+"dns","value":"a.example"},"challenges":[{"type":"http-01",
+"url":"'"$ca"'/chall",
+"token":"'"$token"'","status":"'"${3-$2}"'"'"${4-}"'}]}'
+}
+answer POST_newAuthz "$created" '{"status":"pending"}' "Location: $ca/authz"
+check 'new-authz: the name that the CA is asked for, and its record' '
+    step new-authz -a account A.example >authz.rec; got=$?; cat authz.rec
+    [ $got = 0 ] && part www/body.POST_newAuthz.1 payload | from_base64url |
+	grep -Fx "{\"identifier\":{\"type\":\"dns\",\"value\":\"a.example\"}}" &&
+    grep -x "identifier dns a.example" authz.rec &&
+    grep -x "authorization $ca/authz" authz.rec && not grep "^order" authz.rec'
+answer POST_chall '200 OK' '{"type":"http-01","status":"processing"}'
+state authz pending
+state authz.3 valid
+check 'respond waits for it: it becomes valid' '
+    rm -f www/requests
+    step respond -w webroot <authz.rec >out; got=$?; cat out www/requests
+    [ $got = 0 ] && grep -x "authorization $ca/authz" out &&
+    is 3 "grep -c POST_authz www/requests" && [ -z "$(ls -A webroot)" ]'
+state authz.3 invalid invalid ',"error":{"detail":"no such file"}'
+dies 77 'could not validate a.example: .*no such file' '
+    rm -f www/requests; step respond -w webroot <authz.rec'
+state authz.3 pending
+dies 75 'waiting for the CA to validate: an authorization is still pending' '
+    rm -f www/requests; step respond -T 2 -w webroot <authz.rec'
+rm www/POST_authz.3
+
 group 'the limits (canned replies)'
 
 l=$(head -c 63 /dev/zero | tr '\0' a)
