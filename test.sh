@@ -13739,6 +13739,50 @@ dies 75 'waiting for the CA to validate: an authorization is still pending' '
     rm -f www/requests; step respond -T 2 -w webroot <authz.rec'
 rm www/POST_authz.3
 
+group 'ACME: challenges that cannot be answered'
+
+fresh
+authz '"type":"dns-01","token":"'$token'"'
+dies 77 'offers no http-01 challenge for a.example, only tls-sni-09 dns-01$' \
+    'challenges -t http-01'
+dies 77 'the CA offers no challenge of a supported type' '
+    authz "\"type\":\"odd-01\""; answer POST_order "200 OK" "$(order pending)"
+    step respond -x true <pending'
+# offers TEXT: an authorization that is pending, with these challenges.
+offers() {
+	answer POST_authz '200 OK' '{"status":"pending","identifier":
+{"type":"dns","value":"a.example"}'"$1"'}'
+}
+offers ',"challenges":[]'
+dies 77 'no http-01 challenge for a.example, nor any other$' \
+    'challenges -t http-01'
+offers ''
+dies 76 'lacks the member challenges' challenges
+offers ',"challenges":[{"url":"'"$ca"'/chall"}]'
+dies 76 'lacks the member type' challenges
+offers ",\"challenges\":[$(count 1251 '{"type":"x"}')]"
+dies 70 'an order has more than 1250 challenges' challenges
+state authz invalid pending
+dies 77 'a.example: its authorization is invalid' challenges
+authz '"type":"dns-persist-01","issuer-domain-names":["ca.example"],
+"accounturi":"'"$ca"'/account/2"'
+dies 76 "a challenge for another account: $ca/account/2" challenges
+both="challenge http-01 dns a.example $ca/chall $token $token.$print
+challenge dns-01 dns a.example $ca/chall2 _acme-challenge.a.example $digest"
+{ sed '$d' pending; echo "$both"; echo end; } >both.rec
+dies 64 'a.example has several challenges; .* with -t: http-01 dns-01$' \
+    'step respond <both.rec'
+dies 77 'no tls-alpn-01 challenge for a.example, only http-01 dns-01$' \
+    'step respond -t tls-alpn-01 -l 127.0.0.1:1 <both.rec'
+dies 70 'more than 250 challenges' '
+    { sed "\$d" pending; yes "$both" | head -n 502; echo end; } |
+    step respond -t dns-01 -x true'
+state plain pending
+runs POST_authz 'sleep 3; cat POST_plain'
+dies 75 'too little of -T is left for -s; raise -T' \
+    'step respond -w webroot -s 3 <pending'
+check 'and nothing stays published' '[ -z "$(ls -A webroot)" ]'
+
 group 'the limits (canned replies)'
 
 l=$(head -c 63 /dev/zero | tr '\0' a)
