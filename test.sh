@@ -13783,6 +13783,77 @@ dies 75 'too little of -T is left for -s; raise -T' \
     'step respond -w webroot -s 3 <pending'
 check 'and nothing stays published' '[ -z "$(ls -A webroot)" ]'
 
+group 'ACME: records, orders and accounts that do not fit'
+
+fresh
+for word in order status finalize; do
+	dies 65 "a second '$word' line" "sed 's/^$word .*/&\\
+&/' record | step order"
+done
+dies 65 "'account' differs from the record on standard input" '
+    sed "s|^account .*|&2|" account >account2; step order -a account2 <record'
+dies 70 'more than 1024 lines with unknown keywords' '
+    { sed "\$d" record; seq 1025 | sed "s/^/x-line /"; echo end; } | step order'
+check '1024 such lines are kept' '
+    answer POST_order "200 OK" "$(order ready)"
+    { sed "\$d" record; seq 1024 | sed "s/^/x-line /"; echo end; } |
+    step order >out; is 1024 "grep -c ^x-line out"'
+check 'a record without names has those of its order' '
+    answer POST_order "200 OK" "$(order ready)"
+    grep -v ^identifier record | step order >out; cat out
+    grep -x "identifier dns a.example" out'
+answer POST_newOrder "$created" "$(order pending)" "Location: $ca/order"
+dies 76 'is an order that lacks requested names' \
+    'step new-order -a account a.example b.example'
+answer POST_newOrder "$created" "$(order invalid \
+    '"error":{"type":"x","detail":"never"}')" "Location: $ca/order"
+state authz invalid
+dies 77 'the order is invalid: .*a.example: its challenge' 'new_order'
+dies 77 "the CA has no profile 'classic', nor any other" \
+    'step new-order -p classic -a account a.example'
+answer POST_order '200 OK' "$(order processing)"
+dies 75 'the order is processing: it has no certificate yet' \
+    'step certificate <record'
+check 'finalize asks for the status that its record lacks' '
+    rm -f www/requests; answer POST_order "200 OK" "$(order invalid)"
+    grep -v ^status record | step finalize -K leaf.key 2>err; got=$?
+    cat err; [ $got = 77 ] && is POST_order "grep -m 1 POST www/requests"'
+answer POST_order '200 OK' "$(order ready)"
+error finalize orderNotReady
+dies 77 orderNotReady 'step finalize -T 1 -K leaf.key <record'
+answer POST_order '200 OK' "$(order pending)"
+state authz valid
+check 'deactivate-authz finds the authorizations of the order' '
+    rm -f www/requests
+    grep -v ^authorization record | step deactivate-authz >out; got=$?
+    cat out; [ $got = 0 ] && not grep ^authorization out &&
+    part www/body.POST_authz.2 payload | from_base64url |
+	grep -Fx "{\"status\":\"deactivated\"}"'
+answer POST_newAccount '200 OK' '{"status":"valid","orders":"'"$ca"'/orders"}' \
+    "Location: $ca/account/1"
+answer POST_orders '200 OK' 'none'
+dies 76 'is not JSON' 'step account -d "$ca/dir"'
+answer POST_orders '200 OK' '{"orders":[7]}'
+dies 76 'has an order that is not a URL' 'step account -d "$ca/dir"'
+cp account.key new.key
+"$acme" key -o other.new.key
+answer POST_change '200 OK' '{}'
+answer POST_newAccount '429 Too Many Requests' "$(problem rateLimited)" \
+    'Retry-After: 999'
+dies 75 'rateLimited.*run it again to learn which is the account key' \
+    'step key-change -a account -K other.new.key'
+for text in 'POST https://localhost/x HTTP/1.1\r\nContent-Length: x\r\n\r\n' \
+    'POST https://localhost/x HTTP/1.1\r\nContent-Length: 3\r\n\r\nab' \
+    'PUT https://localhost/x HTTP/1.1\r\n\r\n' 'GET http://localhost/\r\n\r\n'
+do
+	rm -rf box && mkdir box
+	# shellcheck disable=SC2059	# escapes
+	printf "$text" >box/1.request
+	dies 65 '1.request in box is not a request' 'step send box'
+done
+dies 66 'cannot open 1.request in box: ' '
+    rm -f box/1.request; ln -s 1.request box/1.request; step send box'
+
 group 'the limits (canned replies)'
 
 l=$(head -c 63 /dev/zero | tr '\0' a)
