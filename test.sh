@@ -13854,6 +13854,33 @@ done
 dies 66 'cannot open 1.request in box: ' '
     rm -f box/1.request; ln -s 1.request box/1.request; step send box'
 
+group 'TLS: anchors of all kinds'
+
+fresh
+answer GET_dir '200 OK' "$(printf %s "$directory" | sed "s|$ca||g")"
+for bits in 2048 4096; do
+	openssl req -x509 -newkey "rsa:$bits" -nodes -subj /CN=rsa \
+	    -keyout "anchor$bits.key" -out "anchor$bits.pem" 2>/dev/null
+	issue "by-rsa$bits" "anchor$bits" "$here"
+	serve "by-rsa$bits"
+	check "an RSA key of $bits bits, as an anchor" '
+	    step directory -C "anchor$bits.pem" -d "https://localhost:$port/dir"'
+	dies 78 'signature in its chain is wrong\|does not chain' '
+	    openssl req -x509 -newkey "rsa:$bits" -nodes -subj /CN=rsa \
+		-keyout wrong.key -out wrong.pem 2>/dev/null
+	    step directory -C wrong.pem -d "https://localhost:$port/dir"'
+done
+for i in $(seq 16); do
+	root alike -subj /CN=rsa && cat alike.pem
+done >alike16.pem
+check 'the right one of sixteen anchors of a name' '
+    { tail -n +1 alike16.pem | awk "/BEGIN/ { n++ } n < 16"; cat anchor4096.pem
+    } >alike.pem &&
+    step directory -C alike.pem -d "https://localhost:$port/dir"'
+dies 70 "more than 16 trust anchors match the server's chain" '
+    cat alike16.pem anchor4096.pem >alike.pem
+    step directory -C alike.pem -d "https://localhost:$port/dir"'
+
 group 'the limits (canned replies)'
 
 l=$(head -c 63 /dev/zero | tr '\0' a)
