@@ -8841,9 +8841,11 @@ group 'inside: system calls that fail'
 cat >faulty.c <<'END'
 #define _GNU_SOURCE
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8867,6 +8869,8 @@ faulty_linkat(int a, const char *from, int b, const char *to, int flags)
 	linkat(a, from, AT_FDCWD, "kept", 0);
 	if (fault("appears"))
 		write(openat(b, to, O_WRONLY | O_CREAT | O_EXCL, 0600), "!", 1);
+	if (fault("links fail"))
+		return fail_with(EIO);
 	return fault("no links") ? fail_with(EPERM) :
 	    linkat(a, from, b, to, flags);
 }
@@ -8897,6 +8901,27 @@ faulty_fsync(int fd)
 
 	return fstat(fd, &st) == 0 && fault(S_ISDIR(st.st_mode) ?
 	    "no sync" : "no data sync") ? fail_with(EIO) : fsync(fd);
+}
+static pid_t
+faulty_fork(void)
+{
+	return fault("no fork") ? fail_with(EAGAIN) : fork();
+}
+static int
+faulty_pipe(int fds[2])
+{
+	return fault("no pipe") ? fail_with(EMFILE) : pipe(fds);
+}
+static int
+faulty_poll(struct pollfd *p, nfds_t n, int ms)
+{
+	return fault("no poll") ? fail_with(EINVAL) : poll(p, n, ms);
+}
+static int
+faulty_socket(int domain, int type, int protocol)
+{
+	return fault("no socket") ? fail_with(EMFILE) :
+	    socket(domain, type, protocol);
 }
 static int
 faulty_close(int fd)
@@ -8935,14 +8960,18 @@ faulty_getentropy(void *p, size_t n)
 }
 #define close faulty_close
 #define fchmod faulty_fchmod
+#define fork faulty_fork
 #define ftruncate faulty_ftruncate
 #define getentropy faulty_getentropy
 #define getrlimit faulty_getrlimit
 #define fsync faulty_fsync
 #define linkat faulty_linkat
+#define pipe faulty_pipe
+#define poll faulty_poll
 #define readlink faulty_readlink
 #define renameat faulty_renameat
 #define setrlimit faulty_setrlimit
+#define socket faulty_socket
 #define unlinkat faulty_unlinkat
 /* BearSSL makes no key, or no signature but that which tests the key. */
 static int signatures;
@@ -13880,6 +13909,59 @@ check 'the right one of sixteen anchors of a name' '
 dies 70 "more than 16 trust anchors match the server's chain" '
     cat alike16.pem anchor4096.pem >alike.pem
     step directory -C alike.pem -d "https://localhost:$port/dir"'
+
+group 'system calls that fail before a CA'
+
+# at_ca FAULTS COMMAND...: with these.
+at_ca() {
+	FAULT=$1 command=$2; shift 2
+	export FAULT
+	./faulty "$command" -C root.pem -k account.key -T 5 \
+	    -H "localhost:$home:127.0.0.1" "$@"
+}
+dies 69 'Too many open files' 'at_ca "no socket" directory -d "$ca/dir"'
+dies 70 'cannot wait for the network: ' \
+    'at_ca "no poll" directory -d "$ca/dir"'
+dies 70 'cannot start a process: ' \
+    'at_ca "no fork" directory -P cat -d "$ca/dir"'
+fresh
+: >www/requests
+rm -rf w && mkdir w
+for fault in 'no data sync' 'no unlink'; do
+	case $fault in
+	'no unlink')	words="cannot remove .acme-step.* in w" ;;
+	*)		words="cannot write $token in w" ;;
+	esac
+	check "-w where the file system has $fault" '
+	    at_ca "$fault" respond -w w <http.rec 2>err; got=$?; cat err
+	    [ $got = 74 ] && grep "^acme-step: respond: $words" err'
+done
+rm -rf w && mkdir w
+dies 73 "cannot create $token in w: Input/output error" \
+    'at_ca "links fail, no rename" respond -w w <http.rec'
+check 'nothing stays there' '[ -z "$(ls -A w)" ]'
+check 'a leftover that cannot be removed: a warning' '
+    printf %s "$token.$print" >"w/$token"
+    { cat record; grep ^challenge http.rec; } |
+    at_ca "no unlink" respond -w w >out 2>err; got=$?; cat err
+    [ $got = 0 ] && grep "cannot remove $token: Permission denied" err'
+check 'and nothing was told' 'asked 0'
+dies 74 'cannot write 1.request in box: ' '
+    rm -rf box; at_ca "no data sync" directory -B box -d "$ca/dir"'
+check 'and the box is empty' '[ -z "$(ls -A box)" ]'
+dies 70 'cannot make a pipe: ' \
+    'at_ca "no pipe" respond -x certbot:true,true <http.rec'
+dies 70 'cannot start a process: ' \
+    'at_ca "no fork" respond -x true <http.rec'
+check 'more than 1024 variables for a hook' '
+    # shellcheck disable=SC2046	# one word each
+    env $(seq 1024 | sed "s/.*/V&=/") "$acme" respond -C root.pem -T 5 \
+	-k account.key -x certbot:true,true <http.rec 2>err; got=$?; cat err
+    [ $got = 73 ] && grep ": more than 1024 environment variables$" err'
+answer POST_chall2 '200 OK' '{"status":"pending","token":"a b"}'
+dies 76 'has an invalid token: a b' '
+    { sed "\$d" pending; echo "$both" | grep dns-01; echo end; } |
+    step respond -x uacme:true'
 
 group 'the limits (canned replies)'
 
