@@ -8980,7 +8980,8 @@ static int signatures;
 #define br_rsa_i31_compute_privexp(...) \
     (fault("no exponent") ? 0 : br_rsa_i31_compute_privexp(__VA_ARGS__))
 #define br_rsa_i31_pkcs1_sign(...) \
-    (fault("no signature") && signatures++ ? 0 : br_rsa_i31_pkcs1_sign(__VA_ARGS__))
+    (fault("no signature") && signatures++ ? 0 : \
+	br_rsa_i31_pkcs1_sign(__VA_ARGS__))
 #include "acme.c"
 END
 check 'the program with system calls that fail' \
@@ -13749,7 +13750,7 @@ answer POST_newAuthz "$created" '{"status":"pending"}' "Location: $ca/authz"
 check 'new-authz: the name that the CA is asked for, and its record' '
     step new-authz -a account A.example >authz.rec; got=$?; cat authz.rec
     [ $got = 0 ] && part www/body.POST_newAuthz.1 payload | from_base64url |
-	grep -Fx "{\"identifier\":{\"type\":\"dns\",\"value\":\"a.example\"}}" &&
+    grep -Fx "{\"identifier\":{\"type\":\"dns\",\"value\":\"a.example\"}}" &&
     grep -x "identifier dns a.example" authz.rec &&
     grep -x "authorization $ca/authz" authz.rec && not grep "^order" authz.rec'
 answer POST_chall '200 OK' '{"type":"http-01","status":"processing"}'
@@ -13864,7 +13865,6 @@ answer POST_orders '200 OK' 'none'
 dies 76 'is not JSON' 'step account -d "$ca/dir"'
 answer POST_orders '200 OK' '{"orders":[7]}'
 dies 76 'has an order that is not a URL' 'step account -d "$ca/dir"'
-cp account.key new.key
 "$acme" key -o other.new.key
 answer POST_change '200 OK' '{}'
 answer POST_newAccount '429 Too Many Requests' "$(problem rateLimited)" \
@@ -13893,7 +13893,8 @@ for bits in 2048 4096; do
 	issue "by-rsa$bits" "anchor$bits" "$here"
 	serve "by-rsa$bits"
 	check "an RSA key of $bits bits, as an anchor" '
-	    step directory -C "anchor$bits.pem" -d "https://localhost:$port/dir"'
+	    step directory -C "anchor$bits.pem" \
+		-d "https://localhost:$port/dir"'
 	dies 78 'signature in its chain is wrong\|does not chain' '
 	    openssl req -x509 -newkey "rsa:$bits" -nodes -subj /CN=rsa \
 		-keyout wrong.key -out wrong.pem 2>/dev/null
