@@ -13839,6 +13839,7 @@ answer POST_newOrder "$created" "$(order invalid \
     '"error":{"type":"x","detail":"never"}')" "Location: $ca/order"
 state authz invalid
 dies 77 'the order is invalid: .*a.example: its challenge' 'new_order'
+answer GET_dir '200 OK' "${directory%\}},\"meta\":{\"profiles\":[\"classic\"]}}"
 dies 77 "the CA has no profile 'classic', nor any other" \
     'step new-order -p classic -a account a.example'
 answer POST_order '200 OK' "$(order processing)"
@@ -13867,8 +13868,7 @@ answer POST_orders '200 OK' '{"orders":[7]}'
 dies 76 'has an order that is not a URL' 'step account -d "$ca/dir"'
 "$acme" key -o other.new.key
 answer POST_change '200 OK' '{}'
-answer POST_newAccount '429 Too Many Requests' "$(problem rateLimited)" \
-    'Retry-After: 999'
+answer POST_newAccount '429 Too Many Requests' "$(problem rateLimited)"
 dies 75 'rateLimited.*run it again to learn which is the account key' \
     'step key-change -a account -K other.new.key'
 for text in 'POST https://localhost/x HTTP/1.1\r\nContent-Length: x\r\n\r\n' \
