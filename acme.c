@@ -273,7 +273,7 @@ line_add(Str s)
 
 		if (line.n + 5 > sizeof line.b)
 			line_flush();
-		if (n >= line.room) {
+		if (n + 3 > line.room) {
 			memcpy(line.b + line.n, "...", 3);
 			line.n += 3;
 			line.room = 0;
@@ -602,7 +602,7 @@ leave(int status)
 static void
 line_message(const char *template, va_list *ap)
 {
-	size_t reserve = 1 + (remedy.n < REMEDY ? remedy.n : REMEDY);
+	size_t reserve = 3 + (remedy.n < REMEDY ? remedy.n : REMEDY);
 
 	line.room -= reserve;
 	line_add(preamble);
@@ -12396,16 +12396,24 @@ take_names(char **arg)
 	}
 }
 
-/* csr -K KEY [-N NAME] NAME... (RFC 2986) */
 static void
-do_csr(char **arg)
+check_csr(char **arg)
 {
 	size_t n = 0;
 
+	(void)arg;
 	for (const char *s = opt['N']; s && *s; s++)
 		n += ((unsigned char)*s & 0xc0) != 0x80;
 	if (n > COMMON)
 		usage("-N accepts at most % characters", num(COMMON));
+	if (!is_line(str(opt['N'])))
+		usage("-N accepts text in UTF-8 without control characters");
+}
+
+/* csr -K KEY [-N NAME] NAME... (RFC 2986) */
+static void
+do_csr(char **arg)
+{
 	take_names(arg);
 	key_read(&other_key, opt['K']);
 	print(pem(csr_der(&other_key, record_names(), str(opt['N'])),
@@ -13701,7 +13709,8 @@ static const struct command {
 	    .gist = "the new file for the key" }) },
 { .name = "csr", .group = DETAILS,
 	.args = "NAME...", .min = 1, .max = ANY,
-	.gist = "make a certificate request", .run = do_csr,
+	.gist = "make a certificate request",
+	.check = check_csr, .run = do_csr,
 	OPTIONS(
 	{ .letter = 'K', .arg = "KEY", .required = true,
 	    .gist = "the certificate's private key" },
