@@ -533,8 +533,8 @@ wipe_secrets(void)
 		wipe(secret[i].p, secret[i].n);
 }
 
-static void wipe_and_exit(int)
-    __attribute__((noinline, noreturn, no_sanitize("address")));
+static void wipe_and_exit(int) __attribute__((noinline, noreturn,
+    no_stack_protector, no_sanitize("address")));
 
 /*
  * Overwrite the stack, from below this frame up to main's, and exit. It
