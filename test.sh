@@ -16131,10 +16131,12 @@ check 'a signed zone, whose answers have more than 512 bytes' '
 	grep RRSIG" && look dig +dnssec @10.9.0.3 TXT \
 	_acme-challenge.d.signed.test | grep "SIZE *rcvd: [5-9][0-9][0-9]" &&
     seen'
-for evil in silent='does not answer' id='does not answer' \
-    question='does not answer' circle='has 0 TXT records, none' \
+# A machine that is busy may have no time left to wait for an answer.
+mute='does not answer\|no result in time'
+for evil in silent="$mute" id="$mute" question="$mute" \
+    circle='has 0 TXT records, none' \
     count='has 0 TXT records, none' length='has 0 TXT records, none' \
-    strings='has 1 TXT records' stub='does not answer' \
+    strings='has 1 TXT records' stub="$mute" \
     error='answers with RCODE 9' chain='too many aliases' \
     nobody='is delegated to no name server' \
     deep='no result in time\|too many\|is not a name server' \
