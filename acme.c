@@ -13707,8 +13707,7 @@ static const struct command {
 	    .gist = "type (ec256)" },
 	{ .letter = 'o', .arg = "FILE", .required = true,
 	    .gist = "the new file for the key" }) },
-{ .name = "csr", .group = DETAILS,
-	.args = "NAME...", .min = 1, .max = ANY,
+{ .name = "csr", .group = DETAILS, .args = "NAME...", .min = 1, .max = ANY,
 	.gist = "make a certificate request",
 	.check = check_csr, .run = do_csr,
 	OPTIONS(
