@@ -2181,7 +2181,8 @@ builds() {
 		rm -rf work/bearssl
 	done
 	cp -r "$cache/bearssl" work/bearssl
-	plain tree-clang "$clang" BEARSSL=../bearssl
+	plain tree-clang "$clang -Wno-unused-command-line-argument" \
+	    BEARSSL=../bearssl
 	offline_end
 	finish
 }
