@@ -1476,21 +1476,22 @@ not_of_shellcheck() {
 listed() { "$1" | sed "s/[ 	].*//; s/^/${2-}/" | paste -s -d , -; }
 lint() {
 	group 'what other programs say of the source'
-	cd "$src" || exit
 	inc='-std=c99 -isystem /usr/include/bearssl'
 	check 'gcc -fanalyzer' '
-	    gcc $inc -O1 -Wall -Wextra -fanalyzer -Werror -c acme.c \
+	    gcc $inc -O1 -Wall -Wextra -fanalyzer -Werror -c "$src/acme.c" \
 		-o /dev/null'
 	check 'clang-tidy' '
-	    clang-tidy --quiet --warnings-as-errors="*" acme.c --checks="-*,\
+	    clang-tidy --quiet --warnings-as-errors="*" "$src/acme.c" \
+		--checks="-*,\
 bugprone-*,cert-*,clang-analyzer-*,$(listed not_of_tidy -)" -- $inc'
 	# Where a va_list ends, the step has ended.
 	check 'cppcheck' '
 	    cppcheck --quiet --std=c99 --error-exitcode=1 \
 		-I /usr/include/bearssl --suppress=va_end_missing \
-		--enable=warning,performance,portability acme.c'
+		--enable=warning,performance,portability "$src/acme.c"'
 	check 'shellcheck' '
-	    shellcheck -e "$(listed not_of_shellcheck)" test.sh .ci/run'
+	    shellcheck -e "$(listed not_of_shellcheck)" "$src/test.sh" \
+		"$src/.ci/run"'
 	finish
 }
 
