@@ -10642,6 +10642,21 @@ check 'it was tried four times or fewer' '
 dies 69 . 'replay never'
 
 fresh
+answer POST_shown.1 "$busy" '' 'Retry-After: 1'
+answer POST_shown '200 OK' hello
+cat >waits.sh <<END
+"$acme" get -C root.pem -k account.key -T 9 -a account $ca/shown >shown
+END
+check 'on a terminal the wait, and the longest one, are shown and erased' '
+	socat -t 30 - "EXEC:sh waits.sh,pty,setsid,ctty,stderr" >typed
+	cat -v typed; is hello "cat shown" &&
+	erase=$(printf "\r\033[K") && printf %s "${erase}acme-step: get: " \
+	    "pausing at the CA'\''s request, 9 s$erase" | cmp - typed'
+check 'but not on a pipe' '
+	rm www/requests shown &&
+	is "" "sh waits.sh 2>&1" && is hello "cat shown"'
+
+fresh
 limited='{"type":"urn:ietf:params:acme:error:rateLimited",
 "detail":"too many"}'
 answer POST_it "$busy" '' 'Retry-After: 9999'
