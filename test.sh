@@ -9998,10 +9998,33 @@ stream() {
 reuseaddr" "EXEC:sh stream.$port" 2>/dev/null
 	up "$port"
 }
-stream 'read -r x; printf "HTTP/1.1 400 Bad Request\r\n\r\n"'
-dies 69 TLS 'step directory -d "https://localhost:$port/dir"'
+stream 'printf "HTTP/1.1 400 Bad Request\r\n\r\n"; cat >/dev/null'
+dies 69 'TLS with localhost failed: it does not ' \
+    'step directory -d "https://localhost:$port/dir"'
 stream cat
 dies 69 TLS 'step directory -d "https://localhost:$port/dir"'
+# A server that has two names, and refuses all others.
+serve_only server -servername other.example -servername_fatal \
+    -cert2 server.pem -key2 server.key
+dies 69 'failed: it does not serve that name' \
+    'step directory -d "https://localhost:$port/dir"'
+# Alerts, and a ServerHello of TLS 1.1 (RFC 5246 7.2, RFC 6066 3, RFC 7301
+# 3.2).
+while read -r bytes words; do
+	stream "echo $bytes | xxd -r -p; cat >/dev/null"
+	dies 69 "TLS with localhost failed: $words" \
+	    'step directory -d "https://localhost:$port/dir"'
+done <<'END'
+15030300020228 no TLS 1.2 cipher suite in common
+15030300020246 it does not support TLS 1.2
+15030300020270 it does not serve that name
+15030300020278 it does not know the protocol
+15030300020250 BearSSL error 336
+END
+zeros=$(printf '%064d' 0)
+stream "echo 160303002a020000260302${zeros}00c02b00 | xxd -r -p; cat >/dev/null"
+dies 69 'it does not support TLS 1.2' \
+    'step directory -d "https://localhost:$port/dir"'
 stream 'cat >/dev/null'
 later handshake "step directory -T 2 -d https://localhost:$port/dir"
 port=$(free_port)
