@@ -8061,6 +8061,201 @@ check 'base64url, JSON strings, DER, times and name constraints' \
     '${CC:-cc} -w -I"$src" unit.c -o unit -lbearssl &&
     ${RUN-} ./unit'
 
+group 'inside: certificates and requests that are malformed'
+
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes \
+    -keyout der.key -subj /CN=a.example -days 9 -outform DER -out whole.der \
+    -addext subjectAltName=DNS:a.example 2>/dev/null
+openssl req -new -key der.key -subj /CN=a.example -outform DER \
+    -addext subjectAltName=DNS:a.example -out whole.csr
+cat >der.c <<'END'
+#define main acme_main
+#include "acme.c"
+#undef main
+static int bad;
+static Str part[9], tail;	/* of a certificate or a request, and the rest */
+static void
+parts(Str whole)
+{
+	Str outer, info, body;
+	int tag;
+
+	if (!der_next(&whole, SEQUENCE, &outer) ||
+	    !der_next(&outer, SEQUENCE, &info))
+		abort();
+	tail = outer;
+	for (size_t i = 0; i < COUNT(part); i++)
+		if (!der_any(&info, &tag, &body, &part[i]))
+			part[i] = NONE;
+}
+/* The whole with part i replaced. */
+static Str
+made(size_t i, Str new)
+{
+	Str all = NONE;
+
+	for (size_t k = 0; k < COUNT(part); k++)
+		all = cat(NONE, all, k == i ? new : part[k]);
+	return seq(seq(all), tail);
+}
+/* Write it to a file, for openssl. */
+static Str
+saved(const char *name, Str s)
+{
+	FILE *f = fopen(name, "w");
+
+	if (!f || fwrite(s.p, 1, s.n, f) != s.n || fclose(f) != 0)
+		abort();
+	return s;
+}
+static int
+is_cert(const char *name, Str s)
+{
+	struct cert c;
+
+	return cert_read(saved(name, s), &c);
+}
+/* What BearSSL's client says to us of the server's certificate. */
+static unsigned
+sent(Str s, bool any)
+{
+	chain.any = any;
+	chain.fault = NONE;
+	chain_vtable.start_chain(NULL, "a.example");
+	if (s.n) {
+		chain_vtable.start_cert(NULL, s.n);
+		chain_vtable.append(NULL, s.p, s.n);
+		chain_vtable.end_cert(NULL);
+	}
+	return chain_vtable.end_chain(NULL);
+}
+#define WRONG(condition) ((condition) ? \
+    (void)(bad = printf("line %d\n", __LINE__)) : (void)0)
+static void
+certificates(void)
+{
+	Str whole = read_file("whole.der"), name = seq(SUBJECT_ALT, der(OCTETS,
+	    seq(der(DNS_NAME, S("a.example")))));
+	struct constraints k;
+	br_x509_pkey key;
+	struct cert c;
+	Str s;
+
+	parts(whole);
+	WRONG(!is_cert("good.1", made(7, part[7])) ||
+	    !same(made(7, part[7]), whole));
+	WRONG(!is_cert("good.2", made(7, der(EXTS, seq(name)))));
+	WRONG(is_cert("bad.1", made(7, der(EXTS, seq(name, ONE)))));
+	WRONG(is_cert("bad.2", made(7, der(EXTS, seq(seq(SUBJECT_ALT))))));
+	WRONG(is_cert("bad.3", made(7, cat(NONE, der(EXTS, seq(name)),
+	    der(EXTS, seq(name))))));
+	WRONG(is_cert("bad.4", made(7, der(EXTS, ONE))));
+	WRONG(is_cert("bad.5", made(7, S("\xa3\x05"))));
+	WRONG(is_cert("bad.6", made(1, der(OCTETS, S("\1")))));
+	WRONG(is_cert("bad.7", made(4, seq(ONE, ONE))));
+	WRONG(is_cert("bad.8", made(2, NONE)));
+	WRONG(is_cert("bad.9", der(SET, from(whole, 4))));
+
+	/* A subject is a SEQUENCE (RFC 5280 4.1.2.4). */
+	s = made(5, der(SET, from(part[5], 2)));
+	saved("bad.10", s);
+	WRONG(!cert_read(s, &c) || common_name(c.subject).n);
+	WRONG(!cert_read(whole, &c) ||
+	    !is(common_name(c.subject), "a.example"));
+
+	WRONG(!key_in(part[6], &key));
+	saved("bad.11", made(6, seq(ONE)));
+	WRONG(key_in(seq(ONE), &key) || key_in(ONE, &key));
+	/* An RSAPublicKey is a SEQUENCE of two (RFC 8017 A.1.1). */
+	s = algorithm_of(key_type("rsa2048")->public);
+	saved("key.1", seq(s, bits(ONE)));
+	saved("key.2", seq(s, bits(seq(ONE))));
+	WRONG(key_in(seq(s, bits(ONE)), &key) ||
+	    key_in(seq(s, bits(seq(ONE))), &key));
+
+	c.extensions = seq(der(OID, NAME_CONSTRAINTS), der(OCTETS, seq(NONE)));
+	WRONG(!read_constraints(&c, &k));
+	c.extensions = seq(der(OID, NAME_CONSTRAINTS), der(OCTETS, ONE));
+	WRONG(read_constraints(&c, &k));
+	c.extensions = seq(der(OID, NAME_CONSTRAINTS),
+	    der(OCTETS, cat(NONE, seq(NONE), seq(NONE))));
+	WRONG(read_constraints(&c, &k));
+
+	WRONG(sent(whole, true) != 0);
+	WRONG(sent(NONE, true) != BR_ERR_X509_UNEXPECTED);
+	WRONG(sent(made(7, der(EXTS, ONE)), true) != BR_ERR_X509_UNEXPECTED);
+	WRONG(sent(made(6, seq(ONE)), true) != BR_ERR_X509_UNSUPPORTED);
+	WRONG(sent(whole, false) != BR_ERR_X509_NOT_TRUSTED || chain.fault.n);
+	WRONG(sent(made(7, der(EXTS, ONE)), false) == 0 ||
+	    !is(chain.fault, "a certificate in its chain is malformed"));
+	/* What we do not read so strictly, BearSSL does. */
+	s = saved("bad.12", made(0, der(VERSION_0, der(OCTETS, S("\2")))));
+	WRONG(sent(s, false) != BR_ERR_X509_UNEXPECTED || chain.fault.n ||
+	    !is(chain_fault(BR_ERR_X509_UNEXPECTED), "a certificate in its "
+	    "chain is malformed (BearSSL error 41)"));
+}
+static int
+is_request(const char *name, Str s)
+{
+	struct cert c;
+	bool genuine;
+
+	return csr_read(saved(name, s), &c, &genuine);
+}
+static void
+requests(void)
+{
+	Str whole = read_file("whole.csr"), key, s;
+	bool genuine;
+	struct cert c;
+
+	parts(whole);
+	WRONG(!csr_read(whole, &c, &genuine) || !genuine ||
+	    !is(c.alt_names, "\x82\x9" "a.example"));
+	WRONG(!same(made(3, part[3]), whole));
+	WRONG(is_request("request.1", made(3, der(ATTRS, ONE))));
+	WRONG(is_request("request.2", made(3, der(ATTRS, seq(ONE)))));
+	WRONG(is_request("request.3", made(3, der(ATTRS, seq(EXTENSIONS,
+	    ONE)))));
+	WRONG(is_request("ours.1", made(3, der(ATTRS, seq(EXTENSIONS,
+	    der(SET, ONE))))));
+	WRONG(is_request("ours.2", made(3, der(ATTRS, seq(EXTENSIONS,
+	    der(SET, seq(ONE)))))));
+	/* A signature verifies by a key; by what is none, never. */
+	s = algorithm_of(key_type("rsa2048")->signature);
+	key = algorithm_of(key_type("rsa2048")->public);
+	WRONG(verifies(seq(key, bits(ONE)), s, whole, S("\0x")));
+	WRONG(verifies(seq(key, bits(seq(ONE))), s, whole, S("\0x")));
+	WRONG(verifies(ONE, s, whole, S("\0x")));
+	WRONG(verifies(seq(key, ONE), s, whole, S("\0x")));
+}
+int
+main(void)
+{
+	certificates();
+	requests();
+	return bad != 0;
+}
+END
+check 'what is malformed is refused' '
+    ${CC:-cc} -w -I"$src" der.c -o der -lbearssl && ${RUN-} ./der'
+check 'openssl refuses it, too' '
+    for file in good.*; do
+	openssl x509 -inform DER -in "$file" -noout -ext subjectAltName || exit
+    done
+    for file in bad.*; do
+	echo "$file"
+	not openssl x509 -inform DER -in "$file" -noout -pubkey \
+	    -ext subjectAltName || exit
+    done
+    for file in key.*; do
+	echo "$file"; not openssl pkey -pubin -inform DER -in "$file" || exit
+    done
+    for file in request.*; do
+	echo "$file"
+	not openssl req -inform DER -in "$file" -noout || exit
+    done'
+
 group 'offline: JSON'
 
 # takes STATUS FORMAT: read a list of texts, one a line, and print those
