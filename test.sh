@@ -8256,6 +8256,48 @@ check 'openssl refuses it, too' '
 	not openssl req -inform DER -in "$file" -noout || exit
     done'
 
+cat >way.c <<'END'
+#define main acme_main
+#include "acme.c"
+#undef main
+static int bad;
+#define WRONG(condition) ((condition) ? \
+    (void)(bad = printf("line %d\n", __LINE__)) : (void)0)
+int
+main(void)
+{
+	int fd[2];
+
+	/* An attempt fails when its time is over, and makes place. */
+	begin_way();
+	WRONG(has_failed(LOOKUPS) || socketpair(AF_UNIX, SOCK_STREAM, 0, fd));
+	way.fd[LOOKUPS].fd = fd[0];
+	way.until[LOOKUPS] = now_ms() + 9999;
+	WRONG(has_failed(LOOKUPS) || free_attempt() != LOOKUPS + 1);
+	way.until[LOOKUPS] = now_ms();
+	WRONG(!has_failed(LOOKUPS) || way.error != ETIMEDOUT ||
+	    way.fd[LOOKUPS].fd != -1 || close(fd[0]) == 0);
+	WRONG(free_attempt() != LOOKUPS);
+	/* Later it fails if its descriptor has an error; the first one counts. */
+	way.fd[LOOKUPS] = (struct pollfd){ fd[1], POLLIN, POLLIN };
+	way.until[LOOKUPS] = now_ms();
+	WRONG(has_failed(LOOKUPS));
+	way.fd[LOOKUPS] = (struct pollfd){ open("/dev/null", O_RDONLY), POLLIN,
+	    POLLERR };
+	WRONG(!has_failed(LOOKUPS) || way.error != ENOTSOCK);
+	note_error(ENETUNREACH);
+	WRONG(way.error != ENOTSOCK);
+	/* There are as many at a time as there are places. */
+	for (size_t i = LOOKUPS; i < COUNT(way.fd); i++)
+		way.fd[i].fd = 1;
+	add_ip(ip_bytes(S("127.0.0.1")));
+	WRONG(free_attempt() != 0 || start_attempt(htons(9)) || !has_untried());
+	return bad != 0;
+}
+END
+check 'attempts to connect that time out, fail late or find no place' '
+    ${CC:-cc} -w -I"$src" way.c -o way -lbearssl && ${RUN-} ./way'
+
 group 'offline: JSON'
 
 # takes STATUS FORMAT: read a list of texts, one a line, and print those
@@ -10496,6 +10538,9 @@ END
 cat >named.sh <<'END'
 busybox ip link set lo up
 busybox ip addr add ::2/128 dev lo
+until ! busybox ip addr show dev lo | grep -q tentative; do
+	sleep 0.02
+done
 mount --bind named.hosts /etc/hosts && mount --bind named.conf \
     /etc/resolv.conf || exit
 rm -f ready
@@ -10570,6 +10615,12 @@ check 'nor, for longer than its time limit, a step that SIGKILL ends' '
     named silent-silent.names.test -T 3 &
     await looking_up 2 && kill -9 "$looker" &&
     await not pgrep -f "^$acme directory .*silent-silent"'
+search 'search broken.test' 'options ndots:5'
+check 'without /etc/hosts a name with a dot is not searched, either' '
+    named live-none.names.test &&
+    inside_net sh -c "mount -t tmpfs none /etc && ! [ -e /etc/hosts ] &&
+	cp named.conf /etc/resolv.conf && \"\$@\"" sh "$acme" directory \
+	-C root.pem -T 4 -d https://live-none.names.test:8443/dir'
 search
 check 'an answer cut short: found over TCP, or said so' '
     named cut-cut.names.test 2>err
@@ -10921,6 +10972,16 @@ dies 78 'HTTP status 302' '
 	step directory -d "$ca/old"'
 dies 78 'old is not an ACME directory: HTTP status 404' '
 	rm -f www/GET_old; step directory -d "$ca/old"'
+for name in newAccount newOrder; do
+	endpoints=$(printf %s "$directory" | sed "s/\"$name\"/\"no$name\"/")
+	dies 76 "dir lacks $name$" '
+	    answer GET_dir "200 OK" "$endpoints"
+	    case $name in
+	    newOrder)	step new-order -a account a.example ;;
+	    *)		step new-account -y -d "$ca/dir" ;;
+	    esac'
+done
+fresh
 # A CA that refuses or limits its clients, or is down, may have one.
 answer GET_old '403 Forbidden' '<html>'
 dies 77 403 'step directory -d "$ca/old"'
@@ -13370,6 +13431,8 @@ request common /CN=A.Example DNS:b.example
 want='a.example b.example ' asks common
 request alone /CN=a.example ''
 want='a.example ' asks alone
+request twice /CN=B.Example DNS:b.example
+want='b.example ' asks twice
 request label /CN=localhost ''
 want='localhost ' asks label
 openssl req -in names.csr -outform DER -out der.csr
@@ -14027,6 +14090,16 @@ check 'respond waits for it: it becomes valid' '
     step respond -w webroot <authz.rec >out; got=$?; cat out www/requests
     [ $got = 0 ] && grep -x "authorization $ca/authz" out &&
     is 3 "grep -c POST_authz www/requests" && [ -z "$(ls -A webroot)" ]'
+# The CA asks for two seconds, which is longer than our first pause.
+state authz.2 pending
+sed 's/^Replay-Nonce/Retry-After: 2\r\n&/' www/POST_authz.2 >slow
+mv slow www/POST_authz.2
+check 'it waits as long as the CA asks for' '
+    rm -f www/requests; start=$(date +%s%N)
+    step respond -w webroot <authz.rec || exit
+    ms=$((($(date +%s%N) - start) / 1000000)); echo "$ms"; [ $ms -ge 2000 ] &&
+    is 3 "grep -c POST_authz www/requests"'
+rm www/POST_authz.2
 state authz.3 invalid invalid ',"error":{"detail":"no such file"}'
 dies 77 'could not validate a.example: .*no such file' '
     rm -f www/requests; step respond -w webroot <authz.rec'
