@@ -8073,7 +8073,7 @@ cat >der.c <<'END'
 #include "acme.c"
 #undef main
 static int bad;
-static Str part[9], tail;	/* of a certificate or a request, and the rest */
+static Str part[9], tail;	/* of a certificate or a request */
 static void
 parts(Str whole)
 {
@@ -8278,7 +8278,7 @@ main(void)
 	WRONG(!has_failed(LOOKUPS) || way.error != ETIMEDOUT ||
 	    way.fd[LOOKUPS].fd != -1 || close(fd[0]) == 0);
 	WRONG(free_attempt() != LOOKUPS);
-	/* Later it fails if its descriptor has an error; the first one counts. */
+	/* So does an error of its descriptor; the first one counts. */
 	way.fd[LOOKUPS] = (struct pollfd){ fd[1], POLLIN, POLLIN };
 	way.until[LOOKUPS] = now_ms();
 	WRONG(has_failed(LOOKUPS));
