@@ -4678,9 +4678,6 @@ make_seeds() {
 		seed json "$name" '.\n' <"$name.json"
 		seed quote "$name" <"$name.json"
 	done
-	seed json path 'a.1.b\n{"a":[1,{"b":"\\u00e9\\ud83d\\ude00\\n\\/"}]}' \
-	    </dev/null
-	seed json array '.\n["a",1,-0.5e+3,true,null,[],{}]' </dev/null
 	for file in files/r*; do
 		name=${file##*/}
 		if grep -q '^end$' "$file"; then
@@ -4693,16 +4690,17 @@ make_seeds() {
 	certificate_seeds ca.pem
 	certificate_seeds server.pem
 	key_seeds
-	peer_seeds
-	text_seeds
-	printf 'HTTP/1.1 201 Created\r\nLocation: /a\r\nRetry-After: 7\r
-Replay-Nonce: abc\r\nLink: </b>;rel=next\r\nContent-Length: 2\r\n\r\n{}' >all
-	seed box all '\1' <all
-	seed http all '\252\7' <all
-	cp files/1.request request
-	seed box request '\0' <request
-	seed box post '\0# protected: {}\nPOST https://ca.test/a HTTP/1.1\r
-Content-Length: 2\r\n\r\n{}' </dev/null
+	seed box request '\0' <files/1.request
+	greeting_seeds
+	# Commands: what the README shows.
+	sed -n 's/^ *acme-step \([^|<>&]*\).*/\1/p' "$src/README" |
+	sort -u | while read -r words; do
+		echo "$words" | tr -s ' ' '\n' >line
+		seed args "$(cksum <line | cut -d' ' -f1)" 'r5\n' <line
+	done
+	table_of_seeds | while read -r target name bytes; do
+		seed "$target" "$name" "$bytes" </dev/null
+	done
 }
 
 # hostile_seeds: those of steps, with URLs of others, and more.
@@ -4758,35 +4756,10 @@ key_seeds() {
 	seed csr ours <files/example.csr
 	openssl pkcs8 -topk8 -passout pass:x -in rsa.pem |
 	seed key encrypted
-	seed request names 'Me\na.test\n*.b.test\n192.0.2.7\n2001:db8::1' \
-	    </dev/null
-	seed request none '\na.test' </dev/null
 }
 
-# What peers of the responders, name servers, web servers and proxies send.
-peer_seeds() {
-	path=/.well-known/acme-challenge/token-1234567890123456789
-	question='\15_acme-challenge\1a\4test\0\0\20\0\1'
-	question=$(printf %s "$question" | sed 's/^.15/\\17/')
-	head='\22\64\0\0\0\1\0\0\0\0\0\0'
-	edns='\22\64\0\0\0\1\0\0\0\0\0\1'
-	opt='\0\0\51\4\320\0\0\0\0\0\0'
-	seed question plain "\\1$head$question" </dev/null
-	seed question edns "\\1$edns$question$opt" </dev/null
-	seed question tcp "\\0$head$question" </dev/null
-	answer='\22\64\204\0\0\1\0\1\0\0\0\0'
-	answer=$answer$question'\300\14\0\20\0\1\0\0\0\0\0\4\3abc'
-	seed answer txt "$answer" </dev/null
-	seed look dns "\\1\\0\\0\\110$answer\\0\\110$answer\\0\\110$answer" \
-	    </dev/null
-	seed look http '\0\0HTTP/1.1 200 OK\r\nContent-Length: 31\r\n\r
-token-1234567890123456789.thumb' </dev/null
-	seed look redirect '\0\0HTTP/1.1 302 Found\r
-Location: http://b.test/c\r\n\r\n' </dev/null
-	seed responder http "\\0\\0GET $path HTTP/1.1\\r\\n\\r\\n" </dev/null
-	seed responder proxied "\\3\\7PROXY TCP4 1.2.3.4 5.6.7.8 1 80\\r
-HEAD $path HTTP/1.1\\r\\n\\r\\n" </dev/null
-	seed responder dns "\\2\\0\\0\\60$head$question" </dev/null
+# What openssl sends to a TLS responder.
+greeting_seeds() {
 	hello=$(free_port)
 	server_start timeout 20 socat -u "TCP-LISTEN:$hello,bind=127.0.0.1" \
 	    OPEN:hello,creat
@@ -4796,37 +4769,62 @@ HEAD $path HTTP/1.1\\r\\n\\r\\n" </dev/null
 	seed responder tls '\1\0' <hello
 	seed responder tls.proxied \
 	    '\4\7\r\n\r\n\0\r\nQUIT\n\41\0\0\0' <hello
-	seed proxy plain '\0HTTP/1.1 200 OK\r\n\r\n\26\3\1' </dev/null
-	seed proxy interim '\7HTTP/1.1 100 Continue\r\n\r
-HTTP/1.0 407 user s3cr3t\r\nVia: x\r\n\r\n' </dev/null
 }
 
-text_seeds() {
-	seed link one '<https://ca.test/c/1>;rel="alternate"' </dev/null
-	seed link list '</2>; rel=next; title="a,b;c", <//b.test/3>;rel="x next"
-Link: <https://ca.test/4>;rel="alternate"' </dev/null
-	seed eab two "kid-1 $mac_key\n" </dev/null
-	seed time rfc3339 '\0''2026-11-24T01:02:03.5+01:00' </dev/null
-	seed time http '\1Sun, 06 Nov 1994 08:49:37 GMT' </dev/null
-	seed time utc '\6''261124010203Z' </dev/null
-	seed time generalized '\2''20261124010203Z' </dev/null
-	seed time seconds '\3''120' </dev/null
-	seed url plain 'https://www.example.com:8443/a?b\n/c
-user:p%%40w@proxy.corp:3128' </dev/null
-	seed url ip 'https://[2001:db8::1]/a\n//b.test/c
-http://10.0.0.1:80/' </dev/null
-	seed url network 'https://a.test\n10.0.0.0/8' </dev/null
-	# What the README shows, and the commands of whole steps.
-	sed -n 's/^ *acme-step \([^|<>&]*\).*/\1/p' "$src/README" |
-	sort -u | while read -r words; do
-		echo "$words" | tr -s ' ' '\n' >line
-		seed args "$(cksum <line | cut -d' ' -f1)" 'r5\n' <line
-	done
+# Lines of a target, a name, and bytes for printf.
+table_of_seeds() {
+	path=/.well-known/acme-challenge/token-1234567890123456789
+	question='\17_acme-challenge\1a\4test\0\0\20\0\1'
+	ask="\\22\\64\\0\\0\\0\\1\\0\\0\\0\\0\\0\\0$question"
+	answer="\\22\\64\\204\\0\\0\\1\\0\\1\\0\\0\\0\\0$question"
+	answer=$answer'\300\14\0\20\0\1\0\0\0\0\0\4\3abc'
+	all='HTTP/1.1 201 Created\r\nLocation: /a\r\nRetry-After: 7\r\n'
+	all=$all'Replay-Nonce: abc\r\nLink: </b>;rel=next\r\n'
+	all=$all'Content-Length: 2\r\n\r\n{}'
+	cat <<END
+json path a.1.b\n{"a":[1,{"b":"\\\\u00e9\\\\ud83d\\\\ude00\\\\n\\\\/"}]}
+json array .\n["a",1,-0.5e+3,true,null,[],{}]
+box post \0# protected: {}\nPOST https://ca.test/a HTTP/1.1\r\n\
+Content-Length: 2\r\n\r\n{}
+box all \1$all
+http all \252\7$all
+request names Me\na.test\n*.b.test\n192.0.2.7\n2001:db8::1
+request none \na.test
+question plain \1$ask
+question edns \1\22\64\0\0\0\1\0\0\0\0\0\1$question\
+\0\0\51\4\320\0\0\0\0\0\0
+question tcp \0$ask
+answer txt $answer
+look dns \1\0\0\110$answer\0\110$answer\0\110$answer
+look http \0\0HTTP/1.1 200 OK\r\nContent-Length: 31\r\n\r\n\
+token-1234567890123456789.thumb
+look redirect \0\0HTTP/1.1 302 Found\r\n\
+Location: http://b.test/c\r\n\r\n
+responder http \0\0GET $path HTTP/1.1\r\n\r\n
+responder proxied \3\7PROXY TCP4 1.2.3.4 5.6.7.8 1 80\r\n\
+HEAD $path HTTP/1.1\r\n\r\n
+responder dns \2\0\0\60$ask
+proxy plain \0HTTP/1.1 200 OK\r\n\r\n\26\3\1
+proxy interim \7HTTP/1.1 100 Continue\r\n\r\n\
+HTTP/1.0 407 user s3cr3t\r\nVia: x\r\n\r\n
+link one <https://ca.test/c/1>;rel="alternate"
+link list </2>; rel=next; title="a,b;c", <//b.test/3>;rel="x next"\n\
+Link: <https://ca.test/4>;rel="alternate"
+eab two kid-1 $mac_key\n
+time rfc3339 \0002026-11-24T01:02:03.5+01:00
+time http \1Sun, 06 Nov 1994 08:49:37 GMT
+time utc \006261124010203Z
+time generalized \00220261124010203Z
+time seconds \003120
+url plain https://www.example.com:8443/a?b\n/c\n\
+user:p%%40w@proxy.corp:3128
+url ip https://[2001:db8::1]/a\n//b.test/c\nhttp://10.0.0.1:80/
+url network https://a.test\n10.0.0.0/8
+END
 }
-
 # A dictionary of the words in acme.c: members, keywords, headers, options.
 fuzz_words() {
-	grep -o '"[-A-Za-z0-9:/._ ]\{3,32\}"' "$src/acme.c" | sort -u
+	grep -o '"[-A-Za-z0-9:/._ ]\{3,32\}"' "$source/acme.c" | sort -u
 	printf '"%s"\n' '\x00n' '\x00c' '\x00e' '\x0d\x0a' '\x1b[' '\x7f' \
 	    '\xc2\x9b' '\xe2\x80\xae' '\\u001b' 'https://evil.test/'
 }
@@ -4839,17 +4837,20 @@ fuzz_build() {
 	    -fno-pie'
 	fuzz_oracle >oracle.c
 	fuzz_source >fuzz.c
+	grep '^#include' "$source/acme.c" >system.h
 	# shellcheck disable=SC2086	# options
 	clang $sanitizers -c oracle.c &&
 	clang $sanitizers -fsanitize=fuzzer -no-pie -std=gnu99 -w \
-	    -I "${FUZZ_SOURCE-$src}" -isystem /usr/include/bearssl -o fuzz \
-	    fuzz.c oracle.o -lbearssl -lcrypto -lresolv
+	    -D_GNU_SOURCE -include ./system.h -I "$source" \
+	    -isystem /usr/include/bearssl -o fuzz fuzz.c oracle.o \
+	    -lbearssl -lcrypto -lresolv
 }
 
 fuzz() {
 	chmod 755 "$tmp"
 	kept=$cache/fuzz
 	seconds=${FUZZ_SECONDS:-10}
+	source=${FUZZ_SOURCE-$src}
 	group 'fuzz: build, and record seeds before Pebble'
 	wanted=yes
 	check 'clang builds the targets' fuzz_build
@@ -5035,51 +5036,18 @@ fuzz_source() {
 	cat <<'END'
 /*
  * Programs for libFuzzer, one for each row of targets[] at the end: the name
- * that this file was compiled to, or is linked to, chooses the row.  acme.c
- * is included, with its system calls replaced: no file, descriptor, process
- * or clock is real, so that a run takes microseconds and is repeatable.
+ * of the program chooses the row.  acme.c is included, with its system calls
+ * replaced: no file, descriptor, process or clock is real, so that a run
+ * takes microseconds and is repeatable.
  */
-#define _POSIX_C_SOURCE 200809L
-#define _DEFAULT_SOURCE
-#define _GNU_SOURCE
-#include <sys/types.h>
-#include <sys/auxv.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/statvfs.h>
-#include <sys/wait.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <arpa/inet.h>
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <grp.h>
-#include <limits.h>
-#include <link.h>
-#include <netdb.h>
-#include <poll.h>
-#include <setjmp.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#include <unistd.h>
-#include <bearssl.h>
-
 int openssl_certificate(const unsigned char *, size_t, long long *);
 int openssl_request(const unsigned char *, size_t, char *, size_t);
 size_t openssl_key(const unsigned char *, size_t, unsigned char *, size_t);
 int libresolv_message(const unsigned char *, size_t, size_t *);
 
-/* ----------------------------------------------- the files and the run -- */
+/* Where the CA is; the only process that is started. */
+#define HOME "https://localhost:14000/"
+#define PID 4242
 
 static struct {
 	char name[64];
@@ -5111,7 +5079,6 @@ static struct {
 	bool real_tls;
 	const char *environment;	/* NAME=VALUE, or NULL */
 	/* The TLS of a connection: its bytes are not encrypted. */
-	unsigned char record[PIECE_MAX], outgoing[PIECE_MAX];
 	size_t have, taken;
 	bool closed;
 	/* What was written to 1, to 2, and by connection to the network. */
@@ -5123,9 +5090,10 @@ static struct {
 	} connection[CONNECTIONS];
 } w;
 static unsigned char out_text[SENT], err_text[SENT], sent[SENT];
+static unsigned char tls_record[PIECE_MAX], outgoing[PIECE_MAX];
 
 /* A property does not hold. */
-static void
+static int
 broke(const char *what)
 {
 	fprintf(stderr, "property broken: %s\n", what);
@@ -5134,154 +5102,12 @@ broke(const char *what)
 	abort();
 }
 
-/* The system calls of acme.c, and BearSSL's client. */
-static int fake_open(const char *, int, ...);
-static int fake_openat(int, const char *, int, ...);
-static int fake_close(int);
-static ssize_t fake_read(int, void *, size_t);
-static ssize_t fake_write(int, const void *, size_t);
-static int fake_fstat(int, struct stat *);
-static int fake_stat(const char *, struct stat *);
-static int fake_lstat(const char *, struct stat *);
-static int fake_fstatat(int, const char *, struct stat *, int);
-static int fake_access(const char *, int);
-static int fake_poll(struct pollfd *, nfds_t, int);
-static int fake_unlinkat(int, const char *, int);
-static int fake_linkat(int, const char *, int, const char *, int);
-static int fake_renameat(int, const char *, int, const char *);
-static int fake_fchmod(int, mode_t);
-static int fake_fchown(int, uid_t, gid_t);
-static int fake_ftruncate(int, off_t);
-static int fake_fsync(int);
-static off_t fake_lseek(int, off_t, int);
-static int fake_dup(int);
-static int fake_dup2(int, int);
-static int fake_mkdir(const char *, mode_t);
-static ssize_t fake_readlink(const char *, char *, size_t);
-static DIR *fake_opendir(const char *);
-static int fake_statvfs(const char *, struct statvfs *);
-static int fake_isatty(int);
-static int fake_getentropy(void *, size_t);
-static int fake_clock_gettime(clockid_t, struct timespec *);
-static time_t fake_time(time_t *);
-static unsigned fake_alarm(unsigned);
-static int fake_sigaction(int, const struct sigaction *, struct sigaction *);
-static int fake_sigprocmask(int, const sigset_t *, sigset_t *);
-static void (*fake_signal(int, void (*)(int)))(int);
-static pid_t fake_fork(void);
-static int fake_kill(pid_t, int);
-static pid_t fake_waitpid(pid_t, int *, int);
-static int fake_waitid(idtype_t, id_t, siginfo_t *, int);
-static int fake_pipe(int *);
-static int fake_socketpair(int, int, int, int *);
-static int fake_socket(int, int, int);
-static int fake_connect(int, const struct sockaddr *, socklen_t);
-static int fake_getsockopt(int, int, int, void *, socklen_t *);
-static int fake_setsockopt(int, int, int, const void *, socklen_t);
-static int fake_fcntl(int, int, ...);
-static int fake_shutdown(int, int);
-static char *fake_getenv(const char *);
-static void fake__exit(int) __attribute__((noreturn));
-static ssize_t fake_recv(int, void *, size_t, int);
-static ssize_t fake_send(int, const void *, size_t, int);
-static int fake_getaddrinfo(const char *, const char *,
-    const struct addrinfo *, struct addrinfo **);
-static int fake_setpgid(pid_t, pid_t);
-static int fake_execv(const char *, char *const *);
-int fake_res_query(const char *, int, int, unsigned char *, int);
-static int fake_reset(br_ssl_client_context *, const char *, int);
-static unsigned fake_state(const br_ssl_engine_context *);
-static int fake_error(const br_ssl_engine_context *);
-static unsigned char *fake_sendapp_buf(const br_ssl_engine_context *,
-    size_t *);
-static void fake_sendapp_ack(br_ssl_engine_context *, size_t);
-static unsigned char *fake_recvapp_buf(const br_ssl_engine_context *,
-    size_t *);
-static void fake_recvapp_ack(br_ssl_engine_context *, size_t);
-static unsigned char *fake_recvrec_buf(const br_ssl_engine_context *,
-    size_t *);
-static void fake_recvrec_ack(br_ssl_engine_context *, size_t);
-static unsigned char *fake_sendrec_buf(const br_ssl_engine_context *,
-    size_t *);
-static void fake_flush(br_ssl_engine_context *, int);
-static void fake_end(br_ssl_engine_context *);
-
-#define open fake_open
-#define openat fake_openat
-#define close fake_close
-#define read fake_read
-#define write fake_write
-#define fstat fake_fstat
-#define stat(...) fake_stat(__VA_ARGS__)
-#define lstat fake_lstat
-#define fstatat fake_fstatat
-#define access fake_access
-#define poll fake_poll
-#define unlinkat fake_unlinkat
-#define linkat fake_linkat
-#define renameat fake_renameat
-#define fchmod fake_fchmod
-#define fchown fake_fchown
-#define ftruncate fake_ftruncate
-#define fsync fake_fsync
-#define lseek fake_lseek
-#define dup fake_dup
-#define dup2 fake_dup2
-#define mkdir fake_mkdir
-#define readlink fake_readlink
-#define opendir fake_opendir
-#define statvfs(...) fake_statvfs(__VA_ARGS__)
-#define isatty fake_isatty
-#define getentropy fake_getentropy
-#define clock_gettime fake_clock_gettime
-#define time fake_time
-#define alarm fake_alarm
-#define sigaction(...) fake_sigaction(__VA_ARGS__)
-#define sigprocmask fake_sigprocmask
-#define signal fake_signal
-#define fork fake_fork
-#define kill fake_kill
-#define waitpid fake_waitpid
-#define waitid fake_waitid
-#define pipe fake_pipe
-#define socketpair fake_socketpair
-#define socket fake_socket
-#define connect fake_connect
-#define getsockopt fake_getsockopt
-#define setsockopt fake_setsockopt
-#define fcntl fake_fcntl
-#define shutdown fake_shutdown
-#define getenv fake_getenv
-#define _exit fake__exit
-#define recv fake_recv
-#define send fake_send
-#define getaddrinfo fake_getaddrinfo
-#define setpgid fake_setpgid
-#define execv fake_execv
-#define res_query fake_res_query
-#define br_ssl_client_reset fake_reset
-#define br_ssl_engine_current_state fake_state
-#define br_ssl_engine_last_error fake_error
-#define br_ssl_engine_sendapp_buf fake_sendapp_buf
-#define br_ssl_engine_sendapp_ack fake_sendapp_ack
-#define br_ssl_engine_recvapp_buf fake_recvapp_buf
-#define br_ssl_engine_recvapp_ack fake_recvapp_ack
-#define br_ssl_engine_recvrec_buf fake_recvrec_buf
-#define br_ssl_engine_recvrec_ack fake_recvrec_ack
-#define br_ssl_engine_sendrec_buf fake_sendrec_buf
-#define br_ssl_engine_flush fake_flush
-#define br_ssl_engine_close fake_end
-
-#define main acme_main
-#pragma clang section bss = "acme_bss" data = "acme_data"
-#include "acme.c"
-#pragma clang section bss = "" data = ""
-#undef main
-
-/* Where the CA is. */
-#define HOME "https://localhost:14000/"
-
 /* ---------------------------------------------------------- the kernel -- */
+
+/* These need acme.c. */
+static void on_signal(int);
+static void check_created(const char *);
+static ssize_t read_lookup(void *, size_t);
 
 /* Time goes on; SIGALRM comes at its moment. */
 static void
@@ -5297,15 +5123,21 @@ pass(long long ms)
 static int
 new_fd(enum kind kind)
 {
-	for (int i = 3; i < FDS; i++)
-		if (w.fd[i].kind == FREE) {
-			memset(&w.fd[i], 0, sizeof w.fd[i]);
-			w.fd[i].kind = kind;
-			w.fd[i].mode = S_IFREG | 0600;
-			return i;
-		}
-	broke("too many descriptors are open");
-	return -1;
+	int i = 3;
+
+	while (w.fd[i].kind != FREE)
+		if (++i == FDS)
+			broke("too many descriptors are open");
+	memset(&w.fd[i], 0, sizeof w.fd[i]);
+	w.fd[i].kind = kind;
+	w.fd[i].mode = S_IFREG | 0600;
+	return i;
+}
+
+static enum kind
+kind_of(int fd)
+{
+	return fd >= 0 && fd < FDS ? w.fd[fd].kind : FREE;
 }
 
 static int
@@ -5327,73 +5159,36 @@ find_file(const char *name)
 }
 
 static int
-open_content(const unsigned char *p, size_t n)
+open_name(const char *name, int flags, ...)
 {
-	int fd = new_fd(CONTENT);
+	int i, fd;
 
-	w.fd[fd].p = p;
-	w.fd[fd].n = n;
+	if (flags & O_DIRECTORY)
+		return new_fd(OTHER_FD);
+	if (flags & O_WRONLY) {
+		check_created(name);
+		return new_fd(OUTPUT);
+	}
+	if ((i = find_file(name)) < 0)
+		return -1;
+	fd = new_fd(CONTENT);
+	w.fd[fd].p = file[i].p;
+	w.fd[fd].n = file[i].n;
 	return fd;
 }
 
 static int
-open_file(const char *name)
-{
-	int i = find_file(name);
-
-	return i < 0 ? -1 : open_content(file[i].p, file[i].n);
-}
-
-/*
- * What is created is a temporary file, the output that the command line
- * names, a token in DIR, or the N.request and N.response of a box.
- */
-static void
-check_created(const char *name)
-{
-	Str s = str(name), kind = s;
-
-	if (begins(s, ".acme-step.")) {
-		s = from(s, 11);
-		if (made_of(s, HEX) && s.n == 16)
-			return;
-	}
-	if ((opt['o'] && contains(str(opt['o']), s)) ||
-	    (made_of(s, ALPHA DIGIT "-_") && s.n <= TOKEN))
-		return;
-	if (made_of(cut(&kind, '.'), DIGIT) && (is(kind, "request") ||
-	    is(kind, "response")))
-		return;
-	broke("a file is created under a name of the CA's choice");
-}
-
-static int
-fake_open(const char *name, int flags, ...)
-{
-	if (flags & O_DIRECTORY)
-		return new_fd(OTHER_FD);
-	if (flags & O_WRONLY)
-		check_created(name);
-	return flags & O_WRONLY ? new_fd(OUTPUT) : open_file(name);
-}
-
-static int
-fake_openat(int dir, const char *name, int flags, ...)
-{
-	(void)dir;
-	if (flags & O_CREAT) {
-		check_created(name);
-		return new_fd(OUTPUT);
-	}
-	return open_file(name);
-}
-
-static int
-fake_close(int fd)
+close_fd(int fd)
 {
 	if (fd >= 0 && fd < FDS)
 		w.fd[fd].kind = FREE;
 	return 0;
+}
+
+static unsigned
+next_cut(void)
+{
+	return w.cut = w.cut * 1103515245 + 12345 | 1;
 }
 
 /* How many bytes the next piece has: from 1, mostly up to 64. */
@@ -5402,11 +5197,18 @@ piece_size(size_t n)
 {
 	size_t want = n;
 
-	if (w.cut) {
-		w.cut = w.cut * 1103515245 + 12345 | 1;
-		want = w.cut >> 8 & 0x300 ? 1 + (w.cut >> 16) % 64 : 4096;
-	}
+	if (w.cut)
+		want = next_cut() >> 8 & 0x300 ? 1 + (w.cut >> 16) % 64 :
+		    4096;
 	return want < n ? want : n;
+}
+
+/* The sign that comes next, or 0. */
+static int
+next_sign(void)
+{
+	return !w.gap && w.nnet - w.at > 1 && w.net[w.at] == 0 ?
+	    w.net[w.at + 1] : 0;
 }
 
 /*
@@ -5415,47 +5217,339 @@ piece_size(size_t n)
  * between responses: no CA sends one before it is asked.
  */
 static ssize_t
-receive_bytes(unsigned char *to, size_t n)
+peer_bytes(unsigned char *to, size_t n)
 {
-	const unsigned char *from, *nul;
-	size_t left = w.nnet - w.at;
+	const unsigned char *start, *nul;
+	size_t left;
+	int sign;
 
 	if (w.gap && w.cut >> 12 & 1) {
-		w.cut = w.cut * 1103515245 + 12345 | 1;
+		next_cut();
 		errno = EAGAIN;
 		return -1;
 	}
-	if (n == 0 || left == 0)
+	if (n == 0 || w.at == w.nnet)
 		return 0;
-	from = w.net + w.at;
-	if (!w.gap && left > 1 && from[0] == 0 && from[1] == 'n') {
+	while ((sign = next_sign()) == 'n')
 		w.at += 2;
-		return receive_bytes(to, n);
-	}
-	if (!w.gap && *from == 0 && left > 1) {
+	if (sign == 'c' || sign == 'e' || sign == 'r') {
 		w.at += 2;
-		if (from[1] == 'r') {
-			errno = ECONNRESET;
-			return -1;
-		}
-		if (from[1] == 'e' || (from[1] == 'c' && to != w.record))
-			return 0;
-		if (from[1] == 'c') {
-			w.closed = true;
-			return 1;
-		}
-		w.at--;		/* any other sign is a NUL that is sent */
-		*to = 0;
-		return 1;
+		errno = ECONNRESET;
+		w.closed = sign == 'c' && to == tls_record;
+		return sign == 'r' ? -1 : w.closed;
 	}
-	nul = w.gap ? NULL : memchr(from + 1, 0, left - 1);
+	start = w.net + w.at;
+	left = w.nnet - w.at;
+	nul = w.gap || !left ? NULL : memchr(start + 1, 0, left - 1);
 	if (nul)
-		left = (size_t)(nul - from);
+		left = (size_t)(nul - start);
 	n = piece_size(n < left ? n : left);
-	memcpy(to, from, n);
+	memcpy(to, start, n);
 	w.at += n;
 	return (ssize_t)n;
 }
+
+static ssize_t
+read_fd(int fd, void *to, size_t n)
+{
+	size_t left;
+
+	pass(1);
+	switch (kind_of(fd)) {
+	case FREE:
+		broke("read from a descriptor that is not open");
+	case CONTENT:
+		left = w.fd[fd].n - w.fd[fd].at;
+		n = n < left ? n : left;
+		if (n)
+			memcpy(to, w.fd[fd].p + w.fd[fd].at, n);
+		w.fd[fd].at += n;
+		return (ssize_t)n;
+	case NETWORK:
+		return peer_bytes(to, n);
+	case LOOKUP:
+		return read_lookup(to, n);
+	default:
+		return 0;
+	}
+}
+
+static ssize_t
+append(unsigned char *all, size_t *have, const void *p, size_t n)
+{
+	if (n > SENT - *have)
+		broke("more than a MiB is written");
+	if (n)
+		memcpy(all + *have, p, n);
+	*have += n;
+	return (ssize_t)n;
+}
+
+static ssize_t
+write_fd(int fd, const void *p, size_t n)
+{
+	if (kind_of(fd) == FREE)
+		broke("write to a descriptor that is not open");
+	if (fd == 1)
+		return append(out_text, &w.nout, p, n);
+	if (fd == 2)
+		return append(err_text, &w.nerr, p, n);
+	if (kind_of(fd) == NETWORK)
+		return append(sent, &w.nsent, p, n);
+	return (ssize_t)n;
+}
+
+static int
+stat_fd(int fd, struct stat *st)
+{
+	*st = (struct stat){ .st_mode = fd == 1 && w.piped ? S_IFIFO | 0600 :
+	    w.fd[fd].mode, .st_size = (off_t)w.fd[fd].n, .st_ino = 1 };
+	return 0;
+}
+
+static int
+stat_name(const char *name, struct stat *st)
+{
+	int i = find_file(name);
+
+	if (i < 0)
+		return -1;
+	*st = (struct stat){ .st_mode = S_IFREG | 0600, .st_ino = 2,
+	    .st_size = (off_t)file[i].n };
+	return 0;
+}
+
+/* Can a descriptor be used at once? An idle connection has nothing. */
+static bool
+is_ready(const struct pollfd *p, int ms)
+{
+	enum kind kind = kind_of(p->fd);
+
+	if (p->events & POLLOUT)
+		return true;
+	if (kind == NETWORK && ms == 0 && !w.gap)
+		return next_sign() == 'e';
+	return p->fd != 0 && kind != FREE;
+}
+
+static int
+poll_fds(struct pollfd *p, nfds_t n, int ms)
+{
+	int found = 0;
+
+	pass(1);
+	for (nfds_t i = 0; i < n; i++) {
+		p[i].revents = p[i].fd >= 0 && is_ready(&p[i], ms) ?
+		    p[i].events : 0;
+		found += p[i].revents != 0;
+	}
+	if (!found && ms)
+		pass(ms > 0 ? ms : 1LL << 40);
+	return found;
+}
+
+static int
+get_random(unsigned char *to, size_t n)
+{
+	for (; n > 0; n--) {
+		w.random = w.random * 1103515245 + 12345;
+		*to++ = (unsigned char)(w.random >> 16);
+	}
+	return 0;
+}
+
+static pid_t
+wait_child(pid_t pid, int *status)
+{
+	if (status)
+		*status = 0;
+	return pid;
+}
+
+static int
+make_pair(int *fds, enum kind kind)
+{
+	fds[0] = new_fd(kind);
+	fds[1] = new_fd(OTHER_FD);
+	return 0;
+}
+
+/* A connection that is noted, with its address as the name. */
+static int
+connect_to(int fd, const struct sockaddr *to, socklen_t n)
+{
+	if (kind_of(fd) != NETWORK)
+		broke("connect on a descriptor that is no socket");
+	if (w.nconnection == CONNECTIONS)
+		broke("too many connections");
+	w.connection[w.nconnection].from = w.nsent;
+	w.connection[w.nconnection].port =
+	    ntohs(((const struct sockaddr_in *)to)->sin_port);
+	return getnameinfo(to, n, w.connection[w.nconnection++].host, 64,
+	    NULL, 0, NI_NUMERICHOST);
+}
+
+static char *
+get_environment(const char *name)
+{
+	size_t n = strlen(name);
+
+	if (strcmp(name, "ACME_DIRECTORY") == 0)
+		return HOME "dir";
+	return w.environment && strncmp(w.environment, name, n) == 0 &&
+	    w.environment[n] == '=' ? (char *)w.environment + n + 1 : NULL;
+}
+
+/* A datagram: two bytes have its length, and it gets the question's number. */
+static ssize_t
+receive_datagram(unsigned char *to, size_t n)
+{
+	size_t left = w.nnet - w.at, length;
+
+	pass(left < 2 ? 1000 : 1);
+	if (left < 2)
+		return 0;
+	length = w.net[w.at] * 256U + w.net[w.at + 1];
+	length = length < left - 2 ? length : left - 2;
+	w.at += 2 + length;
+	length = length < n ? length : n;
+	memcpy(to, w.net + w.at - length, length);
+	if (length > 1 && w.nsent > 1)
+		memcpy(to, sent, 2);
+	return (ssize_t)length;
+}
+
+int
+resolve(const char *name, int class, int type, unsigned char *to, int n)
+{
+	return (int)receive_datagram(to, (size_t)n);
+}
+
+static int
+resolve_name(const char *name, struct addrinfo **list)
+{
+	static struct sockaddr_in to = { .sin_family = AF_INET,
+	    .sin_addr = { 0x0200007f } };
+	static struct addrinfo one = { .ai_family = AF_INET,
+	    .ai_addrlen = sizeof to, .ai_addr = (struct sockaddr *)&to };
+
+	*list = &one;
+	return *name == 'x' ? EAI_NONAME : 0;
+}
+
+#define open(...) open_name(__VA_ARGS__)
+#define openat(dir, ...) open_name(__VA_ARGS__)
+#define close(fd) close_fd(fd)
+#define read read_fd
+#define write write_fd
+#define fstat(fd, st) stat_fd(fd, st)
+#define stat(name, st) stat_name(name, st)
+#define lstat(name, st) stat_name(name, st)
+#define fstatat(...) absent()
+#define access(name, mode) (find_file(name) < 0 ? -1 : 0)
+#define poll(p, n, ms) poll_fds(p, n, ms)
+#define unlinkat(dir, name, flags) (check_created(name), 0)
+#define linkat(a, old, b, new, flags) \
+	(check_created(new), *(old) ? 0 : absent())
+#define renameat(a, old, b, new) linkat(a, old, b, new, 0)
+#define fchmod(f, to) (w.fd[f].mode = S_IFREG | (to), 0)
+#define fchown(...) 0
+#define ftruncate(...) 0
+#define fsync(...) 0
+#define lseek(fd, at, whence) (at)
+#define dup(old) new_fd(w.fd[old].kind)
+#define dup2(fd, to) (to)
+#define mkdir(...) 0
+#define readlink(...) absent()
+#define opendir(...) NULL
+#define statvfs(name, st) (memset(st, 0, sizeof *(st)), 0)
+#define isatty(...) 0
+#define getentropy(p, n) get_random(p, n)
+#define clock_gettime(id, t) ((t)->tv_sec = w.ms / 1000, \
+	(t)->tv_nsec = w.ms % 1000 * 1000000, 0)
+#define time(...) (RELEASED + 10 * 86400 + w.ms / 1000)
+#define alarm(s) (w.alarm_at = (s) ? w.ms + (s) * 1000LL : 0)
+#define sigaction(...) -1
+#define sigprocmask(...) 0
+#define signal(...) 0
+#define fork() PID
+#define kill(pid, sig) \
+	(abs(pid) == PID ? 0 : broke("a signal goes to another process"))
+#define waitpid(pid, status, flags) wait_child(pid, status)
+#define waitid(type, pid, info, flags) ((info)->si_pid = (pid), 0)
+#define pipe(fds) make_pair(fds, LOOKUP)
+#define socketpair(family, type, protocol, fds) make_pair(fds, NETWORK)
+#define socket(...) new_fd(NETWORK)
+#define connect(fd, to, n) connect_to(fd, to, n)
+#define getsockopt(fd, level, name, value, n) (memset(value, 0, *(n)), 0)
+#define setsockopt(...) 0
+#define fcntl(...) 0
+#define shutdown(...) 0
+#define getenv(name) get_environment(name)
+#define _exit(code) (w.status = (code), siglongjmp(w.end, 1))
+#define recv(fd, p, n, flags) receive_datagram(p, n)
+#define send(fd, p, n, flags) (w.nsent = 0, append(sent, &w.nsent, p, n))
+#define res_query resolve
+#define getaddrinfo(name, port, hint, list) resolve_name(name, list)
+#define setpgid(...) 0
+#define execv(...) broke("the step itself runs a program")
+
+/* ------------------------------------------------- TLS that is not one -- */
+
+static int
+begin_tls(const char *name)
+{
+	if (w.nconnection && name)
+		snprintf(w.connection[w.nconnection - 1].host,
+		    sizeof w.connection[0].host, "%s", name);
+	w.have = w.taken = 0;
+	w.closed = false;
+	return 1;
+}
+
+static void
+take(size_t n)
+{
+	if (n > w.have - w.taken)
+		broke("more was taken than had come");
+	w.taken += n;
+}
+
+#define br_ssl_client_reset(c, name, resume) (w.real_tls ? \
+	br_ssl_client_reset(c, name, resume) : begin_tls(name))
+#define br_ssl_engine_current_state(e) (w.real_tls ? \
+	br_ssl_engine_current_state(e) : \
+	w.have > w.taken ? BR_SSL_SENDAPP | BR_SSL_RECVAPP : \
+	w.closed ? BR_SSL_CLOSED : BR_SSL_SENDAPP | BR_SSL_RECVREC)
+#define br_ssl_engine_last_error(e) (w.real_tls ? \
+	br_ssl_engine_last_error(e) : BR_ERR_OK)
+#define br_ssl_engine_sendapp_buf(e, n) (w.real_tls ? \
+	br_ssl_engine_sendapp_buf(e, n) : (*(n) = PIECE_MAX, outgoing))
+#define br_ssl_engine_sendapp_ack(e, n) (w.real_tls ? \
+	br_ssl_engine_sendapp_ack(e, n) : \
+	(void)append(sent, &w.nsent, outgoing, n))
+#define br_ssl_engine_recvapp_buf(e, n) (w.real_tls ? \
+	br_ssl_engine_recvapp_buf(e, n) : \
+	(*(n) = w.have - w.taken, tls_record + w.taken))
+#define br_ssl_engine_recvapp_ack(e, n) (w.real_tls ? \
+	br_ssl_engine_recvapp_ack(e, n) : take(n))
+#define br_ssl_engine_recvrec_buf(e, n) (w.real_tls ? \
+	br_ssl_engine_recvrec_buf(e, n) : (*(n) = PIECE_MAX, tls_record))
+#define br_ssl_engine_recvrec_ack(e, n) (w.real_tls ? \
+	br_ssl_engine_recvrec_ack(e, n) : \
+	(void)(w.have = w.closed ? 0 : (n), w.taken = 0))
+#define br_ssl_engine_sendrec_buf(e, n) (w.real_tls ? \
+	br_ssl_engine_sendrec_buf(e, n) : NULL)
+#define br_ssl_engine_flush(e, force) (w.real_tls ? \
+	br_ssl_engine_flush(e, force) : (void)0)
+#define br_ssl_engine_close(e) (w.real_tls ? \
+	br_ssl_engine_close(e) : (void)0)
+
+#define main acme_main
+#pragma clang section bss = "acme_bss" data = "acme_data"
+#include "acme.c"
+#pragma clang section bss = "" data = ""
+#undef main
 
 /* Of a process that looks up a name: one address. */
 static ssize_t
@@ -5471,663 +5565,25 @@ read_lookup(void *to, size_t n)
 	return (ssize_t)n;
 }
 
-static ssize_t
-fake_read(int fd, void *to, size_t n)
-{
-	size_t left;
-
-	pass(1);
-	if (fd < 0 || fd >= FDS || w.fd[fd].kind == FREE)
-		broke("read from a descriptor that is not open");
-	switch (w.fd[fd].kind) {
-	case CONTENT:
-		left = w.fd[fd].n - w.fd[fd].at;
-		n = n < left ? n : left;
-		if (n)
-			memcpy(to, w.fd[fd].p + w.fd[fd].at, n);
-		w.fd[fd].at += n;
-		return (ssize_t)n;
-	case NETWORK:
-		return receive_bytes(to, n);
-	case LOOKUP:
-		return read_lookup(to, n);
-	default:
-		return 0;
-	}
-}
-
+/*
+ * What is created is a temporary file, the output that the command line
+ * names, a token in DIR, or the N.request and N.response of a box.
+ */
 static void
-append(unsigned char *all, size_t *have, const void *p, size_t n)
+check_created(const char *name)
 {
-	if (n > SENT - *have)
-		broke("more than a MiB is written");
-	if (n)
-		memcpy(all + *have, p, n);
-	*have += n;
-}
-
-static ssize_t
-fake_write(int fd, const void *p, size_t n)
-{
-	if (fd < 0 || fd >= FDS || w.fd[fd].kind == FREE)
-		broke("write to a descriptor that is not open");
-	if (fd == 1)
-		append(out_text, &w.nout, p, n);
-	else if (fd == 2)
-		append(err_text, &w.nerr, p, n);
-	else if (w.fd[fd].kind == NETWORK)
-		append(sent, &w.nsent, p, n);
-	return (ssize_t)n;
-}
-
-static int
-fill_stat(struct stat *st, mode_t mode, size_t n)
-{
-	memset(st, 0, sizeof *st);
-	st->st_mode = mode;
-	st->st_size = (off_t)n;
-	return 0;
-}
-
-static int
-fake_fstat(int fd, struct stat *st)
-{
-	if (fd == 1)
-		return fill_stat(st, w.piped ? S_IFIFO | 0600 :
-		    S_IFREG | 0600, 0);
-	fill_stat(st, w.fd[fd].mode, w.fd[fd].n);
-	st->st_ino = 1;
-	return 0;
-}
-
-static int
-fake_stat(const char *name, struct stat *st)
-{
-	int i = find_file(name);
-
-	if (i < 0)
-		return -1;
-	fill_stat(st, S_IFREG | 0600, file[i].n);
-	st->st_ino = 2;
-	return 0;
-}
-
-static int
-fake_lstat(const char *name, struct stat *st)
-{
-	return fake_stat(name, st);
-}
-
-static int
-fake_fstatat(int dir, const char *name, struct stat *st, int flags)
-{
-	(void)dir;
-	(void)name;
-	(void)st;
-	(void)flags;
-	return absent();
-}
-
-static int
-fake_access(const char *name, int mode)
-{
-	(void)mode;
-	return find_file(name) < 0 ? -1 : 0;
-}
-
-/* Can a descriptor be used at once? An idle connection has nothing. */
-static bool
-is_ready(const struct pollfd *p, int ms)
-{
-	enum kind kind = p->fd >= 0 && p->fd < FDS ? w.fd[p->fd].kind : FREE;
-
-	if (p->events & POLLOUT)
-		return true;
-	if (kind == NETWORK && ms == 0 && !w.gap)
-		return w.at < w.nnet && !w.net[w.at] && w.at + 1 < w.nnet &&
-		    w.net[w.at + 1] == 'e';
-	return p->fd != 0 && kind != FREE;
-}
-
-static int
-fake_poll(struct pollfd *p, nfds_t n, int ms)
-{
-	int found = 0;
-
-	pass(1);
-	for (nfds_t i = 0; i < n; i++) {
-		p[i].revents = 0;
-		if (p[i].fd >= 0 && is_ready(&p[i], ms)) {
-			p[i].revents = p[i].events;
-			found++;
-		}
-	}
-	if (!found && ms > 0)
-		pass(ms);
-	if (!found && ms < 0)
-		pass(1LL << 40);
-	return found;
-}
-
-static int
-fake_unlinkat(int dir, const char *name, int flags)
-{
-	(void)dir;
-	(void)flags;
-	check_created(name);
-	return 0;
-}
-
-static int
-fake_linkat(int dir, const char *a, int dir2, const char *b, int flags)
-{
-	(void)dir;
-	(void)dir2;
-	(void)flags;
-	check_created(b);
-	return *a ? 0 : absent();
-}
-
-static int
-fake_renameat(int dir, const char *a, int dir2, const char *b)
-{
-	return fake_linkat(dir, a, dir2, b, 0);
-}
-
-static int
-fake_fchmod(int fd, mode_t mode)
-{
-	w.fd[fd].mode = S_IFREG | mode;
-	return 0;
-}
-
-static int
-fake_fchown(int fd, uid_t uid, gid_t gid)
-{
-	(void)fd;
-	(void)uid;
-	(void)gid;
-	return 0;
-}
-
-static int
-fake_ftruncate(int fd, off_t n)
-{
-	(void)fd;
-	(void)n;
-	return 0;
-}
-
-static int
-fake_fsync(int fd)
-{
-	(void)fd;
-	return 0;
-}
-
-static off_t
-fake_lseek(int fd, off_t at, int whence)
-{
-	(void)fd;
-	(void)whence;
-	return at;
-}
-
-static int
-fake_dup(int fd)
-{
-	return new_fd(w.fd[fd].kind);
-}
-
-static int
-fake_dup2(int fd, int to)
-{
-	(void)fd;
-	return to;
-}
-
-static int
-fake_mkdir(const char *name, mode_t mode)
-{
-	(void)name;
-	(void)mode;
-	return 0;
-}
-
-static ssize_t
-fake_readlink(const char *name, char *to, size_t n)
-{
-	(void)name;
-	(void)to;
-	(void)n;
-	return absent();
-}
-
-static DIR *
-fake_opendir(const char *name)
-{
-	(void)name;
-	return NULL;
-}
-
-static int
-fake_statvfs(const char *name, struct statvfs *st)
-{
-	(void)name;
-	memset(st, 0, sizeof *st);
-	return 0;
-}
-
-static int
-fake_isatty(int fd)
-{
-	(void)fd;
-	return 0;
-}
-
-static int
-fake_getentropy(void *p, size_t n)
-{
-	for (unsigned char *to = p; n > 0; n--) {
-		w.random = w.random * 1103515245 + 12345;
-		*to++ = (unsigned char)(w.random >> 16);
-	}
-	return 0;
-}
-
-static int
-fake_clock_gettime(clockid_t id, struct timespec *t)
-{
-	(void)id;
-	t->tv_sec = w.ms / 1000;
-	t->tv_nsec = w.ms % 1000 * 1000000;
-	return 0;
-}
-
-static time_t
-fake_time(time_t *t)
-{
-	(void)t;
-	return RELEASED + 10 * 86400 + w.ms / 1000;
-}
-
-static unsigned
-fake_alarm(unsigned seconds)
-{
-	w.alarm_at = seconds ? w.ms + seconds * 1000LL : 0;
-	return 0;
-}
-
-static int
-fake_sigaction(int sig, const struct sigaction *act, struct sigaction *old)
-{
-	(void)sig;
-	(void)act;
-	(void)old;
-	return -1;
-}
-
-static int
-fake_sigprocmask(int how, const sigset_t *set, sigset_t *old)
-{
-	(void)how;
-	(void)set;
-	(void)old;
-	return 0;
-}
-
-static void
-(*fake_signal(int sig, void (*handler)(int)))(int)
-{
-	(void)sig;
-	return handler;
-}
-
-static pid_t
-fake_fork(void)
-{
-	return 4242;
-}
-
-static int
-fake_kill(pid_t pid, int sig)
-{
-	(void)sig;
-	if (pid != 4242 && pid != -4242)
-		broke("a signal goes to another process");
-	return 0;
-}
-
-static pid_t
-fake_waitpid(pid_t pid, int *status, int flags)
-{
-	(void)flags;
-	if (status)
-		*status = 0;
-	return pid;
-}
-
-static int
-fake_waitid(idtype_t type, id_t id, siginfo_t *ended, int flags)
-{
-	(void)type;
-	(void)flags;
-	ended->si_pid = (pid_t)id;
-	return 0;
-}
-
-static int
-fake_pipe(int *fds)
-{
-	fds[0] = new_fd(LOOKUP);
-	fds[1] = new_fd(OTHER_FD);
-	return 0;
-}
-
-static int
-fake_socketpair(int family, int type, int protocol, int *fds)
-{
-	(void)family;
-	(void)type;
-	(void)protocol;
-	fds[0] = new_fd(NETWORK);
-	fds[1] = new_fd(OTHER_FD);
-	return 0;
-}
-
-static int
-fake_socket(int family, int type, int protocol)
-{
-	(void)family;
-	(void)type;
-	(void)protocol;
-	return new_fd(NETWORK);
-}
-
-/* A connection that is noted, with its address as the name. */
-static int
-fake_connect(int fd, const struct sockaddr *to, socklen_t n)
-{
-	struct sockaddr_in v4;
-	struct sockaddr_in6 v6;
-
-	if (fd < 0 || fd >= FDS || w.fd[fd].kind != NETWORK)
-		broke("connect on a descriptor that is no socket");
-	if (w.nconnection == CONNECTIONS)
-		broke("too many connections");
-	w.connection[w.nconnection].from = w.nsent;
-	if (to->sa_family == AF_INET) {
-		memcpy(&v4, to, sizeof v4);
-		inet_ntop(AF_INET, &v4.sin_addr,
-		    w.connection[w.nconnection].host, 64);
-		w.connection[w.nconnection].port = ntohs(v4.sin_port);
-	} else {
-		memcpy(&v6, to, n);
-		inet_ntop(AF_INET6, &v6.sin6_addr,
-		    w.connection[w.nconnection].host, 64);
-		w.connection[w.nconnection].port = ntohs(v6.sin6_port);
-	}
-	w.nconnection++;
-	return 0;
-}
-
-static int
-fake_getsockopt(int fd, int level, int name, void *value, socklen_t *n)
-{
-	(void)fd;
-	(void)level;
-	(void)name;
-	memset(value, 0, *n);
-	return 0;
-}
-
-static int
-fake_setsockopt(int fd, int level, int name, const void *value, socklen_t n)
-{
-	(void)fd;
-	(void)level;
-	(void)name;
-	(void)value;
-	(void)n;
-	return 0;
-}
-
-static int
-fake_fcntl(int fd, int name, ...)
-{
-	(void)fd;
-	(void)name;
-	return 0;
-}
-
-static int
-fake_shutdown(int fd, int how)
-{
-	(void)fd;
-	(void)how;
-	return 0;
-}
-
-static char *
-fake_getenv(const char *name)
-{
-	size_t n = strlen(name);
-
-	if (strcmp(name, "ACME_DIRECTORY") == 0)
-		return HOME "dir";
-	if (!w.environment || strncmp(w.environment, name, n) != 0 ||
-	    w.environment[n] != '=')
-		return NULL;
-	return (char *)w.environment + n + 1;
-}
-
-static void
-fake__exit(int status)
-{
-	w.status = status;
-	siglongjmp(w.end, 1);
-}
-
-/* A datagram: two bytes have its length, and it gets the question's number. */
-static ssize_t
-fake_recv(int fd, void *to, size_t n, int flags)
-{
-	size_t left = w.nnet - w.at, length;
-	unsigned char *b = to;
-
-	(void)fd;
-	(void)flags;
-	pass(1);
-	if (left < 2) {
-		pass(1000);
-		return 0;
-	}
-	length = w.net[w.at] * 256U + w.net[w.at + 1];
-	length = length < left - 2 ? length : left - 2;
-	w.at += 2 + length;
-	length = length < n ? length : n;
-	memcpy(b, w.net + w.at - length, length);
-	if (length > 1 && w.nsent > 1) {
-		b[0] = sent[0];
-		b[1] = sent[1];
-	}
-	return (ssize_t)length;
-}
-
-static ssize_t
-fake_send(int fd, const void *p, size_t n, int flags)
-{
-	(void)fd;
-	(void)flags;
-	w.nsent = 0;
-	append(sent, &w.nsent, p, n);
-	return (ssize_t)n;
-}
-
-static int
-fake_getaddrinfo(const char *name, const char *port,
-    const struct addrinfo *hint, struct addrinfo **list)
-{
-	static struct sockaddr_in to = { .sin_family = AF_INET,
-	    .sin_addr = { 0x0200007f } };
-	static struct addrinfo one = { .ai_family = AF_INET,
-	    .ai_addrlen = sizeof to, .ai_addr = (struct sockaddr *)&to };
-
-	(void)port;
-	(void)hint;
-	if (*name == 'x')
-		return EAI_NONAME;
-	*list = &one;
-	return 0;
-}
-
-int
-fake_res_query(const char *name, int class, int type, unsigned char *to,
-    int n)
-{
-	(void)name;
-	(void)class;
-	(void)type;
-	return (int)fake_recv(0, to, (size_t)n, 0);
-}
-
-static int
-fake_setpgid(pid_t pid, pid_t group)
-{
-	(void)pid;
-	(void)group;
-	return 0;
-}
-
-static int
-fake_execv(const char *program, char *const *argv)
-{
-	(void)program;
-	(void)argv;
-	broke("the step itself runs a program");
-	return -1;
-}
-
-/* ------------------------------------------------- TLS that is not one -- */
-
-#undef br_ssl_client_reset
-#undef br_ssl_engine_current_state
-#undef br_ssl_engine_last_error
-#undef br_ssl_engine_sendapp_buf
-#undef br_ssl_engine_sendapp_ack
-#undef br_ssl_engine_recvapp_buf
-#undef br_ssl_engine_recvapp_ack
-#undef br_ssl_engine_recvrec_buf
-#undef br_ssl_engine_recvrec_ack
-#undef br_ssl_engine_sendrec_buf
-#undef br_ssl_engine_flush
-#undef br_ssl_engine_close
-
-static int
-fake_reset(br_ssl_client_context *c, const char *name, int resume)
-{
-	if (w.real_tls)
-		return br_ssl_client_reset(c, name, resume);
-	if (w.nconnection && name)
-		snprintf(w.connection[w.nconnection - 1].host,
-		    sizeof w.connection[0].host, "%s", name);
-	w.have = w.taken = 0;
-	w.closed = false;
-	return 1;
-}
-
-static unsigned
-fake_state(const br_ssl_engine_context *e)
-{
-	if (w.real_tls)
-		return br_ssl_engine_current_state(e);
-	if (w.have > w.taken)
-		return BR_SSL_SENDAPP | BR_SSL_RECVAPP;
-	return w.closed ? BR_SSL_CLOSED : BR_SSL_SENDAPP | BR_SSL_RECVREC;
-}
-
-static int
-fake_error(const br_ssl_engine_context *e)
-{
-	return w.real_tls ? br_ssl_engine_last_error(e) : BR_ERR_OK;
-}
-
-static unsigned char *
-fake_sendapp_buf(const br_ssl_engine_context *e, size_t *n)
-{
-	if (w.real_tls)
-		return br_ssl_engine_sendapp_buf(e, n);
-	*n = sizeof w.outgoing;
-	return w.outgoing;
-}
-
-static void
-fake_sendapp_ack(br_ssl_engine_context *e, size_t n)
-{
-	if (w.real_tls)
-		br_ssl_engine_sendapp_ack(e, n);
-	else
-		append(sent, &w.nsent, w.outgoing, n);
-}
-
-static unsigned char *
-fake_recvapp_buf(const br_ssl_engine_context *e, size_t *n)
-{
-	if (w.real_tls)
-		return br_ssl_engine_recvapp_buf(e, n);
-	*n = w.have - w.taken;
-	return w.record + w.taken;
-}
-
-static void
-fake_recvapp_ack(br_ssl_engine_context *e, size_t n)
-{
-	if (w.real_tls)
-		br_ssl_engine_recvapp_ack(e, n);
-	else if (n > w.have - w.taken)
-		broke("more was taken than had come");
-	else
-		w.taken += n;
-}
-
-static unsigned char *
-fake_recvrec_buf(const br_ssl_engine_context *e, size_t *n)
-{
-	if (w.real_tls)
-		return br_ssl_engine_recvrec_buf(e, n);
-	*n = sizeof w.record;
-	return w.record;
-}
-
-static void
-fake_recvrec_ack(br_ssl_engine_context *e, size_t n)
-{
-	if (w.real_tls) {
-		br_ssl_engine_recvrec_ack(e, n);
+	Str s = str(name), rest = s, kind = s;
+	Str stem = cut(&kind, '.');
+
+	if (begins(s, ".acme-step."))
+		rest = from(s, 11);
+	if ((rest.n == 16 && rest.p != s.p && made_of(rest, HEX)) ||
+	    (opt['o'] && contains(str(opt['o']), s)) ||
+	    (made_of(s, ALPHA DIGIT "-_") && s.n <= TOKEN) ||
+	    (made_of(stem, DIGIT) && (is(kind, "request") ||
+	    is(kind, "response"))))
 		return;
-	}
-	w.have = w.closed ? 0 : n;
-	w.taken = 0;
-}
-
-static unsigned char *
-fake_sendrec_buf(const br_ssl_engine_context *e, size_t *n)
-{
-	return w.real_tls ? br_ssl_engine_sendrec_buf(e, n) : NULL;
-}
-
-static void
-fake_flush(br_ssl_engine_context *e, int force)
-{
-	if (w.real_tls)
-		br_ssl_engine_flush(e, force);
-}
-
-static void
-fake_end(br_ssl_engine_context *e)
-{
-	if (w.real_tls)
-		br_ssl_engine_close(e);
+	broke("a file is created under a name of the CA's choice");
 }
 
 /* ----------------------------------------------------------- a new run -- */
@@ -6179,9 +5635,7 @@ static void
 begin_run(Str in, Str net, unsigned cut)
 {
 	forget();
-	memset(&w, 0, offsetof(__typeof__(w), record));
-	w.have = w.taken = w.nout = w.nerr = w.nsent = w.nconnection = 0;
-	w.closed = false;
+	memset(&w, 0, offsetof(__typeof__(w), connection));
 	w.ms = 1000000;
 	w.random = 1;
 	w.cut = cut;
@@ -6192,17 +5646,6 @@ begin_run(Str in, Str net, unsigned cut)
 	w.fd[1].kind = w.fd[2].kind = OUTPUT;
 	w.net = net.p;
 	w.nnet = net.n;
-}
-
-/* Call f; -1, or the status that it ends the step with. */
-static int
-ends(void (*f)(void))
-{
-	if (sigsetjmp(w.end, 0) == 0) {
-		f();
-		return -1;
-	}
-	return w.status;
 }
 
 static Str
@@ -6302,6 +5745,19 @@ check_status(int status)
 		broke("the step fails without a message");
 }
 
+/* Call f; -1, or the status that it ends the step with. */
+static int
+ends(void (*f)(void))
+{
+	w.status = -1;
+	if (sigsetjmp(w.end, 0) == 0)
+		f();
+	else
+		check_status(w.status);
+	check_messages();
+	return w.status;
+}
+
 /* Copies that outlive a run. */
 static unsigned char kept[2][SENT];
 static Str
@@ -6392,8 +5848,6 @@ fuzz_json(void)
 	nwords = 3;
 	begin_run(all, NONE, 0);
 	status = ends(run_words);
-	check_messages();
-	check_status(status);
 	forget();
 	if (begins(all, BYTE_ORDER_MARK))
 		all = from(all, 3);
@@ -6419,7 +5873,6 @@ fuzz_quote(void)
 {
 	Str v, o;
 
-	begin_run(NONE, NONE, 0);
 	if (!is_utf8(input))
 		return;
 	if (!json_read(quote(input), &v) || !same(json_text(v), input))
@@ -6488,15 +5941,9 @@ converse(void)
 static int
 hear(Str net, unsigned cut)
 {
-	int status;
-
 	begin_run(NONE, net, cut);
 	talk.seen = NONE;
-	status = ends(converse);
-	check_messages();
-	if (status >= 0)
-		check_status(status);
-	return status;
+	return ends(converse);
 }
 
 /* Cut anywhere, a batch's responses are read as they are in one piece. */
@@ -6529,10 +5976,8 @@ read_links(void)
 static void
 fuzz_link(void)
 {
-	begin_run(NONE, NONE, 0);
 	talk.seen = NONE;
 	ends(read_links);
-	check_messages();
 }
 
 /* ----------------------------------------------------------- records -- */
@@ -6551,14 +5996,9 @@ static void
 fuzz_record(void)
 {
 	Str first, second;
-	int status;
-
 	of_account = take_byte() & 1;
 	record = input;
-	begin_run(NONE, NONE, 0);
-	status = ends(read_it);
-	check_messages();
-	if (status >= 0)
+	if (ends(read_it) >= 0)
 		return;
 	first = keep_copy(0, cat(NONE, record_text(), S("end\n")));
 	check_lines(first, "a control character is in a record");
@@ -6602,7 +6042,6 @@ fuzz_cert(void)
 	struct cert c, again;
 	long long end;
 
-	begin_run(NONE, NONE, 0);
 	if (!find_certificate(input, &c))
 		return;
 	look_into(&c);
@@ -6626,12 +6065,7 @@ run_due(void)
 static void
 fuzz_due(void)
 {
-	int status;
-
-	begin_run(NONE, NONE, 0);
-	status = ends(run_due);
-	check_messages();
-	check_status(status);
+	ends(run_due);
 	check_lines(out_str(), "a control character is in the answer of due");
 }
 
@@ -6647,13 +6081,9 @@ fuzz_key(void)
 {
 	unsigned char spki[1024];
 	Str text, label, block, public;
-	int status;
 	bool bad;
 
-	begin_run(NONE, NONE, 0);
-	status = ends(read_key);
-	check_messages();
-	if (status >= 0)
+	if (ends(read_key) >= 0)
 		return;
 	text = key_pem(&other_key);
 	public = public_key(&other_key);
@@ -6703,7 +6133,6 @@ fuzz_request(void)
 	for (nwords = 0; at && nwords < 40; )
 		words[nwords++] = strsep(&at, "\n");
 	words[nwords] = NULL;
-	begin_run(NONE, NONE, 0);
 	other_key = saved_other;
 	if (nwords > 1 && ends(make_request) < 0) {
 		want = names_wanted();
@@ -6716,7 +6145,6 @@ fuzz_request(void)
 		if (!openssl_certificate(made.p, made.n, &end))
 			broke("openssl does not read our certificate");
 	}
-	check_messages();
 	words[nwords = 1] = NULL;
 	free(text);
 }
@@ -6736,9 +6164,7 @@ read_request(void)
 static void
 fuzz_csr(void)
 {
-	begin_run(NONE, NONE, 0);
 	ends(read_request);
-	check_messages();
 }
 
 static struct response response;
@@ -6761,11 +6187,8 @@ fuzz_chain(void)
 
 	response = (struct response){ .url = S("https://ca.test/c"),
 	    .body = input };
-	begin_run(NONE, NONE, 0);
-	if (ends(take_chain) >= 0) {
-		check_messages();
+	if (ends(take_chain) >= 0)
 		return;
-	}
 	n = ncerts;
 	for (size_t i = 0; i < n; i++) {
 		look_into(&issued[i]);
@@ -6817,12 +6240,7 @@ fuzz_validate(void)
 	struct cert good;
 	int i = find_file("server.pem");
 
-	begin_run(NONE, NONE, 0);
-	if (ends(validate) >= 0) {
-		check_messages();
-		return;
-	}
-	if (verdict)
+	if (ends(validate) >= 0 || verdict)
 		return;
 	if (i < 0 || !find_certificate((Str){ file[i].p, file[i].n }, &good))
 		abort();
@@ -6869,7 +6287,6 @@ fuzz_question(void)
 	size_t limit = udp ? PLAIN : 65535, answers = 0;
 	Str s;
 
-	begin_run(NONE, NONE, 0);
 	set_record(RECORDS);
 	s = dns_answer(input, limit);
 	if (!s.n)
@@ -6893,7 +6310,6 @@ fuzz_answer(void)
 	struct record one;
 	struct query q;
 
-	begin_run(NONE, NONE, 0);
 	q = dns_query(S("_acme-challenge.a.test"), TXT, true);
 	is_answer(input, &q);
 	if (input.n < DNS_HEAD)
@@ -6918,14 +6334,12 @@ fuzz_look(void)
 	static const char *const of[] = { FILES_OF, RECORDS, ALPN_OF };
 	unsigned c = take_byte(), cut = take_byte() << 8 | 1;
 
-	begin_run(NONE, NONE, 0);
 	set_record(of[c % COUNT(of)]);
 	w.net = input.p;
 	w.nnet = input.n;
 	w.cut = cut;
 	deadline = now_ms() + 30000;
 	ends(look);
-	check_messages();
 	check_lines(out_str(), "a control character is in a report");
 }
 
@@ -6982,7 +6396,6 @@ fuzz_responder(void)
 	static const char *const of[] = { FILES_OF, ALPN_OF, RECORDS };
 	unsigned c = take_byte(), cut = take_byte() << 8 | 1;
 
-	begin_run(NONE, NONE, 0);
 	set_record(of[c % 3]);
 	w.net = input.p;
 	w.nnet = input.n;
@@ -6995,7 +6408,6 @@ fuzz_responder(void)
 		validation[0] = validation_certificate(&order.challenge[0]);
 	}
 	ends(serve);
-	check_messages();
 	if (c % 3 == 0)
 		check_page();
 }
@@ -7011,7 +6423,7 @@ hear_one(void)
 	one = (struct request){ .method = "POST",
 	    .url = S("https://ca.test/a") };
 	if (!http_receive(&one, &response))
-		leave(CA_DOWN);
+		leave(NO);
 }
 
 static void
@@ -7047,10 +6459,8 @@ store(void)
 	Str s, before, request = S("x");
 
 	begin_run(NONE, input, 0);
-	if (ends(hear_one) >= 0) {
-		check_messages();
+	if (ends(hear_one) >= 0)
 		return;
-	}
 	before = keep_copy(0, response_text(&response));
 	s = box_response(&response);
 	s = keep_copy(1, text("%" BOX_CHECK "%\n", s, box_check(request,
@@ -7076,7 +6486,6 @@ fuzz_box(void)
 		store();
 		return;
 	}
-	begin_run(NONE, NONE, 0);
 	if (!read_request_file(input, &one))
 		return;
 	s = box_request(&one);
@@ -7105,12 +6514,7 @@ fuzz_eab(void)
 {
 	Str o, v;
 
-	begin_run(NONE, NONE, 0);
-	if (ends(bind_account) >= 0) {
-		check_messages();
-		return;
-	}
-	if (!is_utf8(binding.kid))
+	if (ends(bind_account) >= 0 || !is_utf8(binding.kid))
 		return;
 	if (!json_read(record, &v) ||
 	    !json_read(unb64(text_of(v, "protected")), &o) ||
@@ -7126,7 +6530,6 @@ fuzz_time(void)
 	long long t, again;
 	unsigned c = take_byte();
 
-	begin_run(NONE, NONE, 0);
 	if (c % 4 == 0 && rfc3339(input, &t) && t >= -62167219200LL &&
 	    t < 253402300800LL && (!rfc3339(date(t), &again) || t != again))
 		broke("a time that was written reads as another");
@@ -7161,7 +6564,6 @@ fuzz_url(void)
 	struct url u;
 	int lines = 0;
 
-	begin_run(NONE, NONE, 0);
 	q.url = absolute(base, ref);
 	is_entry(ref, S("www.example.com"), S("443"));
 	is_entry(ref, S("10.1.2.3"), S("443"));
@@ -7188,7 +6590,6 @@ fuzz_url(void)
 	if (input.n && ends(read_a_proxy) < 0 &&
 	    proxy_read_.host.n > HOSTNAME)
 		broke("a proxy's host is too long");
-	check_messages();
 }
 
 #define PASSWORD "s3cr3t%40word"
@@ -7210,7 +6611,6 @@ fuzz_proxy(void)
 	begin_run(NONE, input, cut);
 	deadline = now_ms() + 30000;
 	status = ends(dial_a_proxy);
-	check_messages();
 	if (contains(err_str(), S("s3cr3t")) ||
 	    contains(err_str(), base64(S("user:s3cr3t@word"))))
 		broke("a message has the password of the proxy");
@@ -7410,8 +6810,6 @@ check_step(const struct command *c, int status)
 		    words[1] ? words[1] : "", (int)w.nsent, (char *)sent,
 		    (int)w.nout, (char *)out_text, (int)w.nerr,
 		    (char *)err_text);
-	check_status(status);
-	check_messages();
 	if (!raw)
 		check_lines(s, "a control character is in the output");
 	if (status > 1 && s.n && !(c && c->needs & RECORD_OUT && w.piped))
@@ -7525,29 +6923,30 @@ static const struct {
 	const char *name;
 	void (*run)(void);
 } targets[] = {
-	{ "json", fuzz_json },
-	{ "quote", fuzz_quote },
-	{ "http", fuzz_http },
-	{ "link", fuzz_link },
-	{ "record", fuzz_record },
-	{ "cert", fuzz_cert },
-	{ "due", fuzz_due },
-	{ "key", fuzz_key },
-	{ "request", fuzz_request },
-	{ "csr", fuzz_csr },
-	{ "chain", fuzz_chain },
-	{ "validate", fuzz_validate },
-	{ "question", fuzz_question },
-	{ "answer", fuzz_answer },
-	{ "look", fuzz_look },
-	{ "responder", fuzz_responder },
-	{ "box", fuzz_box },
-	{ "eab", fuzz_eab },
-	{ "time", fuzz_time },
-	{ "url", fuzz_url },
-	{ "proxy", fuzz_proxy },
-	{ "args", fuzz_args },
-	{ "step", fuzz_step },
+#define ROW(name) { #name, fuzz_##name }
+	ROW(json),
+	ROW(quote),
+	ROW(http),
+	ROW(link),
+	ROW(record),
+	ROW(cert),
+	ROW(due),
+	ROW(key),
+	ROW(request),
+	ROW(csr),
+	ROW(chain),
+	ROW(validate),
+	ROW(question),
+	ROW(answer),
+	ROW(look),
+	ROW(responder),
+	ROW(box),
+	ROW(eab),
+	ROW(time),
+	ROW(url),
+	ROW(proxy),
+	ROW(args),
+	ROW(step),
 };
 static void (*target)(void);
 
@@ -7579,8 +6978,6 @@ read_saved(void)
 
 #undef getenv
 #undef opendir
-int LLVMFuzzerInitialize(int *, char ***);
-int LLVMFuzzerTestOneInput(const uint8_t *, size_t);
 
 /* FUZZ_FILES is a directory: the only files that there are. */
 int
@@ -7638,6 +7035,7 @@ LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 	if (n)
 		memcpy(file[i].p, p, n);
 	input = (Str){ file[i].p, n };
+	begin_run(NONE, NONE, 0);
 	target();
 	free(file[i].p);
 	return 0;
