@@ -4713,9 +4713,19 @@ hostile_seeds() {
 	hostile control 's/"detail": "/&\\u001b[1m\\u202e/'
 	hostile status 's/"status": "/&\\u009b\\n/'
 	hostile token 's|"token": "|&../|'
-	{ printf '\0\1HTTP/1.1 302 \r\nLocation: https://evil.test/\r\n\r\n\0n'
+	redirected one evil.test
+	redirected two evil.test other.test
+}
+redirected() {
+	name=$1
+	shift
+	{ printf '\0\1'
+	  for host; do
+		printf 'HTTP/1.1 302 \r\nLocation: https://%s/\r\n' "$host"
+		printf 'Content-Length: 0\r\n\r\n\0n'
+	  done
 	  tail -c +3 seeds/step/0.0.0
-	} >seeds/step/redirect
+	} >"seeds/step/redirect.$name"
 }
 hostile() {
 	for recorded in seeds/step/*.1.0; do
@@ -4732,7 +4742,9 @@ certificate_seeds() {
 	cat "$1" ca.pem | seed validate "$name"
 	openssl x509 -in "$1" -outform DER -out cert.der
 	seed cert "$name.der" <cert.der
+	head -c -2 cert.der | seed cert "$name.short"
 	seed due "$name.der" <cert.der
+	sed 's/b\.test/b\x1btest/g' cert.der | seed due "$name.control"
 }
 
 # Keys and requests in all forms that are read.
@@ -4750,6 +4762,7 @@ key_seeds() {
 		seed csr "$name.der"
 		openssl req -x509 -key "$file" -subj /CN=a.test \
 		    -addext "nameConstraints=permitted;DNS:.a.test,$net" \
+		    -addext subjectAltName=DNS:a.test,DNS:b.test \
 		    -addext extendedKeyUsage=serverAuth -days 3650 >own.pem
 		certificate_seeds own.pem
 	done
@@ -4793,6 +4806,8 @@ request none \na.test
 question plain \1$ask
 question edns \1\22\64\0\0\0\1\0\0\0\0\0\1$question\
 \0\0\51\4\320\0\0\0\0\0\0
+question long \1\22\64\0\0\0\1\0\0\0\0\0\0\
+\23_validation-persist\1b\1a\4test\0\0\20\0\1
 question tcp \0$ask
 answer txt $answer
 look dns \1\0\0\110$answer\0\110$answer\0\110$answer
@@ -4805,11 +4820,13 @@ responder proxied \3\7PROXY TCP4 1.2.3.4 5.6.7.8 1 80\r\n\
 HEAD $path HTTP/1.1\r\n\r\n
 responder dns \2\0\0\60$ask
 proxy plain \0HTTP/1.1 200 OK\r\n\r\n\26\3\1
+proxy control \200HTTP/1.1 403 \033[1m\302\233\342\200\256\r\n\r\n
 proxy interim \7HTTP/1.1 100 Continue\r\n\r\n\
 HTTP/1.0 407 user s3cr3t\r\nVia: x\r\n\r\n
 link one <https://ca.test/c/1>;rel="alternate"
 link list </2>; rel=next; title="a,b;c", <//b.test/3>;rel="x next"\n\
 Link: <https://ca.test/4>;rel="alternate"
+eab quoted kid"\\\\1 $mac_key\n
 eab two kid-1 $mac_key\n
 time rfc3339 \0002026-11-24T01:02:03.5+01:00
 time http \1Sun, 06 Nov 1994 08:49:37 GMT
@@ -5053,8 +5070,8 @@ static struct {
 	char name[64];
 	unsigned char *p;
 	size_t n;
-} file[64];
-static size_t nfile;
+} file[64] = { { "input" } };	/* the input, in memory of its very size */
+static size_t nfile = 1;
 
 enum kind { FREE, CONTENT, OUTPUT, NETWORK, LOOKUP, OTHER_FD };
 enum { FDS = 64, PIECE_MAX = 16384, SENT = 1 << 20, CONNECTIONS = 256 };
@@ -5648,6 +5665,15 @@ begin_run(Str in, Str net, unsigned cut)
 	w.nnet = net.n;
 }
 
+/* NONE if there is no such file. */
+static Str
+file_text(const char *name)
+{
+	int i = find_file(name);
+
+	return i < 0 ? NONE : (Str){ file[i].p, file[i].n };
+}
+
 static Str
 out_str(void)
 {
@@ -5834,15 +5860,14 @@ check_value(Str v)
 static void
 fuzz_json(void)
 {
-	char path[256];
+	static char path[256];
 	Str all = input, p = cut(&all, '\n'), v, rest;
 	int status;
 
 	if (p.n >= sizeof path || (p.n && memchr(p.p, 0, p.n)) ||
 	    begins(p, "-"))
 		return;
-	memcpy(path, p.p, p.n);
-	path[p.n] = 0;
+	snprintf(path, sizeof path, "%.*s", (int)p.n, (const char *)p.p);
 	words[1] = "json";
 	words[2] = path;
 	nwords = 3;
@@ -6118,23 +6143,31 @@ names_wanted(void)
 
 static struct key saved_key, saved_other;
 
-/*
- * Lines, a common name and names: openssl reads the request and them.  That
- * a common name is UTF-8 is not checked by acme.c.
- */
+/* The lines of the input become words[]; returns memory for free(). */
+static char *
+split_input(void)
+{
+	char *text = strndup((const char *)input.p, input.n), *at = text;
+
+	for (nwords = 0; at && nwords < 60; )
+		words[nwords++] = strsep(&at, "\n");
+	words[nwords] = NULL;
+	return text;
+}
+
+/* Lines, a common name and names: openssl reads the request and them. */
 static void
 fuzz_request(void)
 {
-	char *text = strndup((const char *)input.p, input.n), *at = text;
+	char *text = split_input();
 	struct challenge c = { .content = NONE };
 	Str made, want;
 	long long end;
 
-	for (nwords = 0; at && nwords < 40; )
-		words[nwords++] = strsep(&at, "\n");
-	words[nwords] = NULL;
 	other_key = saved_other;
 	if (nwords > 1 && ends(make_request) < 0) {
+		if (!is_utf8(str(words[0])))
+			broke("a common name is not UTF-8");
 		want = names_wanted();
 		if (!openssl_request(record.p, record.n, names_text,
 		    sizeof names_text) || !is(want, names_text))
@@ -6145,7 +6178,6 @@ fuzz_request(void)
 		if (!openssl_certificate(made.p, made.n, &end))
 			broke("openssl does not read our certificate");
 	}
-	words[nwords = 1] = NULL;
 	free(text);
 }
 
@@ -6161,9 +6193,13 @@ read_request(void)
 	names_differ(&csr);
 }
 
+/* A request: in DER it is read from memory of its very size, too. */
 static void
 fuzz_csr(void)
 {
+	bool genuine;
+
+	csr_read(input, &csr, &genuine);
 	ends(read_request);
 }
 
@@ -6178,33 +6214,36 @@ take_chain(void)
 	top_issuer(ncerts);
 }
 
+static Str
+issued_pem(void)
+{
+	Str all = NONE;
+
+	for (size_t i = 0; i < ncerts; i++)
+		all = cat(NONE, all, pem(issued[i].der, "CERTIFICATE"));
+	return all;
+}
+
 /* A chain: what is printed of it is the same chain, and no more. */
 static void
 fuzz_chain(void)
 {
-	Str all = NONE;
 	size_t n;
+	Str all;
 
 	response = (struct response){ .url = S("https://ca.test/c"),
 	    .body = input };
 	if (ends(take_chain) >= 0)
 		return;
 	n = ncerts;
-	for (size_t i = 0; i < n; i++) {
+	for (size_t i = 0; i < n; i++)
 		look_into(&issued[i]);
-		all = cat(NONE, all, pem(issued[i].der, "CERTIFICATE"));
-	}
-	all = keep_copy(0, all);
+	all = keep_copy(0, issued_pem());
 	check_lines(all, "a chain has other characters than PEM");
 	response.body = all;
 	begin_run(NONE, NONE, 0);
-	if (ends(take_chain) >= 0 || ncerts != n)
+	if (ends(take_chain) >= 0 || ncerts != n || !same(issued_pem(), all))
 		broke("a printed chain does not read the same");
-	all = NONE;
-	for (size_t i = 0; i < n; i++)
-		all = cat(NONE, all, pem(issued[i].der, "CERTIFICATE"));
-	if (!same(all, response.body))
-		broke("a printed chain is read as another");
 }
 
 static unsigned verdict;
@@ -6238,11 +6277,10 @@ static void
 fuzz_validate(void)
 {
 	struct cert good;
-	int i = find_file("server.pem");
 
 	if (ends(validate) >= 0 || verdict)
 		return;
-	if (i < 0 || !find_certificate((Str){ file[i].p, file[i].n }, &good))
+	if (!find_certificate(file_text("server.pem"), &good))
 		abort();
 	if (!same(good.public_key, chain.cert[0].public_key) ||
 	    !same(good.alt_names, chain.cert[0].alt_names))
@@ -6258,11 +6296,9 @@ fuzz_validate(void)
 	"challenge dns-01 dns *.a.test https://ca.test/2 " \
 	"_acme-challenge.a.test def\n" \
 	"challenge dns-persist-01 dns b.a.test https://ca.test/3 " \
-	"_validation-persist.b.a.test 0123456789012345678901234567890123456" \
-	"7890123456789012345678901234567890123456789012345678901234567890123" \
-	"4567890123456789012345678901234567890123456789012345678901234567890" \
-	"1234567890123456789012345678901234567890123456789012345678901234567" \
-	"8901234567890123456789012345678901234567890123456789; policy=x\n"
+	"_validation-persist.b.a.test " SIXTY SIXTY SIXTY SIXTY SIXTY \
+	"; policy=x\n"
+#define SIXTY "012345678901234567890123456789012345678901234567890123456789"
 #define FILES_OF \
 	"challenge http-01 dns a.test https://ca.test/1 " \
 	"token-1234567890123456789 token-1234567890123456789.thumb\n"
@@ -6434,22 +6470,16 @@ hear_stored(void)
 }
 
 static Str
-all_links(const struct response *r)
+response_text(const struct response *r)
 {
 	Str head = r->head, value, all = NONE;
 
 	while (next_field(&head, S("Link"), &value))
 		if (value.n)
 			all = cat(NONE, all, value, S("\n"));
-	return all;
-}
-
-static Str
-response_text(const struct response *r)
-{
-	return cat(NONE, num((unsigned)r->status), S("\n"), r->location,
-	    S("\n"), r->nonce, S("\n"), num((unsigned long)
-	    (r->retry_after + 1)), S("\n"), all_links(r), r->body);
+	return text("%\n%\n%\n%\n%\n%", num((unsigned)r->status),
+	    r->location, r->nonce, num((unsigned long)(r->retry_after + 1)),
+	    all, r->body);
 }
 
 /* A response that send stores reads as the one that came. */
@@ -6529,22 +6559,17 @@ fuzz_time(void)
 {
 	long long t, again;
 	unsigned c = take_byte();
+	long n = c % 4 == 3 ? retry_after(input) : 0;
+	bool ok = c % 4 == 0 ? rfc3339(input, &t) : c % 4 == 1 ?
+	    http_date(input, &t) : c % 4 == 2 && x509_time(c & 4 ? UTC_TIME :
+	    TIME, input, &t);
 
-	if (c % 4 == 0 && rfc3339(input, &t) && t >= -62167219200LL &&
-	    t < 253402300800LL && (!rfc3339(date(t), &again) || t != again))
-		broke("a time that was written reads as another");
-	if (c % 4 == 1 && http_date(input, &t) && t < 253402300800LL &&
+	/* Of the years that have four digits. */
+	if (ok && t >= -62167219200LL && t < 253402300800LL &&
 	    (!rfc3339(date(t), &again) || t != again))
-		broke("an HTTP date is another time");
-	if (c % 4 == 2 && x509_time(c & 4 ? UTC_TIME : TIME, input, &t) &&
-	    t < 253402300800LL && (!rfc3339(date(t), &again) || t != again))
-		broke("a time of a certificate is another");
-	if (c % 4 == 3) {
-		long n = retry_after(input);
-
-		if (n < -1 || n > MAX_WAIT)
-			broke("Retry-After is out of its range");
-	}
+		broke("a time that was written reads as another");
+	if (n < -1 || n > MAX_WAIT)
+		broke("Retry-After is out of its range");
 }
 
 static struct proxy proxy_read_;
@@ -6594,21 +6619,24 @@ fuzz_url(void)
 
 #define PASSWORD "s3cr3t%40word"
 
+static const char *proxy_url;
+
 static void
 dial_a_proxy(void)
 {
-	dial_proxy(S("http://user:" PASSWORD "@proxy.test:3128"), "ca.test",
-	    "443");
+	dial_proxy(str(proxy_url), "ca.test", "443");
 }
 
 /* A proxy: no byte that follows its header is read, no secret shown. */
 static void
 fuzz_proxy(void)
 {
-	unsigned cut = take_byte() << 8 | 1;
+	unsigned c = take_byte();
 	int status;
 
-	begin_run(NONE, input, cut);
+	proxy_url = c & 0x80 ? "http://proxy.test:3128" :
+	    "http://user:" PASSWORD "@proxy.test:3128";
+	begin_run(NONE, input, c << 8 | 1);
 	deadline = now_ms() + 30000;
 	status = ends(dial_a_proxy);
 	if (contains(err_str(), S("s3cr3t")) ||
@@ -6797,12 +6825,36 @@ check_requests(void)
 	}
 }
 
+static void
+read_as_record(Str s)
+{
+	forget();
+	record = keep_copy(0, s);
+	of_account = false;
+}
+
+/* On a pipe the next step ends with the status of the one that failed. */
+static void
+check_failed_line(Str s, int status)
+{
+	Str rest = s, l = NONE;
+
+	while (rest.n)
+		l = cut(&rest, '\n');
+	if (!begins(l, "failed "))
+		broke("a step that fails does not tell the next");
+	read_as_record(s);
+	if (ends(read_it) != status)
+		broke("the next step ends with another status");
+}
+
 /* What a step wrote and how it ended. */
 static void
 check_step(const struct command *c, int status)
 {
 	bool raw = !c || strcmp(c->name, "get") == 0 ||
 	    strcmp(c->name, "post") == 0 || strcmp(c->name, "json") == 0;
+	bool record_out = c && c->needs & RECORD_OUT && !opt['o'];
 	Str s = out_str();
 
 	if (show)
@@ -6812,14 +6864,13 @@ check_step(const struct command *c, int status)
 		    (char *)err_text);
 	if (!raw)
 		check_lines(s, "a control character is in the output");
-	if (status > 1 && s.n && !(c && c->needs & RECORD_OUT && w.piped))
+	if (status > 1 && record_out && w.piped)
+		check_failed_line(s, status);
+	else if (status > 1 && s.n)
 		broke("a step that fails prints a result");
-	if (c && status == DONE && c->needs & RECORD_OUT && !opt['o'] &&
-	    s.n && !contains(s, S("common options:")) &&
-	    strcmp(c->name, "directory") != 0) {
-		forget();
-		record = keep_copy(0, s);
-		of_account = false;
+	if (status == DONE && record_out && s.n && strcmp(c->name,
+	    "directory") != 0 && !contains(s, S("common options:"))) {
+		read_as_record(s);
 		if (ends(read_it) >= 0)
 			broke("the record of a step is not read by the next");
 	}
@@ -6845,26 +6896,25 @@ framed(Str s)
 	unsigned char *to = malloc(s.n * 12 + 64), *o = to;
 
 	while (s.n) {
-		const unsigned char *end = memmem(s.p, s.n, "\0n", 2), *at;
+		const unsigned char *end = memmem(s.p, s.n, "\0n", 2);
 		Str part = { s.p, end ? (size_t)(end - s.p) + 2 : s.n };
 		const unsigned char *body = memmem(part.p, part.n,
-		    "\r\n\r\n", 4);
+		    "\r\n\r\n", 4), *at = body ? memmem(part.p,
+		    (size_t)(body + 4 - part.p), "\r\nContent-Length: ",
+		    18) : NULL;
 
 		s = from(s, part.n);
-		at = body ? memmem(part.p, (size_t)(body + 4 - part.p),
-		    "\r\nContent-Length: ", 18) : NULL;
 		if (at) {
 			size_t n = (size_t)(at + 18 - part.p);
 
-			memcpy(o, part.p, n);
-			o += n;
+			o = mempcpy(o, part.p, n);
 			n = part.n - (size_t)(body + 4 - part.p);
 			o += sprintf((char *)o, "%zu\r", end ? n - 2 : n);
-			at = memchr(at + 2, 0x0a, (size_t)(body + 4 - at - 2));
+			at = memchr(at + 2, '\n', (size_t)(body + 4 - at -
+			    2));
 			part = from(part, (size_t)(at - part.p));
 		}
-		memcpy(o, part.p, part.n);
-		o += part.n;
+		o = mempcpy(o, part.p, part.n);
 	}
 	return (Str){ to, (size_t)(o - to) };
 }
@@ -6876,13 +6926,12 @@ fuzz_step(void)
 	size_t i = take_byte() % nrow;
 	unsigned c = take_byte();
 	Str net = framed(input);
-	int in = find_file(row[i].in), status;
+	int status;
 
 	memcpy(words, row[i].word, sizeof row[i].word);
 	nwords = row[i].n;
 	words[nwords] = NULL;
-	begin_run(in < 0 ? NONE : (Str){ file[in].p, file[in].n }, net, c &
-	    0xfe ? c << 8 | 1 : 0);
+	begin_run(file_text(row[i].in), net, c & 0xfe ? c << 8 | 1 : 0);
 	w.piped = c & 1;
 	w.environment = row[i].environment;
 	load_keys();
@@ -6895,17 +6944,12 @@ fuzz_step(void)
 static void
 fuzz_args(void)
 {
-	char *text = strndup((const char *)input.p, input.n), *at = text;
+	char *text = split_input();
 	const struct command *c = NULL;
-	int in, status;
+	int status;
 
-	in = find_file(strsep(&at, "\n"));
-	for (nwords = 1; at && nwords < 60; )
-		words[nwords++] = strsep(&at, "\n");
-	words[nwords] = NULL;
 	if (nwords > 1 && strcmp(words[1], "key") != 0) {
-		begin_run(in < 0 ? NONE : (Str){ file[in].p, file[in].n },
-		    NONE, 0);
+		begin_run(file_text(words[0]), NONE, 0);
 		load_keys();
 		status = ends(run_words);
 		for (size_t i = 0; i < COUNT(commands); i++)
@@ -6913,7 +6957,6 @@ fuzz_args(void)
 				c = &commands[i];
 		check_step(c, status);
 	}
-	words[nwords = 1] = NULL;
 	free(text);
 }
 
@@ -6958,13 +7001,13 @@ load(const char *dir, const char *name)
 	FILE *f;
 
 	snprintf(path, sizeof path, "%s/%s", dir, name);
-	f = fopen(path, "r");
-	file[nfile].p = malloc(1 << 16);
 	snprintf(file[nfile].name, sizeof file[0].name, "%s", name);
-	file[nfile].n = f ? fread(file[nfile].p, 1, 1 << 16, f) : 0;
-	if (f)
-		fclose(f);
+	file[nfile].p = malloc(1 << 16);
+	if (!(f = fopen(path, "r")))
+		abort();
+	file[nfile].n = fread(file[nfile].p, 1, 1 << 16, f);
 	nfile++;
+	fclose(f);
 }
 
 static void
@@ -6988,9 +7031,8 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
 	DIR *list = dir ? opendir(dir) : NULL;
 	static char *no_environment[1];
 	struct dirent *e;
-	int i;
+	Str all;
 
-	(void)argc;
 	name = name ? name + 1 : (*argv)[0];
 	for (size_t t = 0; t < COUNT(targets); t++)
 		if (strcmp(name, targets[t].name) == 0)
@@ -7006,7 +7048,6 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
 	closedir(list);
 	show = getenv("FUZZ_SHOW") != NULL;
 	environ = no_environment;
-	words[0] = "acme-step";
 	if (__stop_acme_data - __start_acme_data > (long)sizeof
 	    data_at_first || (uintptr_t)__stop_acme_bss % 8)
 		abort();
@@ -7015,29 +7056,22 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
 	begin_run(NONE, NONE, 0);
 	if (ends(read_saved) >= 0)
 		abort();
-	if ((i = find_file("commands")) >= 0)
-		read_rows(strndup((char *)file[i].p, file[i].n));
+	all = file_text("commands");
+	read_rows(strndup((const char *)all.p, all.n));
 	return 0;
 }
 
 int
 LLVMFuzzerTestOneInput(const uint8_t *p, size_t n)
 {
-	/* The file "input" is the input, in memory of its very size. */
-	int i = find_file("input");
-
-	if (i < 0) {
-		i = (int)nfile++;
-		strcpy(file[i].name, "input");
-	}
-	file[i].p = malloc(n ? n : 1);
-	file[i].n = n;
+	file[0].p = malloc(n ? n : 1);
+	file[0].n = n;
 	if (n)
-		memcpy(file[i].p, p, n);
-	input = (Str){ file[i].p, n };
+		memcpy(file[0].p, p, n);
+	input = (Str){ file[0].p, n };
 	begin_run(NONE, NONE, 0);
 	target();
-	free(file[i].p);
+	free(file[0].p);
 	return 0;
 }
 END
