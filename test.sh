@@ -4582,11 +4582,10 @@ record_steps() {
 		record_step
 	done 3<commands
 	rm -rf box www
-	mv r1.request 1.request
 	echo '- send box' >>commands
 	extra=0
-	{ head -c -61 r1.response; printf '\0n'; } >../responses
-	rm r1.response
+	response 1.response >../responses
+	rm 1.response
 	seed_of_step "$n_command" ../responses
 	sed -i "s/$ca_host/localhost:14000/g" ./*
 	cd ..
@@ -4614,10 +4613,7 @@ record_step() {
 		acme-step send box || break
 	done
 	echo "exit status $got of $command" >>../log.steps
-	if [ "$n_command" = 1 ]; then
-		cp box/1.request r1.request
-		cp box/1.response r1.response
-	fi
+	[ "$n_command" != 1 ] || cp box/1.request box/1.response .
 	for extra in 0 1 2 3 4 5; do
 		box_responses >../responses
 		seed_of_step $((n_command - 1)) ../responses
@@ -4632,16 +4628,15 @@ box_responses() {
 	esac
 	i=1
 	while [ -e "box/$i.response" ]; do
-		response
+		response "box/$i.response"
 		[ "$i" != "$extra" ] ||
 		    printf 'HTTP/1.1 200 \r\nReplay-Nonce: abc\r\n\r\n\0n'
 		i=$((i + 1))
 	done
-	i=$((i - 1))
-	response
+	response "box/$((i - 1)).response"
 }
 response() {
-	head -c -61 "box/$i.response"	# all but its check
+	head -c -61 "$1"	# all but its check
 	printf '\0n'
 }
 
@@ -6263,9 +6258,11 @@ fuzz_validate(void)
 	"challenge tls-alpn-01 dns a.test https://ca.test/1 a.test " \
 	"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\n"
 
+/* A run of a step that has read a record; peers send the input. */
 static void
-set_record(const char *lines)
+begin_with(const char *lines, unsigned cut)
 {
+	begin_run(NONE, input, cut);
 	if (reading(text("%end\n", str(lines)), false) >= 0)
 		abort();
 }
@@ -6278,7 +6275,7 @@ fuzz_question(void)
 	size_t limit = udp ? PLAIN : 65535, answers = 0;
 	Str s;
 
-	set_record(RECORDS);
+	begin_with(RECORDS, 0);
 	s = dns_answer(input, limit);
 	if (!s.n)
 		return;
@@ -6317,10 +6314,7 @@ fuzz_look(void)
 	static const char *const of[] = { FILES_OF, RECORDS, ALPN_OF };
 	unsigned c = take_byte(), cut = take_byte() << 8 | 1;
 
-	set_record(of[c % COUNT(of)]);
-	w.net = input.p;
-	w.nnet = input.n;
-	w.cut = cut;
+	begin_with(of[c % COUNT(of)], cut);
 	deadline = now_ms() + 30000;
 	looking_for = order.challenge[0].id.value;
 	ends(find_challenge_type(order.challenge[0].type)->look(
@@ -6381,10 +6375,7 @@ fuzz_responder(void)
 	static const char *const of[] = { FILES_OF, ALPN_OF, RECORDS };
 	unsigned c = take_byte(), cut = take_byte() << 8 | 1;
 
-	set_record(of[c % 3]);
-	w.net = input.p;
-	w.nnet = input.n;
-	w.cut = cut;
+	begin_with(of[c % 3], cut);
 	w.gap = w.real_tls = true;
 	proxied = c / 3 & 1;
 	responder = how[c % 3];
@@ -6471,7 +6462,8 @@ fuzz_eab(void)
 
 	opt['e'] = "input";
 	directory_body = S("{\"newAccount\":\"https://ca.test/a\"}");
-	directory_response.url = directory_url = S("https://ca.test/d");
+	order.directory = directory_response.url = directory_url =
+	    S("https://ca.test/d");
 	load_keys();
 	if (ends(check_new_account(NULL), made = account_binding()) >= 0 ||
 	    !is_utf8(binding.kid))
