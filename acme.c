@@ -4818,11 +4818,9 @@ tls_end(Str *cause)
 		return CUT_OFF;
 	case BR_ERR_BAD_VERSION:
 	case BR_ERR_UNKNOWN_TYPE:
-		*cause = S("it does not use TLS");
-		break;
-	case BR_ERR_UNSUPPORTED_VERSION:
+	case BR_ERR_UNSUPPORTED_VERSION:	/* also the text of HTTP */
 	case ALERT_PROTOCOL_VERSION:
-		*cause = S("it does not support TLS 1.2");
+		*cause = S("it does not use TLS, or not TLS 1.2");
 		break;
 	case ALERT_HANDSHAKE_FAILURE:
 		*cause = S("no TLS 1.2 cipher suite in common");
@@ -10388,7 +10386,6 @@ ask_udp(struct address *a, const struct query *q)
 			die(CA_DOWN, "cannot connect to port 53: %", why());
 	}
 	die(CA_DOWN, "does not answer");
-	return NONE;
 }
 
 /* The next n bytes of a connection. */
@@ -11902,7 +11899,6 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 		return false;
 	die(NO_PLACE, "the hook % % for %", str(hook_program), ending(status),
 	    c->id.value);
-	return false;
 }
 
 /*
@@ -12336,7 +12332,6 @@ key_type(const char *name)
 			return &key_types[i];
 	usage("no such key type: %; there are %", str(name),
 	    key_type_names());
-	return NULL;
 }
 
 /* key [-t TYPE] -o FILE */
@@ -13896,7 +13891,6 @@ find_command(const char *name)
 		usage("% comes before the command; options go after it",
 		    str(name));
 	usage("no such command: %", str(name));
-	return NULL;
 }
 
 /* "help" or "version" for what people try first; else s itself. */

@@ -9550,7 +9550,7 @@ reuseaddr" "EXEC:sh stream.$port" 2>/dev/null
 	up "$port"
 }
 stream 'printf "HTTP/1.1 400 Bad Request\r\n\r\n"; cat >/dev/null'
-dies 69 'TLS with localhost failed: it does not ' \
+dies 69 'TLS with localhost failed: it does not use TLS, or not TLS 1.2$' \
     'step directory -d "https://localhost:$port/dir"'
 stream cat
 dies 69 TLS 'step directory -d "https://localhost:$port/dir"'
@@ -9567,14 +9567,14 @@ while read -r bytes words; do
 	    'step directory -d "https://localhost:$port/dir"'
 done <<'END'
 15030300020228 no TLS 1.2 cipher suite in common
-15030300020246 it does not support TLS 1.2
+15030300020246 it does not use TLS, or not TLS 1.2
 15030300020270 it does not serve that name
 15030300020278 it does not know the protocol
 15030300020250 BearSSL error 336
 END
 zeros=$(printf '%064d' 0)
 stream "echo 160303002a020000260302${zeros}00c02b00 | xxd -r -p; cat >/dev/null"
-dies 69 'it does not support TLS 1.2' \
+dies 69 'it does not use TLS, or not TLS 1.2' \
     'step directory -d "https://localhost:$port/dir"'
 stream 'cat >/dev/null'
 later handshake "step directory -T 2 -d https://localhost:$port/dir"
@@ -15652,7 +15652,7 @@ for evil in circle='too many redirects' within='too many redirects' \
     garbage='larger than 16 KiB' head='larger than 16 KiB' \
     body='larger than 256 KiB' dumb='no response' \
     drip='no response\|no result in time\|other content' \
-    terminal='other content: a??\[2J??b' tls='does not use TLS\|ended'; do
+    terminal='other content: a??\[2J??b' tls='does not use TLS, or\|ended'; do
 	words=${evil#*=} evil=${evil%%=*}
 	check "a web server that answers with: $evil" '
 	    zone n1 "$evil A 10.9.0.8" && zone n2 "$evil A 10.9.0.8" &&
