@@ -6544,8 +6544,8 @@ fuzz_proxy(void)
 	deadline = now_ms() + 30000;
 	status = ends(dial_proxy(c & 0x80 ? S("http://proxy.test:3128") :
 	    S("http://user:" PASSWORD "@proxy.test:3128"), "ca.test", "443"));
-	if (contains(err_str(), S("s3cr3t")) ||
-	    contains(err_str(), base64(S("user:s3cr3t@word"))))
+	if (!(c & 0x80) && (contains(err_str(), S("s3cr3t")) ||
+	    contains(err_str(), base64(S("user:s3cr3t@word")))))
 		broke("a message has the password of the proxy");
 	if (input.n && memchr(input.p, 0, input.n))
 		return;			/* a sign */
