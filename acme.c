@@ -11899,6 +11899,7 @@ hook_publish(struct hook *h, const struct challenge *c, Str token)
 		return false;
 	die(NO_PLACE, "the hook % % for %", str(hook_program), ending(status),
 	    c->id.value);
+	return false;
 }
 
 /*
@@ -13891,6 +13892,7 @@ find_command(const char *name)
 		usage("% comes before the command; options go after it",
 		    str(name));
 	usage("no such command: %", str(name));
+	return NULL;
 }
 
 /* "help" or "version" for what people try first; else s itself. */
