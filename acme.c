@@ -11020,8 +11020,7 @@ limit_to_zero(int resource)
 /*
  * Change from root to nobody. In a user namespace without nobody, or without
  * the capabilities, this is impossible, and the process stays root. libc's
- * functions would change all threads: code of 2 KB, for the only one. The
- * calls of 32-bit systems are old ones, which a kernel may lack.
+ * functions would change all threads: code of 2 KB, for the only one.
  */
 static void
 give_up_root(void)
@@ -11030,7 +11029,7 @@ give_up_root(void)
 	    syscall(SYS_setgid, NOBODY) == 0 &&
 	    syscall(SYS_setuid, NOBODY) == 0))
 		return;
-	if (errno != EPERM && errno != EINVAL && errno != ENOSYS)
+	if (errno != EPERM && errno != EINVAL)
 		die(FAULT, "cannot give up root: %",
 		    why());
 	if (verbose)
