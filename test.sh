@@ -14879,10 +14879,15 @@ check 'notBefore and notAfter' '
     [ "$(acme-step json notAfter times.json)" = "$then" ]'
 
 group 'renewal information'
+# Pebble knows a certificate to be replaced by its serial number without the
+# zero byte that DER puts before a first bit of 1 (one number of 256).
 check 'issue one' '
-    acme-step new-order ari.test |
-    acme-step respond -t http-01 -w "$www" |
-    acme-step finalize -K one.key.pem -o ari.pem'
+    until
+	acme-step new-order ari.test |
+	acme-step respond -t http-01 -w "$www" |
+	acme-step finalize -K one.key.pem -o ari.pem || exit
+	openssl x509 -in ari.pem -noout -serial | grep "=[0-7]"
+    do :; done'
 check 'a fresh one: not yet' '
     acme-step renewal-info ari.pem >ari; got=$?; cat ari
     [ $got = 1 ] && grep -E "^window [0-9T:-]+Z [0-9T:-]+Z$" ari &&
