@@ -14259,9 +14259,9 @@ read_origins(const char *file)
 {
 	Str s, value;
 
-	if (is_std(file))
+	if (is_missing(file))
 		return;
-	s = read_if_there(file);
+	s = read_file(file);
 	for (size_t n = 1; s.n; n++) {
 		value = cut(&s, '\n');
 		if (!is(cut(&value, ' '), "origin"))

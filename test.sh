@@ -10946,6 +10946,9 @@ check 'new-account reads it, and keeps it' '
 	grep -x "account $other/account/1" out && grep -x "origin $other" out'
 dies 65 'early, line 1' 'echo "origin http://x/" >early
 	step new-account -a early -d "$ca/dir"'
+check 'also on standard input' '
+	echo "origin $other" | step new-account -a - -d "$ca/dir" >out &&
+	cat out && grep -x "origin $other" out'
 dies 76 "$other" 'step new-account -a none -d "$ca/dir"'
 dies 76 "$other" ': >early; step new-account -a early -d "$ca/dir"'
 fresh
