@@ -12090,23 +12090,19 @@ read_csr_key(const char *file)
 }
 
 /*
- * Add the common name of a CSR to its names, if it is one and not there. A
- * word without a dot is only taken for a name if there are no others.
+ * Add the common name of a CSR to its names, if it is one; it can be there
+ * already. A word without a dot is only taken for a name if there are no
+ * others.
  */
 static void
 add_common_name(struct cert *csr)
 {
 	Str cn = common_name(csr->subject), ip = ip_bytes(cn);
-	struct identifier id = canonical(ip.n ? S("ip") : S("dns"), cn), name;
-	Str list = csr->alt_names;
+	struct identifier id = canonical(ip.n ? S("ip") : S("dns"), cn);
 
-	if (!is_name(id.type, id.value) ||
-	    (list.n && !ip.n && !contains(cn, S("."))))
-		return;
-	while (cert_name(&list, &name))
-		if (same_identifier(&id, &name))
-			return;
-	csr->alt_names = cat(NONE, csr->alt_names, general_name(&id));
+	if (is_name(id.type, id.value) &&
+	    (!csr->alt_names.n || ip.n || contains(cn, S("."))))
+		csr->alt_names = cat(NONE, csr->alt_names, general_name(&id));
 }
 
 /* Read a CSR, PEM or DER, with all of its names. */
