@@ -9846,7 +9846,8 @@ cat >named.hosts <<'END'
 127.0.0.9 live-none.names.test.x xlive-none.names.test #live-none.names.test
 # 127.0.0.9 x live-none.names.test
 127.0.0.9	x	# live-none.names.test
-127.0.0.2	x.test hosted.names.test
+127.0.0.2	x.test hosted.names.test twice.names.test
+127.0.0.3	twice.names.test
 END
 # The network: the servers live while the command does.
 cat >named.sh <<'END'
@@ -10085,6 +10086,7 @@ done
 breaks 7[06] . "${chunked}10000000000000005\r\nhello\r\n0\r\n\r\n"
 breaks 7[06] . "${chunked}100000005\r\nhello\r\n0\r\n\r\n"
 breaks 76 . "${chunked}5\r\nhelloX\r\n0\r\n\r\n"
+breaks 69 . "${chunked}5\r\nhello\r\n0\r\nX: y\r\n"
 breaks 76 . "${chunked}5\r\nhello0\r\n\r\n"
 breaks 76 . '<html>hello</html>\r\n\r\n'
 breaks 76 . '\r\n\r\nhello'
@@ -11190,6 +11192,7 @@ done
 search 'search broken.test' 'options ndots:5'
 check '-l: a name with a dot is not searched' 'has_place -v live-none $own_v4'
 check '-l: a name of /etc/hosts' 'has_place -v hosted $own_v4'
+check '-l: the first address of two of a family' 'has_place -v twice $own_v4'
 search
 dies 73 'limit of 1 s reached while looking up the address of silent-silent' \
     'listens_at silent-silent -T 1'
@@ -11362,6 +11365,13 @@ check 'so it does where the record says so, and names the challenges' '
 check 'and where the record says so alone' '
     killed http.rec && authorized authz valid a.example valid "$token" &&
     cleaned record'
+check 'and what it does not say is fetched, but for what the CA refuses' '
+    answer POST_order "200 OK" "$(order ready |
+	sed "s|\"$ca/authz\"|\"$ca/withheld\",&|")" &&
+    answer POST_withheld "403 Forbidden" "$(problem unauthorized)" &&
+    killed http.rec && grep -v -e ^authorization -e ^identifier record >short
+    cleaned short; got=$?; answer POST_order "200 OK" "$(order ready)"
+    [ $got = 0 ] && grep withheld www/requests'
 check 'it asks for nothing where there is nothing' '
     rm -f www/requests; echo x >w/x; : >w/y; step respond -w w <record |
     diff record - && [ ! -e www/requests ] && [ -e w/x ] && [ -e w/y ]'
@@ -13459,6 +13469,7 @@ challenge dns-01 dns a.example $ca/chall2 _acme-challenge.a.example $digest"
 { sed '$d' pending; echo "$both"; echo end; } >both.rec
 dies 64 'a.example has several challenges; .* with -t: http-01 dns-01$' \
     'step respond <both.rec'
+dies 64 '-l needs -t' 'step respond -l 127.0.0.1:1 <both.rec'
 dies 77 'no tls-alpn-01 challenge for a.example, only http-01 dns-01$' \
     'step respond -t tls-alpn-01 -l 127.0.0.1:1 <both.rec'
 dies 70 'more than 250 challenges' '
@@ -14805,6 +14816,12 @@ check 'again: it says how things are' '
     unset ACME_ACCOUNT &&
     acme-step key-change -K new.account.key 2>err >again &&
     grep "now new.account.key" err &&
+    [ "$(field account again)" = "$(field account eab.account)" ]'
+check 'without the account'\''s record, and back' '
+    unset ACME_ACCOUNT && acme-step key -o third.key &&
+    acme-step key-change -k new.account.key -K third.key &&
+    acme-step key-change -k third.key -K new.account.key >again 2>err
+    got=$?; cat again err; [ $got = 0 ] && grep "now new.account.key" err &&
     [ "$(field account again)" = "$(field account eab.account)" ]'
 dies 7[67] 'still new.account.key' '
     acme-step key-change -k new.account.key -K eab2.key.pem'
@@ -16276,6 +16293,8 @@ check 'a command that cannot be run' '
 dies 69 'ended by signal 9' \
     "acme-step directory -P 'sh -c \"kill -9 \\\$\\\$\"'"
 dies 69 'TLS' 'acme-step directory -P "echo hello"'
+dies 69 'the command sh ended the connection' \
+    'acme-step directory -P "sh -c \"exec >&- <&-; sleep 9\""'
 dies 69 'time limit of 2 s.*' 'acme-step directory -T 2 -P "sleep 299.$$"'
 check 'the command is gone with the step' '
     not pgrep -f "^sleep 299[.]$$\$"'
