@@ -4817,7 +4817,6 @@ tls_end(Str *cause)
 	case BR_ERR_IO:
 		return CUT_OFF;
 	case BR_ERR_BAD_VERSION:
-	case BR_ERR_UNKNOWN_TYPE:
 	case BR_ERR_UNSUPPORTED_VERSION:	/* also the text of HTTP */
 	case ALERT_PROTOCOL_VERSION:
 		*cause = S("it does not use TLS, or not TLS 1.2");
