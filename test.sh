@@ -13635,6 +13635,8 @@ dies 70 'cannot make a pipe: ' \
     'at_ca "no pipe" respond -x certbot:true,true <http.rec'
 dies 70 'cannot start a process: ' \
     'at_ca "no fork" respond -x true <http.rec'
+dies 70 'cannot wait for a process: ' '
+    at_ca "no poll" respond -c -H a.example:80:127.0.0.1 -w w <http.rec'
 check 'more than 1024 variables for a hook' '
     # shellcheck disable=SC2046	# one word each
     env $(seq 1024 | sed "s/.*/V&=/") "$acme" respond -C root.pem -T 5 \
@@ -15100,9 +15102,9 @@ pebble_stop
 
 group 'looks: a network with web servers and name servers'
 # It has an own address for each server, so that they can stand at the ports
-# where a CA looks.  A resolver knows where "test" is; par serves that, and
-# other.test; n1 and n2 serve example.test; liar answers for liar.test what
-# nobody should.  Pebble is there, too.
+# where a CA looks.  A resolver knows where "test" is, and that there is nothing
+# else; par serves that, and other.test; n1 and n2 serve example.test; liar
+# answers for liar.test what nobody should.  Pebble is there, too.
 lookout=$tmp/look
 mkdir "$lookout" "$lookout/www" "$lookout/wrong" "$lookout/scratch"
 chmod 755 "$tmp" "$lookout"/*
@@ -15231,7 +15233,7 @@ answer(int tcp)
 	char kind[64] = "";
 	size_t at = 12, last = 12;
 	unsigned char *end;
-	int type;
+	int type, extended = m[11];
 
 	/* The label before liar.test; _acme-challenge stands before it. */
 	while (m[at]) {
@@ -15275,6 +15277,16 @@ answer(int tcp)
 		m[0]++;
 	if (strcmp(kind, "question") == 0)
 		m[13] ^= 1;
+	if (strcmp(kind, "echo") == 0)
+		m[2] = 0;
+	if (strcmp(kind, "none") == 0)		/* no question */
+		m[5] = 0;
+	if (strcmp(kind, "format") == 0 || strcmp(kind, "old") == 0) {
+		if (extended)			/* it has no EDNS */
+			m[3] = *kind == 'f' ? 1 : 4;
+		else
+			record(6, 16, "\1x", 2);
+	}
 	if (strcmp(kind, "circle") == 0) {	/* a name that is itself */
 		m[7] = 1;
 		put("\xc0", 1);
@@ -15285,6 +15297,10 @@ answer(int tcp)
 	if (strcmp(kind, "length") == 0) {
 		record(6, 16, "\5short", 6);
 		m[n - 7] = 0xff;
+	}
+	if (strcmp(kind, "head") == 0) {	/* a record without its end */
+		record(6, 16, "", 0);
+		n--;
 	}
 	if (strcmp(kind, "strings") == 0)
 		record(6, 16, "\377short", 6);
@@ -15307,6 +15323,18 @@ answer(int tcp)
 		m[2] = 0x80;
 		record(8, 2, "", 0);
 	}
+	if (strcmp(kind, "beside") == 0) {	/* a zone not above the name */
+		m[2] = 0x80;
+		put("\4side\4liar\4test\0\0\2\0\1\0\0\0\0\0\2\xc0\x0c", 28);
+		m[9]++;
+	}
+	if (strcmp(kind, "glue") == 0) {	/* addresses that are none */
+		m[2] = 0x80;
+		record(8, 2, "\xc0\x0c", 2);
+		record(10, 1, "\12\11\0", 3);
+		record(10, 28, "\12\11\0\4", 4);
+		record(10, 16, "\12\11\0\4", 4);
+	}
 	if (strcmp(kind, "storm") == 0) {	/* many servers */
 		m[2] = 0x80;
 		for (int i = 0; i < 1000 && n < 60000; i++) {
@@ -15320,7 +15348,10 @@ answer(int tcp)
 	if (strcmp(kind, "big") == 0)
 		for (int i = 0; i < 4000 && n < 65000; i++)
 			record(6, 16, "\1x", 2);
-	if (strcmp(kind, "cut") == 0 || strcmp(kind, "slow") == 0 || n > 1232)
+	if (strcmp(kind, "swap") == 0 && tcp)
+		m[0]++;
+	if (strcmp(kind, "cut") == 0 || strcmp(kind, "slow") == 0 ||
+	    strcmp(kind, "swap") == 0 || n > 1232)
 		m[2] |= tcp ? 0 : 2;
 	if (!tcp && m[2] & 2)
 		n = at + 5;
@@ -15376,6 +15407,7 @@ web(int fd)
 	read(fd, b, sizeof b - 1);
 	host = strstr(b, "Host: ") ? strstr(b, "Host: ") + 6 : b;
 #define IS(word) (strncmp(host, word ".", sizeof word) == 0)
+#define AT(path) (strncmp(b, "GET " path " ", sizeof path + 4) == 0)
 #define SAY(text) write(fd, text, sizeof text - 1)
 #define TO(url) SAY("HTTP/1.1 302 Found\r\nLocation: " url \
     "\r\nContent-Length: 0\r\n\r\n")
@@ -15383,12 +15415,24 @@ web(int fd)
 		TO("/again");
 	if (IS("within"))
 		TO("x?next=http://a/");
+	if (IS("steps")) {
+		if (AT("/?a/b"))
+			TO("x/y?z=/");
+		else if (AT("/x/y?z=/"))
+			TO("z");
+		else if (AT("/x/z"))
+			TO("//lost.example.test/a#b");
+		else
+			TO("http://steps.example.test?a/b");
+	}
 	if (IS("port"))
 		TO("http://port.liar.test:8080/x");
 	if (IS("scheme"))
 		TO("ftp://port.liar.test/x");
 	if (IS("empty"))
 		TO("");
+	if (IS("void"))
+		SAY("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
 	if (IS("control"))
 		TO("http://a\033[2Jb/");
 	if (IS("garbage"))
@@ -15469,8 +15513,10 @@ bind_conf() {
 	END
 }
 zone_is() { echo "zone \"$1\" { type primary; file \"$lookout/$2\"; };"; }
-bind_conf res 127.0.0.1 yes \
-    'zone "test" { type static-stub; server-addresses { 10.9.0.1; }; };'
+bind_conf res 127.0.0.1 yes "$(zone_is . root.zone)
+zone \"test\" { type static-stub; server-addresses { 10.9.0.1; }; };"
+printf '%s\n' '$TTL 1' '@ SOA a.test. b.test. 1 2 3 4 1' '@ NS ns' \
+    'ns A 127.0.0.1' >"$lookout/root.zone"
 bind_conf par 10.9.0.1 no "$(zone_is test test.zone)
 $(zone_is other.test par.db)"
 bind_conf n1 10.9.0.2 no "$(zone_is example.test n1.db)" fd00:9::2
@@ -15522,7 +15568,8 @@ while :; do
 done
 END
 echo 'nameserver 127.0.0.1' >"$lookout/resolv.conf"
-echo '127.0.0.1 localhost' >"$lookout/hosts"
+printf '%s\n' '127.0.0.1 localhost' '10.9.0.8 empty.hosted.test' \
+    >"$lookout/hosts"
 cat >"$lookout/pebble.json" <<END
 { "pebble": {
 	"listenAddress": "127.0.0.1:14000",
@@ -15662,6 +15709,21 @@ check 'a name without an address' '
     order http-01 none.example.test &&
     unseen "none.example.test: address of none.example.test: Name" -s 1 \
 	-w "$lookout/www"'
+check 'an address that /etc/hosts gives' '
+    order http-01 empty.hosted.test &&
+    unseen "empty.hosted.test: 10.9.0.8: status 302" -s 1 -w "$lookout/www"'
+check 'an address to which nobody can connect' '
+    zone n1 "link AAAA fe80::1" && zone n2 "link AAAA fe80::1" &&
+    order http-01 link.example.test &&
+    unseen "link.example.test: fe80::1: cannot connect to port 80: Invalid" \
+	-s 1 -w "$lookout/www"'
+check 'a wildcard, and a type that nobody knows' '
+    order http-01 web.example.test &&
+    sed -i "/^challenge/s/ dns web/ dns *.web/" look.rec &&
+    unseen "[*].web.example.test: nothing of it can be reached from here" \
+	-s 1 -w "$lookout/www" &&
+    sed -i "/^challenge/s/http-01 dns [*]./other-01 dns /" look.rec &&
+    unseen "web.example.test: nothing of it can be reached from here" -s 1'
 check 'an address that -H gives' '
     order http-01 none.example.test && before=$(told) &&
     { look acme-step respond -c -v -w "$lookout/www" -H x.test:80:10.9.0.1 \
@@ -15686,8 +15748,10 @@ check 'all that can be seen is told with -v, each round' '
     cat err; [ "$(grep -c "^acme-step: respond: lost.example.test: 10.9.0.5: \
 status 404$" err)" -gt 1 ]'
 for evil in circle='too many redirects' within='too many redirects' \
+    steps='steps.* 10.9.0.5 (http://lost.example.test/a): status 404' \
     port='redirects to port 8080' \
     scheme='redirects to an invalid URL: ftp://' empty='status 302' \
+    void='void.example.test: 10.9.0.8: other content: ;' \
     control='has a control character in its header' \
     garbage='larger than 16 KiB' head='larger than 16 KiB' \
     body='larger than 256 KiB' dumb='no response' \
@@ -15741,6 +15805,32 @@ check 'servers that delegate to different ones, of which one is old' '
     order dns-01 e.example.test && zone n1 "_acme-challenge.e NS a.test." &&
     zone n2 "_acme-challenge.e NS ns.given" &&
     unseen "e.example.test: a.test (10.9.0.1): " -s 1 -l 10.9.0.6:53'
+check 'an alias of a zone, above the record' '
+    order dns-01 aka.example.test && for server in n1 n2; do
+	zone $server "aka CNAME other.test." "$(records look.rec)" || exit
+    done && seen && grep "ns2.test (10.9.0.3): as published" err &&
+    not grep "10.9.0.1" err'
+check 'names without name servers, and aliases of them' '
+    order dns-01 d.invalid &&
+    unseen "_acme-challenge.d.invalid: cannot find its name servers" -s 2 &&
+    order dns-01 e.example.test && for server in n1 n2; do
+	zone $server "_acme-challenge.e CNAME x.invalid." || exit
+    done && unseen "e.example.test: x.invalid: cannot find its name serv" -s 2'
+check 'a name that ends with a dot' '
+    order dns-01 d.example.test && zone n1 "$(records look.rec)" &&
+    zone n2 "$(records look.rec)" &&
+    sed -i "s/ _acme-challenge.d.example.test/&./" look.rec && seen &&
+    grep "ns2.test (10.9.0.3): as published" err'
+label=$(seq -s '' 40 | head -c 55)
+check 'a name that is too long with what stands before it' '
+    order dns-01 ab$label.$label.$label.$label.example.test &&
+    unseen "ns2.test (10.9.0.3): is not a name for DNS" -s 1'
+check 'more places than are looked at, and no way to any' '
+    ns=ns._acme-challenge.crowd && { echo "_acme-challenge.crowd NS $ns"
+    seq -f "$ns A 10.9.1.%g" 62; } >many && zone n1 "$(cat many)" &&
+    zone n2 "$(cat many)" && order dns-01 crowd.example.test &&
+    unseen "not yet: crowd.example.test: $ns.example.test (10.9.1.[0-9]*): \
+too many places, or out of time" -s 2'
 check 'aliases in a circle' '
     order dns-01 circle.example.test &&
     unseen "too many aliases and delegations" -s 1'
@@ -15794,7 +15884,12 @@ check 'a signed zone, whose answers have more than 512 bytes' '
     seen'
 # A machine that is busy may have no time left to wait for an answer.
 mute='does not answer\|no result in time'
-for evil in silent="$mute" id="$mute" question="$mute" \
+for evil in silent="$mute" id="$mute" question="$mute" echo="$mute" \
+    none="$mute" format='has 1 TXT records, none' \
+    old='has 1 TXT records, none' head='has 0 TXT records, none' \
+    beside='is not a name server of this zone' \
+    glue='the address of its name server _acme-challenge.glue.liar.test' \
+    swap='its answer over TCP is for another question' \
     circle='has 0 TXT records, none' \
     count='has 0 TXT records, none' length='has 0 TXT records, none' \
     strings='has 1 TXT records' stub="$mute" \
@@ -15829,19 +15924,25 @@ check 'a server without the protocol' '
     order tls-alpn-01 www.example.test &&
     unseen "10.9.0.7: TLS with www.example.test failed: it does not know the" \
 	-s 1'
+check 'a name without an address' '
+    order tls-alpn-01 none.example.test &&
+    unseen "none.example.test: address of none.example.test: Name" -s 1'
 check 'a server that does not speak TLS' '
     zone n1 "odder A 10.9.0.8" && zone n2 "odder A 10.9.0.8" &&
     order tls-alpn-01 odder.example.test &&
     unseen "10.9.0.8: TLS with odder.example.test failed" -s 1'
-for evil in 'digest' 'name' 'critical'; do
-	check "a certificate with another $evil" '
+for evil in 'another digest' 'another name' 'a second name' \
+    'nothing critical' 'no protocol'; do
+	check "a server with $evil" '
 	    order tls-alpn-01 web.example.test &&
 	    set -- $(grep ^challenge look.rec) &&
-	    sum=$7 name=$6 critical=critical,
+	    sum=$7 name=$6 critical=critical, alpn="-alpn acme-tls/1"
 	    case $evil in
-	    digest)	sum=$(echo x | sha256sum | cut -d " " -f 1) ;;
-	    name)	name=www.example.test ;;
-	    critical)	critical= ;;
+	    *digest)	sum=$(echo x | sha256sum | cut -d " " -f 1) ;;
+	    another*)	name=www.example.test ;;
+	    *name)	name=$name,DNS:www.example.test ;;
+	    *critical)	critical= ;;
+	    *protocol)	alpn= ;;
 	    esac
 	    openssl req -x509 -newkey ec -nodes \
 		-pkeyopt ec_paramgen_curve:P-256 -keyout alpn.key \
@@ -15850,10 +15951,11 @@ for evil in 'digest' 'name' 'critical'; do
 		-addext "1.3.6.1.5.5.7.1.31=${critical}DER:0420$sum" \
 		2>/dev/null &&
 	    { look openssl s_server -accept 10.9.0.5:443 -cert alpn.pem -key \
-		alpn.key -alpn acme-tls/1 -quiet </dev/zero >/dev/null 2>&1 &
+		alpn.key $alpn -quiet </dev/zero >/dev/null 2>&1 &
 	    sleep 0.5
 	    case $evil in
-	    name)	words="its certificate is not for this name alone" ;;
+	    *name)	words="its certificate is not for this name alone" ;;
+	    *protocol)	words="does not know the protocol acme-tls/1" ;;
 	    *)		words="its certificate has another acmeIdentifier" ;;
 	    esac
 	    unseen "10.9.0.5: $words" -s 1; status=$?
@@ -15889,6 +15991,13 @@ check 'a signal ends the step, and all that looks' '
     kill -TERM $(pgrep -o -f "$looking") && wait $pid
     [ $? = 143 ] && cat err && grep "ended by signal 15" err &&
     [ "$(pgrep -c -f "$looking")" = 0 ]; }'
+check 'what looks is stopped, and the step does not wait for it' '
+    order dns-01 silent.liar.test && { look acme-step respond -c -s 3 \
+	<look.rec >out 2>err & pid=$!
+    await eval "looker=\$(pgrep -P \$(pgrep -P $pid))" &&
+    kill -STOP $looker && ! wait $pid && cat err &&
+    grep "not yet: silent.liar.test: no result in time; the CA" err &&
+    [ ! -e /proc/$looker ]; }'
 check 'what looks has no rights' '
     order dns-01 silent.liar.test && { look acme-step respond -c -s 4 \
 	<look.rec >out 2>err & sleep 1.5
