@@ -9919,7 +9919,6 @@ dns_serve(struct client *c)
  */
 enum {
 	PLACES    = 64,		/* that one look visits */
-	PACKETS   = 500,	/* that one look sends by UDP */
 	REACH     = 3,		/* seconds to connect to an address */
 	REDIRECTS = 10,		/* that Boulder follows */
 	ALIASES   = 8		/* and delegations, that are followed */
@@ -10361,7 +10360,6 @@ is_answer(Str m, const struct query *q)
 static Str
 ask_udp(struct address *a, const struct query *q)
 {
-	static size_t packets;
 	unsigned char *b = alloc(REQUEST);
 	ssize_t n;
 
@@ -10373,8 +10371,6 @@ ask_udp(struct address *a, const struct query *q)
 	for (int i = 0; i < ASKED; i++) {
 		long long end = now_ms() + ANSWER;
 
-		if (++packets > PACKETS)
-			die(LATER, "too many questions to name servers");
 		n = send(conn.fd, q->wire.p, q->wire.n, 0);
 		while (n >= 0 && ready(conn.fd, POLLIN, end)) {
 			n = recv(conn.fd, b, REQUEST, 0);
@@ -10526,8 +10522,8 @@ find_server(Str name)
 }
 
 /*
- * Add the servers of a zone that are in a section of a message. False if it
- * has none, or is malformed.
+ * Add the servers of a zone that are in a section of a message; the limit is
+ * reported when they are visited. False if it has none, or is malformed.
  */
 static bool
 use_servers(Str m, int section, Str zone)
@@ -10552,7 +10548,7 @@ use_servers(Str m, int section, Str zone)
 		if (!has_server(name))
 			find_server(name);
 	}
-	return n > 0;
+	return n > 0 || search.n == PLACES;
 }
 
 /*

@@ -15827,7 +15827,7 @@ check 'a name that is too long with what stands before it' '
     unseen "ns2.test (10.9.0.3): is not a name for DNS" -s 1'
 check 'more places than are looked at, and no way to any' '
     ns=ns._acme-challenge.crowd && { echo "_acme-challenge.crowd NS $ns"
-    seq -f "$ns A 10.9.1.%g" 62; } >many && zone n1 "$(cat many)" &&
+    seq -f "$ns A 10.9.1.%g" 70; } >many && zone n1 "$(cat many)" &&
     zone n2 "$(cat many)" && order dns-01 crowd.example.test &&
     unseen "not yet: crowd.example.test: $ns.example.test (10.9.1.[0-9]*): \
 too many places, or out of time" -s 2'
@@ -17152,7 +17152,7 @@ main(void)
 	FACT("places that a look visits %d", PLACES);
 	FACT("connecting to a place %d seconds", REACH);
 	FACT("redirects of a look %d", REDIRECTS);
-	FACT("UDP queries of a look %d", PACKETS);
+	FACT("tries of a UDP query %d", ASKED);
 	FACT("aliases and delegations %d", ALIASES);
 	FACT("a look's report %d bytes", REPORT);
 	FACT("make respond exit %d and", LATER);
