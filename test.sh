@@ -1513,12 +1513,13 @@ old() {
 	group 'programs for each processor'
 	printf 'amd64\n' >processors
 	processors >>processors
-	offline=''
+	offline='' native=amd64
 	while read -r cpu compiler emulator <&3; do
 		mkdir "$cpu"
 		compiler_for "$cpu" "$compiler"
 		check "$cpu: it builds" built_here
 		check "$cpu: so do the tools" tools_for
+		[ "$cpu" != i386 ] || here
 		for list in $(tested "$cpu"); do
 			stands "$list"
 			offline_start "$list"
@@ -1738,7 +1739,21 @@ retired() {
 	END
 }
 
-# The tools for $cpu; refuse, if its programs run here without qemu.
+# here: do programs of $cpu run here without qemu?  If they do not, the lists
+# of calls are not tried with them.
+here() {
+	check "$cpu: the kernel runs its programs (CONFIG_IA32_EMULATION)" '
+	    "$cpu/probe"'
+	! "$cpu/probe" >probe.out 2>&1 || native="$native $cpu"
+}
+is_native() {
+	case " $native " in
+	*" $cpu "*)	;;
+	*)		false ;;
+	esac
+}
+
+# The tools for $cpu; refuse, if its programs can run here without qemu.
 tools_for() {
 	headers="-idirafter /usr/include \
 -idirafter /usr/include/$(cc -print-multiarch)"
@@ -1752,28 +1767,28 @@ tools_for() {
 # runs LIST PROGRAM: the words that run a program of $cpu without the calls.
 # Those of another processor run in qemu, which makes their calls.
 runs() {
-	case $cpu in
-	amd64|i386)
-		echo "$tmp/$cpu/refuse $1 $2" ;;
-	*)	echo "$tmp/amd64/refuse $1" \
-		    "$(command -v "qemu-$emulator-static") -r 3.2.0 $2" ;;
-	esac
+	if is_native; then
+		echo "$tmp/$cpu/refuse $1 $2"
+	else
+		echo "$tmp/amd64/refuse $1" \
+		    "$(command -v "qemu-$emulator-static") -r 3.2.0 $2"
+	fi
 }
 
 refusals() {
 	group 'calls that are refused'
 	while read -r cpu compiler emulator <&3; do
-		case $cpu in
-		amd64|i386)
-			refused linux-3.2 lacking lacking there
-			refused gvisor lacking there there
-			refused docker-1.10 refused there refused
-			refused docker-19.03.8 refused there refused
-			refused docker-19.03.9 there there refused ;;
-		*)	check "$cpu: through qemu, too" '
+		if ! is_native; then
+			check "$cpu: through qemu, too" '
 			    $(runs linux-3.2 "$cpu/probe") >out && cat out &&
-			    grep -x "getrandom: lacking" out' ;;
-		esac
+			    grep -x "getrandom: lacking" out'
+			continue
+		fi
+		refused linux-3.2 lacking lacking there
+		refused gvisor lacking there there
+		refused docker-1.10 refused there refused
+		refused docker-19.03.8 refused there refused
+		refused docker-19.03.9 there there refused
 	done 3<processors
 }
 
@@ -1809,8 +1824,10 @@ old_issues() {
 	lives docker-1.10
 	lives docker-19.03.8
 	cpu=i386
-	lives docker-19.03.9
-	without_time
+	if is_native; then
+		lives docker-19.03.9
+		without_time
+	fi
 	cpu=amd64
 	jails
 }
@@ -1901,15 +1918,17 @@ answers() {
 	[ $? = "${answer-1}" ]
 }
 
+# plainly: the words that run the program whose clock is CLOCK.
+plainly() {
+	is_native || printf '%s ' "qemu-$emulator-static"
+	echo "$tmp/$cpu/later"
+}
+
 years() {
 	dated_servers
 	while read -r cpu compiler emulator <&3; do
 		group "$cpu: after 2038"
-		run="$tmp/$cpu/later"
-		case $cpu in
-		amd64|i386)	;;
-		*)		run="qemu-$emulator-static $run" ;;
-		esac
+		run=$(plainly)
 		while read -r server clock answer; do
 			check "$cpu: $server, and the clock is at $clock" \
 			    at_clock
@@ -2101,9 +2120,7 @@ dated_issues() {
 		    where=$cpu-9999 && mkdir "$where" && cd "$where" &&
 		    cp ../root.pem ../ca.pem . &&
 		    printf "#!/bin/sh\nCLOCK=%s exec %s \"\$@\"\n" \
-			"$(seconds 9999-12-30)" "$(case $cpu in
-			amd64|i386) ;; *) echo "qemu-$emulator-static" ;;
-			esac) $tmp/$cpu/later" >acme-step &&
+			"$(seconds 9999-12-30)" "$(plainly)" >acme-step &&
 		    chmod +x acme-step && answer=0 life'
 	done 3<processors
 }
@@ -2112,7 +2129,7 @@ dated_issues() {
 tested() {
 	case $1 in
 	amd64)	echo linux-3.2 docker-1.10 gvisor ;;
-	i386)	echo linux-3.2 docker-19.03.9 ;;
+	i386)	! is_native || echo linux-3.2 docker-19.03.9 ;;
 	esac
 }
 
