@@ -16005,7 +16005,7 @@ check 'the time limit of the step leaves time to say it' '
 check 'a signal ends the step, and all that looks' '
     order dns-01 silent.liar.test && { look acme-step respond -c <look.rec \
 	-s 25 >out 2>err & pid=$!; looking="^acme-step respond -c -s 25"
-    sleep 1.5; [ "$(pgrep -c -f "$looking")" = 2 ] &&
+    await eval "[ \$(pgrep -c -f \"\$looking\") = 2 ]" &&
     kill -TERM $(pgrep -o -f "$looking") && wait $pid
     [ $? = 143 ] && cat err && grep "ended by signal 15" err &&
     [ "$(pgrep -c -f "$looking")" = 0 ]; }'
@@ -16016,17 +16016,21 @@ check 'what looks is stopped, and the step does not wait for it' '
     kill -STOP $looker && ! wait $pid && cat err &&
     grep "not yet: silent.liar.test: no result in time; the CA" err &&
     [ ! -e /proc/$looker ]; }'
+# confined: $looker can do nothing but look.
+confined() {
+	grep "Max processes  *0 " "/proc/$looker/limits" &&
+	grep "Max file size  *0 " "/proc/$looker/limits" &&
+	! tr '\0' '\n' <"/proc/$looker/environ" | grep -a . &&
+	{ [ "$(id -u)" != 0 ] ||
+	    grep "^Uid:.65534.65534" "/proc/$looker/status"; } &&
+	[ "$(readlink "/proc/$looker/fd/"* | grep -c pipe:)" = 3 ]
+}
 check 'what looks has no rights' '
-    order dns-01 silent.liar.test && { look acme-step respond -c -s 4 \
-	<look.rec >out 2>err & sleep 1.5
-    looker=$(pgrep -n -f "^acme-step respond -c") && ls -l /proc/$looker/fd &&
-    cat /proc/$looker/limits &&
-    grep "Max processes  *0 " /proc/$looker/limits &&
-    grep "Max file size  *0 " /proc/$looker/limits &&
-    ! tr "\0" "\n" </proc/$looker/environ | grep -a . &&
-    { [ "$(id -u)" != 0 ] || grep "^Uid:.65534.65534" /proc/$looker/status; } &&
-    [ "$(ls -l /proc/$looker/fd | grep -c "pipe:")" = 3 ]; status=$?
-    wait; exit $status; }'
+    order dns-01 silent.liar.test && { look acme-step respond -c -s 9 \
+	<look.rec >out 2>err & pid=$!
+    await eval "looker=\$(pgrep -P \$(pgrep -P $pid))" && await confined
+    status=$?; ls -l /proc/$looker/fd; cat /proc/$looker/limits
+    kill $(pgrep -P $pid); wait; exit $status; }'
 dies 64 '-s must be at least 1 with -c (see acme-step help respond)' \
     'acme-step respond -c -s 0 <look.rec'
 dies 64 '-c cannot be used with -B' \
@@ -16338,16 +16342,16 @@ rules POST_chalZ 'reply "200 OK" "" \
     "{\"type\":\"http-01\",\"status\":\"pending\",\"token\":\"x\"}"'
 acme-step new-order limit.test >limit.record
 later limit 'acme-step respond -w "$www" -T 12 <limit.record'
-later limit-short 'acme-step respond -w "$www" -T 2 <limit.record'
-later limit-order 'acme-step order -W -T 2 <limit.record'
-later limit-finalize 'acme-step finalize -K one.key.pem -T 2 <limit.record'
+later limit-short 'acme-step respond -w "$www" -T 6 <limit.record'
+later limit-order 'acme-step order -W -T 9 <limit.record'
+later limit-finalize 'acme-step finalize -K one.key.pem -T 9 <limit.record'
 settle
 within limit 10 12
 still='while waiting for the CA to validate: the order is still pending'
 dies 75 "of 12 s reached $still; .*limit.test still needs one of .*http-01.*; \
 what was published is removed now, .*place a new one and raise -T\$" \
     'replay limit'
-dies 75 "of 2 s reached $still.*raise -T\$" 'replay limit-short'
+dies 75 "of 6 s reached $still.*raise -T\$" 'replay limit-short'
 dies 75 'while waiting for the order: the order .*http-01[a-z0-9 -]*$' \
     'replay limit-order'
 dies 75 'while waiting for the order to be ready: the order is .*pending' \
