@@ -1765,13 +1765,17 @@ tools_for() {
 }
 
 # runs LIST PROGRAM: the words that run a program of $cpu without the calls.
-# Those of another processor run in qemu, which makes their calls.
+# Those of another processor run in qemu, which makes their calls.  Without
+# getrandom() it would read random bytes for RDRAND from a descriptor of its
+# own, which respond -l closes, as it does all that are not its own.
 runs() {
 	if is_native; then
 		echo "$tmp/$cpu/refuse $1 $2"
 	else
+		set -- "$1" "-r 3.2.0 $2"
+		[ "$cpu" != i386 ] || set -- "$1" "-cpu max,-rdrand $2"
 		echo "$tmp/amd64/refuse $1" \
-		    "$(command -v "qemu-$emulator-static") -r 3.2.0 $2"
+		    "$(command -v "qemu-$emulator-static") $2"
 	fi
 }
 
@@ -11419,7 +11423,8 @@ answer POST_order '200 OK' "$(order pending)"
 answer POST_chall '200 OK' '{"type":"http-01","status":"processing"}'
 check 'which a pending order does not say: in a box at the fourth look' '
     rm -rf box w www/requests; mkdir w
-    until step respond -B box -w w <http.rec 2>err; [ $? != 75 ]; do
+    for _ in $(seq 20); do
+	step respond -B box -w w <http.rec 2>err; [ $? = 75 ] || break
 	"$acme" send -C root.pem box || exit
     done
     cat err; cat www/requests; grep "a.example.*invalid" err &&
