@@ -83,7 +83,7 @@
 #include <unistd.h>
 #include <bearssl.h>
 
-#define VERSION "0.1"
+#define VERSION "1.0"
 
 /*
  * Limits. Exceeding one is an error with a message; nothing is truncated.
@@ -139,7 +139,7 @@ enum {
 enum { EXPONENT = 65537 };	/* of RSA keys that we make, public */
 
 /* When the program was released: a clock that shows less is wrong. */
-#define RELEASED 1795478400LL	/* 2026-11-24T00:00:00Z */
+#define RELEASED 1795910400LL	/* 2026-11-29T00:00:00Z */
 
 enum {			/* exit statuses; most are those of sysexits.h */
 	DONE     = 0,

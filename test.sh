@@ -59,6 +59,11 @@ give_up() {
 
 # ------------------------------------------------------ container image --
 
+# defined NAME: a number that acme.c defines.
+defined() {
+	sed -n "s/^#define $1 \"*\([0-9.]*\).*/\1/p" "$src/acme.c"
+}
+
 # pack_image ACME-STEP IMAGE: the program, with LICENSE, as a container image.
 # It is an OCI layout, with the manifest.json of docker load beside it, in
 # one archive.  The same program gives the same bytes: its times are those
@@ -67,10 +72,6 @@ pack_image() (
 	set -eu
 	umask 022
 	program=$1 image=$2
-	# defined NAME: a number that acme.c defines.
-	defined() {
-		sed -n "s/^#define $1 \"*\([0-9.]*\).*/\1/p" "$src/acme.c"
-	}
 	version=$(defined VERSION)
 	epoch=${SOURCE_DATE_EPOCH:-$(defined RELEASED)}
 	created=$(date -u -d "@$epoch" +%Y-%m-%dT%H:%M:%SZ)
@@ -17251,6 +17252,8 @@ check 'no limit of acme.c is missing in LIMITS' '
 	grep -qw "$limit" facts.c || echo "$limit"
     done <a >b; printf "%s\n" SLOTS PORT MAX_PORT REFUSALS LAG REMEDY DETAIL \
 	BRIEF EARLY IDLE HEAD_START LATE_IPV6 RESIDUE | diff - b'
+check 'it runs the image of this version' '
+    grep "^ *acme-step:$(defined VERSION) key" "$src/README"'
 check 'the README has at most 1250 lines' '
     awk "END { print NR; exit NR > 1250 }" "$src/README"'
 case $acme in
